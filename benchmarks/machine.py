@@ -1,0 +1,93 @@
+"""The machine a benchmark ran on: what it is, and the limits a kernel is measured against."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+BYTES = 256 * 2**20
+"""Large enough to leave every cache."""
+
+GEMM_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A description and measured limits, both with `threads` threads.
+
+    Attributes:
+        processor: model name.
+        threads: torch's thread count, which the kernels use too.
+        torch: version of torch.
+        commit: commit of the working tree, "-dirty" if it has changes; "unknown" outside a checkout.
+        read_bandwidth: bytes/s of a sum over an array larger than the caches.
+        copy_bandwidth: bytes/s of a copy, read and written bytes counted.
+        gemm_rate: float32 FLOP/s of a square matrix product.
+    """
+
+    processor: str
+    threads: int
+    torch: str
+    commit: str
+    read_bandwidth: float
+    copy_bandwidth: float
+    gemm_rate: float
+
+
+def best_seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    """Shortest of `repeats` runs after one to warm up: limits are what the machine can do undisturbed."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty" if dirty else head
+
+
+@cache
+def measure() -> Machine:
+    """Describe this machine and measure its limits, once per process (about two seconds)."""
+    source = torch.ones(BYTES // 4)
+    target = torch.empty_like(source)
+    matrix = torch.randn(GEMM_SIZE, GEMM_SIZE)
+    return Machine(
+        processor=processor_name(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        commit=commit(),
+        read_bandwidth=BYTES / best_seconds(source.sum),
+        copy_bandwidth=2 * BYTES / best_seconds(lambda: target.copy_(source)),
+        gemm_rate=2 * GEMM_SIZE**3 / best_seconds(lambda: matrix @ matrix),
+    )
+
+
+def describe_machine() -> dict[str, object]:
+    """`measure()` for a JSON row."""
+    return asdict(measure())

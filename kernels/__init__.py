@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op, named as in `seal_fast.ops`."""

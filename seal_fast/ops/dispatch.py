@@ -1,0 +1,167 @@
+"""Which implementation of an op runs.
+
+Every op has a reference in plain torch and, per device, a faster implementation. `SEAL_FAST_BACKEND` chooses:
+
+    auto (default)                   the fastest that can run; says once when that is only the reference
+    reference | cpu | triton | cuda  that one, or RuntimeError with the reason why it cannot run
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+LIBRARY = torch.library.Library("seal_fast", "FRAGMENT")
+
+
+def _never(*_: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+        backend: "reference", "cpu", "triton" or "cuda".
+        run: called with the op's arguments; returns its result.
+        device: type of device the tensors must be on; None for any.
+        missing: why it cannot run on this installation at all, or None.
+        refuse: why it cannot run for these arguments, or None.
+    """
+
+    backend: str
+    run: Callable[..., Any]
+    device: str | None = None
+    missing: Callable[[], str | None] = _never
+    refuse: Callable[..., str | None] = _never
+
+    def refusal(self, device: str) -> str | None:
+        """Why it cannot run on tensors of this type of device, whatever they are."""
+        if self.device not in (None, device):
+            absent = "; torch sees no CUDA device" if self.device == "cuda" and not torch.cuda.is_available() else ""
+            return f"needs tensors on {self.device}, not {device}{absent}"
+        return self.missing()
+
+
+@dataclass(frozen=True)
+class OpStatus:
+    """What runs for one op on one device, and why nothing faster does.
+
+    Attributes:
+        op: name of the op.
+        device: "cpu" or "cuda".
+        chosen: backend that runs; None when SEAL_FAST_BACKEND demands one that cannot.
+        refusals: backend -> reason, for every faster one.
+    """
+
+    op: str
+    device: str
+    chosen: str | None
+    refusals: dict[str, str]
+
+
+class Op:
+    """A registered op: `op(*args)` is the one boundary (torch.ops.seal_fast.<name>), below it the dispatch.
+
+    Not differentiable: gradients belong in an `autograd.Function` around the call.
+
+    Args:
+        schema: signature for torch.library, "name(Tensor x, ...) -> Tensor".
+        implementations: fastest first, the reference last.
+        fake: shapes and dtypes of the result, from fake arguments.
+    """
+
+    def __init__(self, schema: str, implementations: list[Implementation], fake: Callable[..., Any]) -> None:
+        self.name = schema.partition("(")[0]
+        self.implementations = implementations
+        self._warned: set[str] = set()
+        LIBRARY.define(schema)
+        LIBRARY.impl(self.name, self.dispatch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"seal_fast::{self.name}", fake, lib=LIBRARY)
+        self._boundary = getattr(torch.ops.seal_fast, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self._boundary(*args)
+
+    def dispatch(self, *args: Any) -> Any:
+        """Run the implementation that is chosen for these arguments."""
+        return self.choose(*args).run(*args)
+
+    def choose(self, *args: Any) -> Implementation:
+        """The implementation for these arguments.
+
+        Raises:
+            RuntimeError: SEAL_FAST_BACKEND names one that cannot run here, or none at all.
+        """
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        wanted = requested_backend()
+        refusals: dict[str, str] = {}
+        for implementation in self._candidates(wanted):
+            reason = implementation.refusal(device) or implementation.refuse(*args)
+            if reason is None:
+                if wanted == "auto":
+                    self._say_slower(implementation, device, refusals)
+                return implementation
+            refusals[implementation.backend] = reason
+        raise RuntimeError(
+            f"SEAL_FAST_BACKEND={wanted} cannot run {self.name}: {self._why_not(wanted, refusals)}. "
+            "Unset SEAL_FAST_BACKEND to use the fastest one that can, or run `seal-fast doctor` to see all."
+        )
+
+    def status(self, device: str) -> OpStatus:
+        """What `choose` would pick on this type of device for arguments that every implementation accepts."""
+        refusals: dict[str, str] = {}
+        wanted = requested_backend()
+        for implementation in self.implementations:
+            reason = implementation.refusal(device)
+            if reason is None and wanted not in ("auto", implementation.backend):
+                reason = f"SEAL_FAST_BACKEND={wanted}"
+            if reason is None:
+                return OpStatus(self.name, device, implementation.backend, refusals)
+            refusals[implementation.backend] = reason
+        return OpStatus(self.name, device, None, refusals)
+
+    def _candidates(self, wanted: str) -> list[Implementation]:
+        return [i for i in self.implementations if wanted in ("auto", i.backend)]
+
+    def _why_not(self, wanted: str, refusals: dict[str, str]) -> str:
+        have = ", ".join(i.backend for i in self.implementations)
+        return refusals.get(wanted, f"it has no {wanted} implementation, only {have}")
+
+    def _say_slower(self, chosen: Implementation, device: str, refusals: dict[str, str]) -> None:
+        lost = {i.backend: refusals[i.backend] for i in self.implementations if i.device == device and i.backend in refusals}
+        if chosen.backend != "reference" or not lost or device in self._warned:
+            return
+        self._warned.add(device)
+        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in lost.items())
+        warnings.warn(f"{self.name} runs on the slower torch reference ({reasons})", RuntimeWarning, stacklevel=2)
+
+
+OPS: dict[str, Op] = {}
+
+
+def requested_backend() -> str:
+    """SEAL_FAST_BACKEND, checked.
+
+    Raises:
+        RuntimeError: it is not one of `BACKENDS`.
+    """
+    wanted = os.environ.get("SEAL_FAST_BACKEND", "auto")
+    if wanted not in BACKENDS:
+        raise RuntimeError(f"SEAL_FAST_BACKEND must be one of {', '.join(BACKENDS)}, not {wanted!r}")
+    return wanted
+
+
+def explain() -> list[OpStatus]:
+    """One row per op and device that torch sees here, for `seal-fast doctor`."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [op.status(device) for op in OPS.values() for device in devices]

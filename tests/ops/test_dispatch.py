@@ -1,0 +1,76 @@
+"""The choice of implementation: explicit refusals, fallback, and what `doctor` is told."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from seal_fast.ops import explain, gaussian_log_ratio, native
+from seal_fast.ops.gaussian import log_ratio_op
+
+ABSENT = native.Extension("_native", None, "compiled extension missing: removed for this test")
+
+
+def ratio() -> torch.Tensor:
+    return gaussian_log_ratio(torch.randn(3, 8), torch.zeros(2, 8), torch.ones(2, 8))
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "CPU", ABSENT)
+    monkeypatch.setattr(log_ratio_op, "_warned", set())
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [("cuda", "needs tensors on cuda"), ("triton", "no triton implementation"), ("fastest", "must be one of")],
+)
+def test_an_explicit_backend_that_cannot_run_says_why(backend: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEAL_FAST_BACKEND", backend)
+    with pytest.raises(RuntimeError, match=reason):
+        ratio()
+
+
+def test_an_explicit_cpu_backend_without_the_extension_raises(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match=r"removed for this test.*Unset SEAL_FAST_BACKEND"):
+        ratio()
+
+
+def test_auto_falls_back_and_says_so_once(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "auto")
+    with pytest.warns(RuntimeWarning, match=r"slower torch reference.*removed for this test"):
+        assert torch.allclose(ratio(), torch.zeros(3, 2), atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ratio()
+
+
+def test_a_chosen_reference_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "reference")
+    monkeypatch.setattr(log_ratio_op, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ratio()
+
+
+def test_explain_names_what_runs_and_why_not_the_faster_one(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEAL_FAST_BACKEND", raising=False)
+    status = next(s for s in explain() if s.op == "gaussian_log_ratio" and s.device == "cpu")
+    assert status.chosen == "reference"
+    assert "removed for this test" in status.refusals["cpu"]
+    assert "cuda" in status.refusals
+
+
+def test_explain_shows_a_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "triton")
+    assert all(s.chosen is None for s in explain() if s.op.startswith("gaussian"))
+
+
+def test_a_missing_extension_keeps_its_cause() -> None:
+    extension = native.load("_no_such_extension")
+    assert extension.module is None
+    assert extension.reason is not None
+    assert "_no_such_extension" in extension.reason
