@@ -1,0 +1,18 @@
+"""Noise processes, denoisers and differentiable samplers."""
+
+from seal_fast.diffusion.denoiser import Denoiser
+from seal_fast.diffusion.process import EDM, VE, VP, NoiseProcess
+from seal_fast.diffusion.samplers import SAMPLERS, sample, timestep_grid
+from seal_fast.diffusion.trigger import Trigger
+
+__all__ = [
+    "EDM",
+    "SAMPLERS",
+    "VE",
+    "VP",
+    "Denoiser",
+    "NoiseProcess",
+    "Trigger",
+    "sample",
+    "timestep_grid",
+]

@@ -1,0 +1,40 @@
+"""A denoiser: a frozen network with its noise process, predicting eps from x_t and t."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seal_fast.diffusion.process import NoiseProcess
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Predicts noise: `denoiser(x [N,C,H,W], t int64 [N]) -> eps [N,C,H,W]`, differentiable in x.
+
+    The weights are frozen on construction: reversion needs the gradient of the input only, and the gradient of the weights
+    would cost a third of every forward and backward pass.
+
+    Attributes:
+        network: called as network(x, condition); returns a tensor or an object with `.sample` (diffusers).
+        process: the noise process the network was trained on.
+        shape: (C, H, W) of its images.
+    """
+
+    network: nn.Module
+    process: NoiseProcess
+    shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        scaled, condition = self.process.network_input(x, t)
+        output = self.network(scaled, condition)
+        return self.process.to_noise(getattr(output, "sample", output), x, t)
