@@ -1,0 +1,186 @@
+"""Weight containers, safetensors and torch.save: which keys they hold, and their tensors, without running what they bring.
+
+torch.save files are pickles. Before `torch.load(weights_only=True)` opens one, its opcodes are read (not run) and every global
+it asks for is compared with a short list: what plain tensors need. That names the culprit, and does not rest on one guard.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from seal_fast.checkpoints.errors import CheckpointError, refusing
+from seal_fast.checkpoints.files import parse_json, weight_size
+
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+MAX_HEADER_BYTES = 8 << 20
+MAX_PICKLE_BYTES = 4 << 20
+"""Of the pickle alone, without the tensors' data. A TrojDiff list with optimiser state has 0.4 MB."""
+MAX_PICKLE_OPCODES = 500_000
+"""Few bytes of opcodes can make many objects: this bounds them to some hundred MB."""
+MAX_DIMENSIONS = 8
+
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_PICKLES = 5
+"""torch.save before 1.6: magic number, protocol, system, object, storage keys; then the data."""
+
+SAFETENSORS_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+PLAIN_GLOBALS = frozenset(
+    {
+        "collections OrderedDict",
+        "torch Size",
+        "torch device",
+        "torch._utils _rebuild_parameter",
+        "torch._utils _rebuild_tensor",
+        "torch._utils _rebuild_tensor_v2",
+        *(
+            f"torch {kind}Storage"
+            for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+        ),
+    }
+)
+# all opcodes that fetch a global or call a constructor by themselves; torch.save writes GLOBAL only
+FETCHES = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"})
+
+
+def keys(path: Path) -> frozenset[str]:
+    """Names in a weight file, without loading its tensors.
+
+    Returns:
+        The tensor names of a safetensors file; every string in a torch.save file, tensor names among them.
+
+    Raises:
+        CheckpointError: not such a file, damaged, over a limit, or a pickle that asks for more than plain tensors.
+    """
+    return frozenset(_safetensors_header(path)) if path.suffix == ".safetensors" else _pickle_strings(path)
+
+
+def load(path: Path) -> Any:
+    """What a weight file holds: a dict of tensors (safetensors), or whatever plain containers torch.save wrote, on the CPU.
+
+    Tensors are mapped from the file where the container allows, so nothing larger than the file is ever allocated.
+
+    Raises:
+        CheckpointError: as `keys`.
+    """
+    keys(path)
+    with refusing(path, "cannot be loaded safely"):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+
+
+def state_dict(value: Any, path: Path) -> dict[str, Tensor]:
+    """`value` as a flat dict of dense tensors that fit into the file they came from.
+
+    Raises:
+        CheckpointError: something else, or tensors that claim more bytes than the file has (strides of 0 can).
+    """
+    if not isinstance(value, dict) or not value:
+        raise CheckpointError(path, f"no state dict where one was expected, but {type(value).__name__}")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(
+                path, f"the state dict holds {type(tensor).__name__} at {str(name)[:80]!r}, not a dense tensor"
+            )
+        tensors[name] = tensor.detach()
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > weight_size(path):
+        raise CheckpointError(path, f"its tensors claim {claimed} bytes, more than the file has")
+    return tensors
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Tensor name -> entry, each checked against the file's size."""
+    size = weight_size(path)
+    with refusing(path, "cannot be read"), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(path, f"not a safetensors file, or cut short: a header of {length} bytes in {size}")
+        header = parse_json(file.read(length), path)
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        with refusing(path, f"malformed safetensors entry {name[:80]!r}"):
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+                raise ValueError("shape and data_offsets must be short lists of non-negative integers")
+            if end - begin != math.prod(shape) * SAFETENSORS_BYTES[entry["dtype"]]:
+                raise ValueError("shape and dtype do not match data_offsets")
+            if end > size - 8 - length:
+                raise ValueError(f"data up to byte {end}, but the file holds {size - 8 - length}")
+    return header
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+
+
+def _pickle_strings(path: Path) -> frozenset[str]:
+    size = weight_size(path)
+    with refusing(path, "neither safetensors nor a torch.save file"):
+        if _is_zip(path):
+            stream, pickles = io.BytesIO(_zip_pickle(path, size)), 1
+        else:
+            with path.open("rb") as file:
+                stream, pickles = io.BytesIO(file.read(MAX_PICKLE_BYTES)), LEGACY_PICKLES
+        strings: list[str] = []
+        opcodes, modern = 0, False
+        for _ in range(pickles):
+            for opcode, argument, _position in pickletools.genops(stream):
+                opcodes += 1
+                if opcodes > MAX_PICKLE_OPCODES:
+                    raise CheckpointError(path, f"a pickle of more than {MAX_PICKLE_OPCODES} opcodes")
+                if opcode.name == "STACK_GLOBAL":
+                    argument, modern = " ".join(strings[-2:]), True
+                if opcode.name in FETCHES:
+                    if argument not in PLAIN_GLOBALS:
+                        raise _refused(path, argument or opcode.name)
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    # weights_only does not read this opcode either, and the two strings before it need not be its arguments
+    if modern:
+        raise CheckpointError(
+            path, "pickle protocol 4 or later, which cannot be read safely; save it with torch.save's default"
+        )
+    return frozenset(strings)
+
+
+def _refused(path: Path, name: Any) -> CheckpointError:
+    return CheckpointError(
+        path,
+        f"refused: its pickle asks for {str(name)[:120].replace(' ', '.')!r}, which plain tensors never need and which loading "
+        "would run; ask its author for a state dict in safetensors",
+    )
+
+
+def _zip_pickle(path: Path, size: int) -> bytes:
+    """The one pickle of a torch.save archive, after the archive's own claims are checked: torch stores, it never compresses."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+            raise CheckpointError(path, "compressed members, which torch.save never writes: a possible zip bomb")
+        if sum(m.file_size for m in members) > size:
+            raise CheckpointError(path, "members claim more bytes than the file has: a possible zip bomb")
+        if len({m.filename for m in members}) != len(members):
+            raise CheckpointError(path, "two archive members share a name")
+        pickles = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1:
+            raise CheckpointError(path, f"a zip archive with {len(pickles)} data.pkl, not one: not written by torch.save")
+        if pickles[0].file_size > MAX_PICKLE_BYTES:
+            raise CheckpointError(path, f"a pickle of {pickles[0].file_size} bytes, more than the limit of {MAX_PICKLE_BYTES}")
+        return archive.read(pickles[0])

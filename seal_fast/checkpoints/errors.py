@@ -1,0 +1,38 @@
+"""The one error of this room."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is refused, broken or not covered.
+
+    Attributes:
+        path: the file or folder at fault.
+        reason: what is wrong with it, one line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = Path(path)
+        self.reason = reason
+
+
+@contextmanager
+def refusing(path: Path, doing: str) -> Iterator[None]:
+    """Turn any failure of the block into a CheckpointError about `path`.
+
+    The parsers below were not written for hostile bytes and document no closed list of exceptions; what they raise on them
+    must cost one checkpoint, not the run.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CheckpointError(path, f"{doing} ({type(error).__name__}: {first_line})") from error

@@ -1,0 +1,79 @@
+"""Bounded access to the files of an untrusted checkpoint: where they may lie, how large they may be, JSON, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from seal_fast.checkpoints.errors import CheckpointError, refusing
+
+MAX_WEIGHT_BYTES = 16 << 30
+"""Largest weight file that is opened. The largest unconditional UNet in use has 0.5 GB; TrojDiff stores four copies."""
+MAX_JSON_BYTES = 1 << 20
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """`folder / name`, or None if there is no such entry.
+
+    Raises:
+        CheckpointError: it lies outside `folder` (symbolic links followed), or is not a regular file.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    with refusing(path, "broken link"):
+        real = path.resolve(strict=True)
+    if not real.is_relative_to(folder.resolve()):
+        raise CheckpointError(path, "a link that leaves the checkpoint folder; copy the file into it if it belongs there")
+    # opening a FIFO would wait for ever
+    if not real.is_file():
+        raise CheckpointError(path, "not a regular file")
+    return path
+
+
+def weight_size(path: Path) -> int:
+    """Size of a weight file in bytes.
+
+    Raises:
+        CheckpointError: not a regular file, empty, or larger than MAX_WEIGHT_BYTES.
+    """
+    if not path.is_file():
+        raise CheckpointError(path, "not a regular file")
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(path, "empty file")
+    if size > MAX_WEIGHT_BYTES:
+        raise CheckpointError(path, f"{size} bytes, more than the limit of {MAX_WEIGHT_BYTES}")
+    return size
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object from UTF-8 bytes; CheckpointError for anything else, however deeply nested."""
+    with refusing(path, "not readable as JSON"):
+        value = json.loads(data.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"a JSON object was expected, not {type(value).__name__}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most MAX_JSON_BYTES; CheckpointError otherwise."""
+    with refusing(path, "cannot be read"), path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(path, f"more than {MAX_JSON_BYTES} bytes of JSON")
+    return parse_json(data, path)
+
+
+def sha256(files: Iterable[Path]) -> str:
+    """Hex digest of the contents of `files`, one after the other; names and places do not count."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""Find checkpoints, tell their formats apart, and load one as a Denoiser."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seal_fast.checkpoints import containers, diffusers_folder, pesser, unet
+from seal_fast.checkpoints.errors import CheckpointError, refusing
+from seal_fast.checkpoints.files import sha256
+from seal_fast.checkpoints.noise import default_process
+from seal_fast.diffusion import Denoiser
+
+OTHER_FILES = {
+    ".attn2.": "tensors of a text-to-image UNet, which scan's noise-space test does not cover",
+    "lora": "LoRA weights, which need a base model",
+    "model.diffusion_model.": "a latent-diffusion single file, which scan's noise-space test does not cover",
+    "text_model.encoder.": "a text encoder, not a diffusion model",
+}
+"""Part of a tensor name -> what a file with it is."""
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint ready to be tested.
+
+    Attributes:
+        denoiser: the network (float32, frozen) with its noise process.
+        format: as `identify` returns it.
+        sha256: of the contents of the weight file or files.
+        notes: what a report should say about assumptions and unverified claims.
+    """
+
+    denoiser: Denoiser
+    format: str
+    sha256: str
+    notes: tuple[str, ...]
+
+
+def identify(path: Path) -> str | None:
+    """The format of a checkpoint, from names and headers only.
+
+    Returns:
+        "diffusers-pipeline" (folder with model_index.json), "diffusers-unet" (a UNet folder, or a single file of its tensors),
+        "trojdiff" (file with the tensors of the pesser / ermon DDPM UNet), or None.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return diffusers_folder.identify(path)
+    if path.suffix not in containers.SUFFIXES:
+        return None
+    try:
+        return _file_format(containers.keys(path))
+    except CheckpointError:
+        return None
+
+
+def discover(root: Path) -> list[Path]:
+    """Every checkpoint at or below `root`, sorted.
+
+    Folders that are checkpoints are not searched further, so their parts and training states do not count. Symbolic links below
+    `root` are skipped. What cannot be read but could be a checkpoint is listed: loading it says what is wrong, and silence
+    would look like a clean result. Files without a network's weights (optimiser states, triggers, pictures) are not.
+
+    Raises:
+        CheckpointError: `root` does not exist.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise CheckpointError(root, "does not exist")
+    if root.is_file():
+        return [root] if _could_be_checkpoint(root) else []
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root, onerror=lambda error: found.append(Path(error.filename))):
+        here = Path(folder)
+        if diffusers_folder.identify(here) is not None:
+            found.append(here)
+            subfolders.clear()
+            continue
+        found.extend(here / name for name in names if not (here / name).is_symlink() and _could_be_checkpoint(here / name))
+    return sorted(found)
+
+
+def load_denoiser(path: Path, *, weights: str = "ema", device: str | torch.device = "cpu") -> LoadedCheckpoint:
+    """Load an unconditional diffusion checkpoint without trusting it.
+
+    Args:
+        path: anything `discover` lists.
+        weights: "ema" or "raw": which weights of a TrojDiff training list to use. Other formats hold one set.
+        device: where the network goes.
+
+    Returns:
+        Denoiser, format, content hash and notes.
+
+    Raises:
+        CheckpointError: whatever is wrong with the checkpoint, named.
+        ValueError: `weights` is neither.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be 'ema' or 'raw', not {weights!r}")
+    path = Path(path)
+    notes: list[str] = []
+    with refusing(path, "cannot be loaded"):
+        if not path.exists():
+            raise CheckpointError(path, "does not exist")
+        if path.is_dir():
+            format = diffusers_folder.identify(path)
+            if format is None:
+                raise CheckpointError(path, "no checkpoint: neither model_index.json nor a UNet's config.json or weights in it")
+            config, tensors, process, files = diffusers_folder.read(path, notes)
+        else:
+            config, tensors, format = _read_file(path, weights, notes)
+            process, files = default_process(notes), [path]
+        network = unet.build(config, tensors, files[0])
+        denoiser = Denoiser(network, process, unet.image_shape(config))
+        digest = sha256(files)
+    network.to(device)
+    return LoadedCheckpoint(denoiser, format, digest, tuple(notes))
+
+
+def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Config, tensors and format of a single file."""
+    names = containers.keys(path)
+    format = _file_format(names)
+    if format is None:
+        known = next((text for part, text in OTHER_FILES.items() if any(part in name for name in names)), None)
+        raise CheckpointError(path, known or "holds no diffusion network of a known kind")
+    tensors = pesser.chosen_weights(containers.load(path), weights, path, notes)
+    tensors = pesser.to_diffusers(tensors, path) if format == "trojdiff" else unet.modern_names(tensors)
+    config = unet.inferred_config(tensors, path)
+    notes.append(f"no config in the file: structure and image size {config['sample_size']} inferred from the tensors")
+    return config, tensors, format
+
+
+def _file_format(names: Iterable[str]) -> str | None:
+    if pesser.looks_like(names):
+        return "trojdiff"
+    return "diffusers-unet" if unet.looks_like(names) else None
+
+
+def _could_be_checkpoint(path: Path) -> bool:
+    if path.suffix not in containers.SUFFIXES:
+        return False
+    try:
+        return any(name.endswith(".weight") for name in containers.keys(path))
+    except CheckpointError:
+        return True

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from seal_fast.checkpoints import CheckpointError
+from seal_fast.checkpoints.trigger import PRIOR_SCALE, load_inputs, load_prior_scale, load_trigger
+from seal_fast.diffusion import Trigger
+
+
+def test_a_saved_trigger_comes_back(tmp_path):
+    saved = Trigger(torch.randn(3, 5, 7), torch.rand(3, 5, 7))
+    saved.save(tmp_path / "t.safetensors", {PRIOR_SCALE: repr(380.0)})
+    read = load_trigger(tmp_path / "t.safetensors")
+    assert torch.equal(read.mu, saved.mu)
+    assert torch.equal(read.gamma, saved.gamma)
+    assert load_prior_scale(tmp_path / "t.safetensors") == 380.0
+
+
+def test_gamma_and_scale_default_to_one(tmp_path):
+    save_file({"mu": torch.zeros(1, 2, 2, dtype=torch.float64)}, tmp_path / "t.safetensors")
+    read = load_trigger(tmp_path / "t.safetensors")
+    assert torch.equal(read.gamma, torch.ones(1, 2, 2))
+    assert read.mu.dtype == torch.float32
+    assert load_prior_scale(tmp_path / "t.safetensors") == 1.0
+
+
+OK = torch.zeros(3, 4, 4)
+BAD_TRIGGERS = {
+    "no mu": {"gamma": OK},
+    "a stranger": {"mu": OK, "weight": OK.clone()},
+    "flat": {"mu": torch.zeros(48)},
+    "empty": {"mu": torch.zeros(3, 0, 4)},
+    "shapes differ": {"mu": OK, "gamma": torch.ones(3, 4, 5)},
+    "integers": {"mu": OK.long()},
+    "not a number": {"mu": OK / 0},
+    "infinite": {"mu": OK, "gamma": OK + torch.inf},
+    "negative scale": {"mu": OK, "gamma": OK - 1},
+}
+
+
+@pytest.mark.parametrize("tensors", BAD_TRIGGERS.values(), ids=BAD_TRIGGERS)
+def test_what_is_no_trigger_is_refused_by_name(tmp_path, tensors):
+    save_file(tensors, tmp_path / "evil.safetensors")
+    with pytest.raises(CheckpointError, match=r"evil\.safetensors"):
+        load_trigger(tmp_path / "evil.safetensors")
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "one", ""])
+def test_a_prior_scale_that_is_none(tmp_path, scale):
+    Trigger.shift(OK).save(tmp_path / "t.safetensors", {PRIOR_SCALE: scale})
+    with pytest.raises(CheckpointError, match="positive number"):
+        load_prior_scale(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, bytes(range(256)), b"\xff" * 64, b"\x10" + b"\x00" * 7 + b"{}"])
+@pytest.mark.parametrize("load", [load_trigger, load_inputs])
+def test_noise_is_refused(tmp_path, content, load):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.npy"])
+def test_absent(tmp_path, name):
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_inputs(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_inputs_from_numpy(tmp_path, dtype):
+    array = np.random.default_rng().normal(size=(2, 3, 4, 5)).astype(dtype)
+    np.save(tmp_path / "x.npy", array)
+    read = load_inputs(tmp_path / "x.npy")
+    assert read.dtype == torch.float32
+    np.testing.assert_array_equal(read.numpy(), array.astype(np.float32))
+
+
+def test_inputs_from_safetensors(tmp_path):
+    noise = torch.randn(2, 3, 4, 5)
+    save_file({"anything": noise}, tmp_path / "x.safetensors")
+    assert torch.equal(load_inputs(tmp_path / "x.safetensors"), noise)
+    save_file({"one": noise, "two": noise.clone()}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="one tensor, not 2"):
+        load_inputs(tmp_path / "x.safetensors")
+
+
+class Payload:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('pickle was run')",)
+
+
+def test_a_pickle_in_disguise_is_not_run(tmp_path):
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Payload()))
+    np.save(tmp_path / "object.npy", np.array([Payload()], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "zip.npz", a=np.zeros(3))
+    (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
+    for name in ("pickle.npy", "object.npy", "zip.npy"):
+        with pytest.raises(CheckpointError, match=name):
+            load_inputs(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((3, 4, 4)), np.zeros((0, 3, 4, 4)), np.full((1, 3, 4, 4), np.nan), np.zeros((1, 3, 4, 4), int)]
+)
+def test_inputs_of_another_kind(tmp_path, array):
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(CheckpointError):
+        load_inputs(tmp_path / "x.npy")
+
+
+def test_inputs_with_another_ending(tmp_path):
+    (tmp_path / "x.pkl").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"\.npy or \.safetensors"):
+        load_inputs(tmp_path / "x.pkl")
