@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from seal_fast.terd import Calibration, CalibrationModel, Evidence, ReversionSettings, Verdict
+
+PROCESS = "VP epsilon"
+SETTINGS = ReversionSettings(estimation_iterations=5, l1=1e-4)
+
+
+def evidence(M_r, V_r):
+    return Evidence(M_r=M_r, V_r=V_r, mu_norm=1.0, gamma_mean=1.0, reversed_loss=1.0)
+
+
+def pool(benign, backdoored=()):
+    rows = [(features, False) for features in benign] + [(features, True) for features in backdoored]
+    models = (
+        CalibrationModel(f"m{i}", f"{i:064x}", PROCESS, label, evidence(*map(float, f))) for i, (f, label) in enumerate(rows)
+    )
+    return Calibration(SETTINGS, tuple(models))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+def test_benign_only_score_is_the_larger_z_score(rng):
+    benign = rng.lognormal(size=(7, 2))
+    suspect = rng.lognormal(size=2)
+    mean = benign.sum(0) / 7
+    spread = np.sqrt(((benign - mean) ** 2).sum(0) / 6)
+    z = (suspect - mean) / spread
+    judgement = pool(benign).judge(evidence(*suspect), PROCESS)
+    assert judgement.score == pytest.approx(z.max(), rel=1e-12)
+    assert judgement.threshold == 3.0
+    assert judgement.reason.startswith(("M_r", "V_r")[int(z[1] > z[0])])
+
+
+@pytest.mark.parametrize("feature", [0, 1])
+@pytest.mark.parametrize(
+    ("sigmas", "verdict"),
+    [
+        (-50.0, Verdict.CLEAN),
+        (0.0, Verdict.CLEAN),
+        (1.99, Verdict.CLEAN),
+        (2.01, Verdict.INCONCLUSIVE),
+        (2.99, Verdict.INCONCLUSIVE),
+        (3.01, Verdict.BACKDOORED),
+        (1e6, Verdict.BACKDOORED),
+    ],
+)
+def test_benign_only_verdict(rng, feature, sigmas, verdict):
+    benign = 100 + rng.uniform(-1, 1, size=(6, 2))
+    suspect = benign.mean(0)
+    suspect[feature] += sigmas * benign.std(0, ddof=1)[feature]
+    assert pool(benign).judge(evidence(*suspect), PROCESS).verdict is verdict
+
+
+def test_labelled_verdict_on_points_far_apart(rng):
+    benign = np.exp(rng.normal(-2, 0.1, size=(8, 2)))
+    backdoored = np.exp(rng.normal(2, 0.1, size=(8, 2)))
+    calibration = pool(benign, backdoored)
+    assert calibration.labelled
+    for features in benign:
+        judgement = calibration.judge(evidence(*features), PROCESS)
+        assert judgement.verdict is Verdict.CLEAN
+        assert judgement.score < judgement.threshold == 0.5
+    for features in backdoored:
+        judgement = calibration.judge(evidence(*features), PROCESS)
+        assert judgement.verdict is Verdict.BACKDOORED
+        assert judgement.score > 0.5
+
+
+def test_labelled_score_is_symmetric_and_unsure_in_the_middle(rng):
+    benign = np.exp(rng.normal(-2, 0.3, size=(8, 2)))
+    # the mirror image in log features: by symmetry the boundary passes through 1
+    calibration = pool(benign, 1 / benign)
+    middle = calibration.judge(evidence(1.0, 1.0), PROCESS)
+    assert middle.score == pytest.approx(0.5, abs=1e-3)
+    assert middle.verdict is Verdict.INCONCLUSIVE
+    point = np.exp(rng.normal(0, 0.2, size=2))
+    scores = [calibration.judge(evidence(*p), PROCESS).score for p in (point, 1 / point)]
+    assert sum(scores) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_labelled_score_grows_with_the_features():
+    calibration = pool([(0.1, 0.1), (0.2, 0.3)], [(5.0, 6.0), (7.0, 9.0)])
+    scores = [calibration.judge(evidence(value, value), PROCESS).score for value in (0.1, 0.5, 1.0, 5.0, 50.0)]
+    assert scores == sorted(scores)
+    assert len(set(scores)) == 5
+
+
+@pytest.mark.parametrize("diverged", [evidence(None, 1.0), evidence(1.0, None), Evidence(None, None, None, None, None)])
+@pytest.mark.parametrize("backdoored", [(), [(9.0, 9.0)]])
+def test_a_diverged_reversion_is_inconclusive(diverged, backdoored):
+    judgement = pool([(0.1, 0.2), (0.2, 0.1)], backdoored).judge(diverged, PROCESS)
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert judgement.score is None
+    assert judgement.threshold is None
+    assert "diverged" in judgement.reason
+
+
+@pytest.mark.parametrize("benign", [[], [(0.1, 0.2)]])
+def test_too_few_benign_models(benign):
+    with pytest.raises(ValueError, match="at least 2 benign"):
+        pool(benign, [(1.0, 1.0), (2.0, 2.0)])
+
+
+def test_a_diverged_model_cannot_be_part_of_the_pool():
+    good = pool([(0.1, 0.2), (0.2, 0.1)])
+    bad = replace(good.models[0], name="the-bad-one", evidence=evidence(None, None))
+    with pytest.raises(ValueError, match="the-bad-one"):
+        replace(good, models=(*good.models, bad))
+
+
+def test_a_saved_calibration_comes_back_and_judges_alike(tmp_path, rng):
+    saved = pool(rng.lognormal(size=(4, 2)), rng.lognormal(3, size=(3, 2)))
+    saved.save(tmp_path / "new" / "pool.json")
+    read = Calibration.load(tmp_path / "new" / "pool.json")
+    assert read == saved
+    suspect = evidence(*rng.lognormal(1, size=2))
+    assert read.judge(suspect, PROCESS) == saved.judge(suspect, PROCESS)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["pool.json"]
+
+
+def damaged(content, **changes):
+    return json.dumps({**content, **changes})
+
+
+def test_a_file_that_is_no_calibration_is_refused_by_name(tmp_path):
+    path = tmp_path / "pool.json"
+    pool([(0.1, 0.2), (0.2, 0.1)]).save(path)
+    content = json.loads(path.read_text())
+    broken = {
+        "not JSON": "M_r = 1",
+        "a list": "[]",
+        "empty": "{}",
+        "newer": damaged(content, schema_version=999),
+        "other settings": damaged(content, settings={"epochs": 3}),
+        "bad settings": damaged(content, settings={"batch": 0}),
+        "no models": damaged(content, models=[]),
+        "odd models": damaged(content, models=[{"name": "x"}] * 3),
+    }
+    for text in broken.values():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            Calibration.load(path)
+
+
+def test_identical_benign_models_are_no_pool():
+    with pytest.raises(ValueError, match="different models"):
+        pool([(0.1, 0.2), (0.1, 0.2)])
+
+
+def test_a_process_the_pool_does_not_hold_is_inconclusive():
+    judgement = pool([(0.1, 0.2), (0.2, 0.1)]).judge(evidence(9.0, 9.0), "VP v_prediction")
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert "VP v_prediction" in judgement.reason
