@@ -1,0 +1,1 @@
+"""Reports: console, JSON and pictures. They read results and decide nothing."""

@@ -1,0 +1,107 @@
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from seal_fast.scan.result import ModelResult, ScanReport
+    from seal_fast.terd import Calibration, CalibrationModel, Judgement
+
+STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", "error": "magenta"}
+
+
+def safe(text: str, style: str = "") -> Text:
+    """Text that came from a checkpoint or its name: no markup, and nothing that could steer the terminal."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), style)
+
+
+def console_for(stream: IO[str]) -> Console:
+    """A console that writes to `stream`, without colour where it is no terminal or NO_COLOR is set."""
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+def table_of(*columns: str, numbers: Iterable[str] = (), whole: Iterable[str] = ()) -> Table:
+    """A plain table: columns in `numbers` align right and, like those in `whole`, are never broken or cut."""
+    numbers, whole = set(numbers), set(whole)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for column in columns:
+        table.add_column(
+            column, justify="right" if column in numbers else "left", no_wrap=column in numbers | whole, overflow="fold"
+        )
+    return table
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number short enough for a column; "-" for none."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.{digits}e}"
+
+
+def score_of(model: ModelResult) -> str:
+    """Score and the threshold above which it means backdoored."""
+    return "-" if model.score is None else f"{number(model.score)} / {number(model.threshold)}"
+
+
+def print_report(report: ScanReport, console: Console) -> None:
+    """One row per model, then one line of counts."""
+    numbers = ("score / limit", "seconds")
+    table = table_of("model", "format", "verdict", "score / limit", "why", "seconds", numbers=numbers, whole=["verdict"])
+    for model in report.models:
+        table.add_row(
+            safe(model.path),
+            safe(model.format or "-"),
+            Text(model.verdict.value, STYLES[model.verdict.value]),
+            score_of(model),
+            safe(model.reason),
+            number(model.seconds, 1),
+        )
+    if report.models:
+        console.print(table)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items())
+    console.print(f"{len(report.models)} models: {counts}")
+
+
+def print_detection(log_ratios: Sequence[float], console: Console) -> None:
+    """One row per input, then the counts."""
+    table = table_of("input", "log ratio", "verdict", numbers=["input", "log ratio"])
+    for index, value in enumerate(log_ratios):
+        table.add_row(str(index), number(value), Text("triggered", "bold red") if value > 0 else Text("clean", "green"))
+    console.print(table)
+    triggered = sum(value > 0 for value in log_ratios)
+    console.print(f"{len(log_ratios)} inputs: {triggered} triggered, {len(log_ratios) - triggered} clean")
+
+
+def evidence_line(model: CalibrationModel) -> str:
+    """A calibration model's label and features."""
+    label = "backdoored" if model.backdoored else "benign"
+    return f"{model.name}: {label}, M_r {number(model.evidence.M_r, 4)}, V_r {number(model.evidence.V_r, 4)}"
+
+
+def print_calibration(
+    pool: Calibration, limits: Mapping[str, float], left_out: Sequence[tuple[CalibrationModel, Judgement]], console: Console
+) -> None:
+    """The pool's features, the limits that follow from it, and each benign model as the others would have judged it."""
+    verdicts = {model.name: judgement for model, judgement in left_out if not model.backdoored}
+    table = table_of("model", "label", "M_r", "V_r", "judged by the others", numbers=["M_r", "V_r"], whole=["label"])
+    for model in pool.models:
+        judgement = None if model.backdoored else verdicts.get(model.name)
+        table.add_row(
+            safe(model.name),
+            "backdoored" if model.backdoored else "benign",
+            number(model.evidence.M_r, 4),
+            number(model.evidence.V_r, 4),
+            "-" if judgement is None else Text(judgement.verdict.value, STYLES[judgement.verdict.value]),
+        )
+    console.print(table)
+    if pool.labelled:
+        console.print("backdoored where the classifier's probability exceeds 0.5")
+    else:
+        console.print("backdoored above " + " or ".join(f"{name} {number(limit, 4)}" for name, limit in limits.items()))

@@ -1,0 +1,79 @@
+"""Pictures of a reverted trigger and of what it makes the model draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from seal_fast.diffusion import Trigger
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    # pyplot is left out: it keeps global state, and a display where there is one
+    FigureCanvasAgg(figure)
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(path)
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """[C,H,W] in [0, 1] to [H,W,3] if it has 3 channels, else to the mean over channels [H,W]."""
+    values = np.nan_to_num(image.detach().float().cpu().numpy()).clip(0, 1)
+    return values.transpose(1, 2, 0) if len(values) == 3 else values.mean(0)
+
+
+def _show(axes: Axes, image: Tensor) -> None:
+    axes.imshow(_pixels(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _heat_map(figure: Figure, axes: Axes, values: np.ndarray, title: str, top: float) -> None:
+    # from zero up, so that a hundredth of difference looks like one
+    drawn = axes.imshow(values, cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+    axes.set_title(title)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.04)
+
+
+def draw_trigger(trigger: Trigger, path: Path) -> None:
+    """trigger.png: mu as a picture, |mu| and gamma as heat maps (means over channels).
+
+    Args:
+        trigger: finite mu and gamma, [C,H,W].
+        path: PNG file to write.
+    """
+    mu, gamma = trigger.mu.detach().float().cpu(), trigger.gamma.detach().float().cpu()
+    reach = max(float(mu.abs().max()), 1e-12)
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    picture, size, scale = figure.subplots(1, 3)
+    _show(picture, mu / (2 * reach) + 0.5)
+    picture.set_title("shift $\\mu$")
+    picture.set_xlabel(f"mid-grey is 0, full range \N{PLUS-MINUS SIGN}{reach:.3g}")
+    _heat_map(figure, size, mu.abs().mean(0).numpy(), "size of the shift $|\\mu|$", reach)
+    _heat_map(figure, scale, gamma.mean(0).numpy(), "noise scale $\\gamma$", max(1.0, float(gamma.max())))
+    _save(figure, path)
+
+
+def draw_samples(rows: Mapping[str, Tensor], path: Path) -> None:
+    """samples.png: one row of pictures per title.
+
+    Args:
+        rows: title to images [N,C,H,W] in [-1, 1]; N is the same in all rows.
+        path: PNG file to write.
+    """
+    columns = len(next(iter(rows.values())))
+    figure = Figure(figsize=(1.6 * columns, 1.95 * len(rows)), layout="constrained")
+    for part, (title, images) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True):
+        part.suptitle(title, fontsize=11)
+        for axes, image in zip(part.subplots(1, columns, squeeze=False).flat, images, strict=True):
+            _show(axes, image / 2 + 0.5)
+    _save(figure, path)

@@ -1,0 +1,73 @@
+"""report.json, and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seal_fast.scan.result import ScanReport
+
+SCHEMA_VERSION = 1
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types, NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def to_json(content: dict[str, Any]) -> str:
+    """Indented JSON that any parser reads: ASCII, no NaN."""
+    return json.dumps(_plain(content), indent=2, allow_nan=False)
+
+
+def report_json(report: ScanReport) -> str:
+    """The whole report as JSON."""
+    return to_json(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "tool": report.tool,
+            "environment": report.environment,
+            "config": report.config,
+            "models": [asdict(model) for model in report.models],
+            "summary": report.summary,
+        }
+    )
+
+
+def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
+    """Input detection as JSON: one log ratio (nats) and one flag per input."""
+    triggered = [value > 0 for value in log_ratios]
+    summary = {"triggered": sum(triggered), "clean": len(triggered) - sum(triggered)}
+    return to_json(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "tool": tool,
+            "log_ratio": list(log_ratios),
+            "triggered": triggered,
+            "summary": summary,
+        }
+    )
+
+
+def write_report(report: ScanReport, path: Path) -> None:
+    """Write `report_json` to `path` under a temporary name first, so that a reader never sees half a report."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # random, since a scanned model's folder of the same name would be in the way
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        partial.write_text(report_json(report) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,249 @@
+"""One scan: load, revert, judge and record, model after model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import seal_fast
+from seal_fast.checkpoints import CheckpointError, load_denoiser
+from seal_fast.checkpoints.trigger import PRIOR_SCALE
+from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.report.figures import draw_samples, draw_trigger
+from seal_fast.report.json import write_report
+from seal_fast.scan.discovery import Candidate, find_candidates
+from seal_fast.scan.environment import environment
+from seal_fast.scan.result import ModelResult, ScanReport
+from seal_fast.terd import (
+    DEFAULT_PRESET,
+    Calibration,
+    Reversion,
+    ReversionSettings,
+    Verdict,
+    model_evidence,
+    reverse_trigger,
+    shipped_calibration,
+)
+
+PICTURES = 4
+PICTURE_STEPS = 250
+"""Ancestral steps: BadDiffusion's shift is exact for 1000, fires with 250 and not with 50."""
+PICTURE_RMS = 0.75
+"""Size per dimension the shift is also drawn at: the reversed loss shrinks mu, and published triggers have 0.3 to 1."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a running scan stands.
+
+    Attributes:
+        model: name of the model being scanned.
+        index: its number, from 1.
+        total: models to scan.
+        stage: loading, estimation, refinement or pictures.
+        iteration: of the stage, from 1; 0 in a stage without iterations.
+        iterations: of the stage.
+        fraction: share of the work on this model that is done.
+    """
+
+    model: str
+    index: int
+    total: int
+    stage: str
+    iteration: int = 0
+    iterations: int = 0
+    fraction: float = 0.0
+
+
+OnProgress = Callable[[Progress], None]
+OnResult = Callable[[ModelResult, int, int], None]
+"""Called with each finished row, its number from 1, and the models to scan."""
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def progress_of(settings: ReversionSettings, at: Progress, on_progress: OnProgress) -> Callable[[str, int, int, float], None]:
+    """A reversion callback that turns iterations into the share of the work, counted in denoised images."""
+    weight = {"estimation": 2.0, "refinement": 4.0 + settings.sampler_steps}
+    first = weight["estimation"] * settings.estimation_iterations
+    whole = first + weight["refinement"] * settings.refinement_iterations
+
+    def on_step(stage: str, iteration: int, iterations: int, loss: float) -> None:
+        share = iteration / iterations
+        done = first * share if stage == "estimation" else first + (whole - first) * share
+        on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=done / whole))
+
+    return on_step
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What stays the same from model to model."""
+
+    calibration: Calibration
+    weights: str
+    seed: int
+    out: Path | None
+    on_progress: OnProgress
+
+    def model(self, candidate: Candidate, index: int, total: int) -> ModelResult:
+        """Scan one checkpoint; whatever goes wrong with it becomes its error row."""
+        started = time.perf_counter()
+        at = Progress(candidate.name, index, total, "loading")
+        self.on_progress(at)
+        loaded = None
+        try:
+            loaded = load_denoiser(candidate.path, weights=self.weights, device=default_device())
+            on_step = progress_of(self.calibration.settings, at, self.on_progress)
+            reversion = reverse_trigger(loaded.denoiser, self.calibration.settings, seed=self.seed, on_step=on_step)
+            evidence = model_evidence(reversion)
+            judgement = self.calibration.judge(evidence, loaded.denoiser.process.kind)
+        except Exception as error:
+            reason = _describe(error, candidate)
+            sha256, kind = (loaded.sha256, loaded.format) if loaded else (None, None)
+            seconds = time.perf_counter() - started
+            return ModelResult(candidate.name, sha256, kind, Verdict.ERROR, None, None, reason, None, None, seconds, reason)
+        self.on_progress(replace(at, stage="pictures", fraction=1.0))
+        trigger, notes = self.keep(candidate, loaded.denoiser, reversion, loaded.sha256)
+        return ModelResult(
+            path=candidate.name,
+            sha256=loaded.sha256,
+            format=loaded.format,
+            verdict=judgement.verdict,
+            score=judgement.score,
+            threshold=judgement.threshold,
+            reason=judgement.reason,
+            evidence=evidence,
+            trigger=trigger,
+            seconds=time.perf_counter() - started,
+            error=None,
+            notes=(*loaded.notes, *notes),
+        )
+
+    def keep(
+        self, candidate: Candidate, denoiser: Denoiser, reversion: Reversion, sha256: str
+    ) -> tuple[str | None, tuple[str, ...]]:
+        """Write the trigger and its pictures; returns the trigger's path below `out`, and notes."""
+        if self.out is None or not reversion.finite:
+            return None, ()
+        folder = self.out / candidate.name
+        kept = None
+        try:
+            metadata = {PRIOR_SCALE: repr(denoiser.process.prior_scale), "model_sha256": sha256}
+            reversion.trigger.save(folder / "trigger.safetensors", metadata)
+            kept = f"{candidate.name}/trigger.safetensors"
+            draw_trigger(reversion.trigger, folder / "trigger.png")
+            draw_samples(sample_pictures(denoiser, reversion.trigger, self.seed), folder / "samples.png")
+        except Exception as error:
+            # the verdict stands without its pictures, and a full disk must not hide a backdoor
+            return kept, (f"trigger or pictures not kept: {_describe(error, candidate)}",)
+        return kept, ()
+
+
+def sample_pictures(denoiser: Denoiser, trigger: Trigger, seed: int) -> dict[str, torch.Tensor]:
+    """A few pictures per kind of start, [N,C,H,W] each, all from the same noise: what the trigger changes is the backdoor."""
+    scale, steps = denoiser.process.prior_scale, min(PICTURE_STEPS, denoiser.process.num_timesteps)
+    noise = torch.randn(PICTURES, *denoiser.shape, generator=torch.Generator().manual_seed(seed)).to(denoiser.device)
+    rms = float(trigger.mu.square().mean().sqrt())
+    enlarged = Trigger(trigger.mu * (PICTURE_RMS / max(rms, 1e-12)), trigger.gamma)
+
+    def draw(start: torch.Tensor, trojan: Trigger | None) -> torch.Tensor:
+        generator = torch.Generator(denoiser.device).manual_seed(seed + 1)
+        # a clamp would remove the shift BadDiffusion lives in; TrojDiff's own sampler clamps
+        clip = trojan is not None
+        with torch.no_grad():
+            return sample(denoiser, scale * start, "ddpm", steps, trigger=trojan, clip=clip, generator=generator).cpu()
+
+    return {
+        "clean noise": draw(noise, None),
+        "noise with the reverted trigger": draw(trigger.start(noise), None),
+        f"reverted shift enlarged to {PICTURE_RMS} per dimension": draw(enlarged.start(noise), None),
+        "enlarged, TrojDiff's sampler": draw(enlarged.start(noise), enlarged),
+    }
+
+
+def _describe(error: Exception, candidate: Candidate) -> str:
+    """An error in one line, without the absolute path reports must not hold."""
+    if isinstance(error, CheckpointError):
+        part = os.path.relpath(error.path, candidate.path)
+        text = error.reason if part == "." else f"{part}: {error.reason}"
+    else:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return text.replace(os.fspath(candidate.path), candidate.name)
+
+
+def tool() -> dict[str, str]:
+    return {"name": "seal-fast", "version": seal_fast.__version__}
+
+
+def _config(calibration: Calibration, preset: str | None, weights: str, seed: int) -> dict[str, Any]:
+    backdoored = sum(model.backdoored for model in calibration.models)
+    return {
+        "preset": preset,
+        "settings": asdict(calibration.settings),
+        "calibration": {"benign": len(calibration.models) - backdoored, "backdoored": backdoored},
+        "weights": weights,
+        "seed": seed,
+        "device": default_device(),
+    }
+
+
+def scan(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    preset: str = DEFAULT_PRESET,
+    calibration: Calibration | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress = _ignore,
+    on_result: OnResult = _ignore,
+) -> ScanReport:
+    """Judge every checkpoint at or below `paths`.
+
+    Args:
+        paths: checkpoints, or folders that hold some at any depth.
+        preset: which shipped calibration to judge by, a key of `seal_fast.terd.PRESETS`; unused if `calibration` is given.
+        calibration: what to judge by; reversion takes its settings from it, since scores compare only under equal settings.
+        weights: "ema" or "raw", where a checkpoint holds both.
+        seed: of the reversion and of the pictures.
+        out: folder for report.json, and for each model's trigger.safetensors, trigger.png and samples.png; None keeps nothing.
+            report.json is replaced whole after every model, so an interrupted scan leaves the finished ones.
+        on_progress: called as the work goes on.
+        on_result: called with every finished row.
+
+    Returns:
+        One row per checkpoint; a checkpoint that cannot be scanned gets an `error` row and the rest goes on.
+
+    Raises:
+        FileNotFoundError: one of `paths` does not exist, or there is no such preset.
+        OSError: `out` cannot be written.
+        ValueError: the preset's calibration cannot be read.
+    """
+    used_preset = preset if calibration is None else None
+    calibration = calibration or shipped_calibration(preset)
+    candidates = find_candidates([paths] if isinstance(paths, str | os.PathLike) else paths)
+    out = None if out is None else Path(out)
+    job = _Scan(calibration, weights, seed, out, on_progress)
+    report = ScanReport((), tool(), environment(), _config(calibration, used_preset, weights, seed))
+    if out is not None:
+        write_report(report, out / "report.json")
+    for index, candidate in enumerate(candidates, 1):
+        result = job.model(candidate, index, len(candidates))
+        report = replace(report, models=(*report.models, result))
+        if out is not None:
+            write_report(report, out / "report.json")
+        on_result(result, index, len(candidates))
+    return report

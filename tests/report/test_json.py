@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from seal_fast.report.json import detection_json, report_json, to_json, write_report
+from seal_fast.scan import ModelResult, ScanReport
+from seal_fast.terd import Evidence, Verdict
+
+EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
+ROW = ModelResult(
+    "a/b", "f" * 64, "diffusers-pipeline", Verdict.CLEAN, 0.5, 3.0, "why", EVIDENCE, "a/b/trigger.safetensors", 1.5, None
+)
+REPORT = ScanReport((ROW,), {"name": "seal-fast", "version": "1"}, {"torch": None}, {"seed": 0})
+
+MODEL_KEYS = {
+    "path",
+    "sha256",
+    "format",
+    "verdict",
+    "score",
+    "threshold",
+    "reason",
+    "evidence",
+    "trigger",
+    "seconds",
+    "error",
+    "notes",
+}
+
+
+def strict(text):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_the_contract():
+    content = strict(report_json(REPORT))
+    assert list(content) == ["schema_version", "tool", "environment", "config", "models", "summary"]
+    assert content["tool"] == {"name": "seal-fast", "version": "1"}
+    assert content["summary"] == {"clean": 1, "backdoored": 0, "inconclusive": 0, "error": 0}
+    (row,) = content["models"]
+    assert set(row) == MODEL_KEYS
+    assert row["verdict"] == "clean"
+    assert row["evidence"] == {"M_r": 0.25, "V_r": 0.5, "mu_norm": 1.5, "gamma_mean": 0.75, "reversed_loss": 1.0}
+    assert row["error"] is None
+    assert row["score"] == 0.5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_json_does_not_have_become_null(value):
+    row = replace(ROW, score=value, evidence=replace(EVIDENCE, M_r=value), seconds=value)
+    (read,) = strict(report_json(replace(REPORT, models=(row,))))["models"]
+    assert read["score"] is read["evidence"]["M_r"] is read["seconds"] is None
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text()
+TREES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
+
+
+def same(read, given):
+    if isinstance(given, float):
+        return read == given if math.isfinite(given) else read is None
+    if isinstance(given, list):
+        return len(read) == len(given) and all(map(same, read, given))
+    if isinstance(given, dict):
+        return read.keys() == given.keys() and all(same(read[key], given[key]) for key in given)
+    return read == given and type(read) is type(given)
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.text(), TREES))
+def test_everything_else_is_read_back_as_it_was(content):
+    text = to_json(content)
+    assert text.isascii()
+    assert same(strict(text), content)
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "report.json"
+    write_report(REPORT, target)
+    before = target.read_text()
+    assert strict(before) == strict(report_json(REPORT))
+    unwritable = replace(REPORT, config={"seed": object()})
+    with pytest.raises(TypeError):
+        write_report(unwritable, target)
+    assert target.read_text() == before
+    assert [path.name for path in target.parent.iterdir()] == ["report.json"]
+
+
+def test_detection():
+    content = strict(detection_json([1.5, -2.0, math.inf], {"name": "seal-fast", "version": "1"}))
+    assert content["log_ratio"] == [1.5, -2.0, None]
+    assert content["triggered"] == [True, False, True]
+    assert content["summary"] == {"triggered": 2, "clean": 1}
