@@ -1,0 +1,178 @@
+"""The published-settings table: TERD as published, on the zoo's models, beside its null baselines.
+
+    python -m benchmarks.published_table [--preset published] [--only NAME ...] [--out benchmarks/results/published_table.json]
+
+One row per model as soon as it is done, so an interrupted run goes on where it stopped. Benign models of role "calibration"
+make the benign-only rule (mean + 3 sigma) and are themselves judged leave-one-out; all others were used for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import describe_machine
+from seal_fast.checkpoints import load_denoiser
+from seal_fast.diffusion import Denoiser, Trigger
+from seal_fast.terd import (
+    PRESETS,
+    Calibration,
+    CalibrationModel,
+    Evidence,
+    InputDetector,
+    Verdict,
+    model_evidence,
+    reverse_trigger,
+)
+from seal_fast.terd.reversion import initial_mu
+from seal_fast.zoo.build import read_manifest
+from seal_fast.zoo.recipes import RECIPES, Recipe
+
+INPUTS = 10_000
+SEED = 0
+"""Of every reversion; the inputs use SEED + 1."""
+
+
+def wilson(successes: int, trials: int) -> dict[str, float | int | None]:
+    """Rate with its 95% Wilson interval."""
+    from scipy.stats import binomtest
+
+    if trials == 0:
+        return {"rate": None, "low": None, "high": None, "trials": 0}
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return {"rate": successes / trials, "low": float(interval.low), "high": float(interval.high), "trials": trials}
+
+
+def closeness(found: Tensor, true: Tensor) -> dict[str, float]:
+    """Relative L2 error and cosine of a reverted mu."""
+    cosine = torch.nn.functional.cosine_similarity(found.flatten(), true.flatten(), dim=0)
+    return {"relative_l2": float((found - true).norm() / true.norm()), "cosine": float(cosine)}
+
+
+def input_rates(found: Trigger, true: Trigger) -> dict[str, Any]:
+    """Input detection: triggered inputs caught (TPR) and clean inputs passed (TNR)."""
+    detector = InputDetector(found)
+    generator = torch.Generator().manual_seed(SEED + 1)
+    clean = torch.randn(INPUTS, *true.mu.shape, generator=generator)
+    triggered = true.start(torch.randn(INPUTS, *true.mu.shape, generator=generator))
+    return {"tpr": wilson(int(detector(triggered).sum()), INPUTS), "tnr": wilson(int((~detector(clean)).sum()), INPUTS)}
+
+
+def baselines(shape: tuple[int, int, int]) -> dict[str, Trigger]:
+    """Triggers that no reversion was needed for."""
+    return {
+        "untouched start": Trigger.shift(initial_mu(shape, torch.Generator().manual_seed(SEED))),
+        "zero": Trigger.shift(torch.zeros(shape)),
+        "constant -1": Trigger.shift(-torch.ones(shape)),
+    }
+
+
+def compare(found: Trigger, true: Trigger) -> dict[str, Any]:
+    return {**closeness(found.mu, true.mu), "inputs": input_rates(found, true)}
+
+
+def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
+    """Revert one model's trigger and compare it with the true one."""
+    loaded = load_denoiser(checkpoint)
+    denoiser: Denoiser = loaded.denoiser
+    began = time.monotonic()
+
+    def on_step(stage: str, iteration: int, total: int, loss: float) -> None:
+        if iteration % 200 == 0 or iteration == total:
+            seconds = time.monotonic() - began
+            print(f"{recipe.name}: {stage} {iteration}/{total}, loss {loss:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    reversion = reverse_trigger(denoiser, PRESETS[preset], seed=SEED, on_step=on_step)
+    attack = recipe.attack()
+    row: dict[str, Any] = {
+        "name": recipe.name,
+        "sha256": loaded.sha256,
+        "process": denoiser.process.kind,
+        "role": recipe.role,
+        "method": recipe.method,
+        "size": recipe.network.size,
+        "seconds": time.monotonic() - began,
+        "evaluations": reversion.evaluations,
+        "evidence": asdict(model_evidence(reversion)),
+    }
+    if attack is not None:
+        row["reverted"] = compare(reversion.trigger, attack.trigger)
+        row["baselines"] = {name: compare(trigger, attack.trigger) for name, trigger in baselines(denoiser.shape).items()}
+    return row
+
+
+def _pool(rows: list[dict[str, Any]], preset: str, leave_out: str | None = None) -> Calibration:
+    chosen = [row for row in rows if row["role"] == "calibration" and row["name"] != leave_out]
+    models = [
+        CalibrationModel(row["name"], row["sha256"], row["process"], False, Evidence(**row["evidence"])) for row in chosen
+    ]
+    return Calibration(PRESETS[preset], tuple(models))
+
+
+def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
+    """Add a benign-only verdict to every row, calibrated without the row itself."""
+    for row in rows:
+        judgement = _pool(rows, preset, leave_out=row["name"]).judge(Evidence(**row["evidence"]), row["process"])
+        row["verdict"], row["score"], row["reason"] = str(judgement.verdict), judgement.score, judgement.reason
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Model detection; an inconclusive verdict counts as wrong on either side."""
+    backdoored = [row for row in rows if row["method"] is not None]
+    benign = [row for row in rows if row["method"] is None]
+    held_out = [row for row in benign if row["role"] == "test"]
+
+    def rate(chosen: list[dict[str, Any]], verdict: Verdict) -> dict[str, Any]:
+        return wilson(sum(row["verdict"] == verdict for row in chosen), len(chosen))
+
+    return {
+        "model_tpr": rate(backdoored, Verdict.BACKDOORED),
+        "model_tnr_held_out": rate(held_out, Verdict.CLEAN),
+        "model_tnr_with_leave_one_out": rate(benign, Verdict.CLEAN),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="published")
+    parser.add_argument("--zoo", type=Path, default=Path("zoo"))
+    parser.add_argument("--only", nargs="*", help="names of zoo models; default all")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/published_table.json"))
+    arguments = parser.parse_args()
+    recipes = {recipe.name: recipe for recipe in RECIPES}
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    done = {row["name"] for row in rows}
+    for entry in read_manifest(arguments.zoo):
+        if entry["name"] in done or (arguments.only and entry["name"] not in arguments.only):
+            continue
+        rows.append(measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.preset))
+        write(arguments, rows)
+    judge_rows(rows, arguments.preset)
+    write(arguments, rows, summarise(rows))
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], summary: dict[str, Any] | None = None) -> None:
+    content = {
+        "command": "python -m benchmarks.published_table " + " ".join(sys.argv[1:]),
+        "machine": describe_machine(),
+        "settings": asdict(PRESETS[arguments.preset]),
+        "seed": SEED,
+        "inputs_per_side": INPUTS,
+        "summary": summary,
+        "rows": rows,
+    }
+    partial = arguments.out.with_name(arguments.out.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
