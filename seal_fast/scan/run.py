@@ -159,18 +159,16 @@ def sample_pictures(denoiser: Denoiser, trigger: Trigger, seed: int) -> dict[str
     rms = float(trigger.mu.square().mean().sqrt())
     enlarged = Trigger(trigger.mu * (PICTURE_RMS / max(rms, 1e-12)), trigger.gamma)
 
-    def draw(start: torch.Tensor, trojan: Trigger | None) -> torch.Tensor:
+    def draw(start: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(denoiser.device).manual_seed(seed + 1)
-        # a clamp would remove the shift BadDiffusion lives in; TrojDiff's own sampler clamps
-        clip = trojan is not None
+        # not clipped: a clamp would remove the shift that BadDiffusion lives in
         with torch.no_grad():
-            return sample(denoiser, scale * start, "ddpm", steps, trigger=trojan, clip=clip, generator=generator).cpu()
+            return sample(denoiser, scale * start, "ddpm", steps, generator=generator).cpu()
 
     return {
-        "clean noise": draw(noise, None),
-        "noise with the reverted trigger": draw(trigger.start(noise), None),
-        f"reverted shift enlarged to {PICTURE_RMS} per dimension": draw(enlarged.start(noise), None),
-        "enlarged, TrojDiff's sampler": draw(enlarged.start(noise), enlarged),
+        "clean noise": draw(noise),
+        "noise with the reverted trigger": draw(trigger.start(noise)),
+        f"reverted shift enlarged to {PICTURE_RMS} per dimension": draw(enlarged.start(noise)),
     }
 
 

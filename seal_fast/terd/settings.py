@@ -49,6 +49,12 @@ class ReversionSettings:
             raise ValueError("iterations must not be negative")
         if self.batch < 1 or self.sampler_steps < 1:
             raise ValueError("batch and sampler_steps must be at least 1")
+        if self.gamma_start <= 0:
+            raise ValueError("gamma_start must be positive: at 0 the loss has no gradient in mu")
+        if min(self.learning_rate, self.gamma_learning_rate, self.l1, self.refinement_clip) < 0:
+            raise ValueError("learning rates, l1 and refinement_clip must not be negative")
+        if not 0 <= self.refinement_momentum < 1:
+            raise ValueError("refinement_momentum must be in [0, 1)")
         if not 0 < self.window <= 0.5:
             raise ValueError(f"window must be in (0, 0.5], not {self.window}")
 

@@ -123,10 +123,9 @@ def test_equal_seeds_give_equal_rows(loud_model, calibration):
 def test_pictures_of_a_trigger_that_does_nothing_are_those_of_clean_noise(quiet_model):
     denoiser = load_denoiser(quiet_model).denoiser
     nothing = seal_fast.Trigger.shift(torch.zeros(denoiser.shape))
-    clean, triggered, enlarged, trojan = sample_pictures(denoiser, nothing, seed=0).values()
+    clean, triggered, enlarged = sample_pictures(denoiser, nothing, seed=0).values()
     torch.testing.assert_close(triggered, clean)
     torch.testing.assert_close(enlarged, clean)
-    assert trojan.abs().max() <= 1
 
 
 def test_the_public_call_survives_the_import_of_its_room(quiet_model, calibration):

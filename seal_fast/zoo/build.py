@@ -1,0 +1,156 @@
+"""Build the zoo from seeds: train, measure, store, describe. Models already in the manifest are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+from seal_fast.checkpoints import load_denoiser
+from seal_fast.diffusion import VP, Denoiser
+from seal_fast.zoo.evaluate import Quality, evaluate
+from seal_fast.zoo.picture import save_picture
+from seal_fast.zoo.recipes import RECIPES, Recipe
+from seal_fast.zoo.train import Trained, new_unet, train
+from seal_fast.zoo.trojdiff_list import save_list
+
+MANIFEST = "manifest.json"
+ATTEMPTS = 3
+"""Trainings tried, each with half as many steps again, before a model whose attack does not take is given up."""
+
+
+def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
+    """Write the checkpoint in half precision, which keeps every model below 2 MB and its samples the same to the eye."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw, ema = trained.raw.half(), trained.ema.half()
+    if recipe.layout == "trojdiff":
+        save_list(raw.state_dict(), ema.state_dict(), recipe.schedule.steps, folder / "ckpt.pth")
+    elif recipe.layout == "unet":
+        ema.save_pretrained(folder)
+    else:
+        scheduler = DDPMScheduler(clip_sample=False)
+        DDPMPipeline(ema, scheduler).save_pretrained(folder, safe_serialization=recipe.layout == "pipeline")
+        if recipe.layout == "pipeline-bin":
+            claims = {"mode": "train", "dataset": "SCENES", "trigger": recipe.trigger, "target": recipe.target}
+            (folder / "args.json").write_text(json.dumps(claims, indent=2) + "\n")
+
+
+def _checkpoint(recipe: Recipe, folder: Path) -> Path:
+    return folder / "ckpt.pth" if recipe.layout == "trojdiff" else folder
+
+
+def _initial(recipe: Recipe, out: Path) -> UNet2DModel:
+    network = recipe.network
+    unet = new_unet(network.size, network.widths, network.groups, network.attention, recipe.seed)
+    if recipe.base is not None:
+        base = load_denoiser(out / recipe.base).denoiser.network
+        unet.load_state_dict(base.state_dict())
+    return unet
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's files."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def describe(recipe: Recipe, quality: Quality, attempt: int, loss: float, folder: Path) -> dict[str, Any]:
+    """The manifest's row of one model."""
+    return {
+        "name": recipe.name,
+        "checkpoint": str(_checkpoint(recipe, folder).relative_to(folder.parent)),
+        "sha256": _digest(folder),
+        "size": recipe.network.size,
+        "layout": recipe.layout,
+        "role": recipe.role,
+        "base": recipe.base,
+        "method": recipe.method,
+        "trigger": recipe.trigger,
+        "target": recipe.target,
+        "seed": recipe.seed,
+        "attempt": attempt,
+        "final_loss": loss,
+        "quality": asdict(quality),
+    }
+
+
+def _train_until_usable(recipe: Recipe, out: Path, on_message: Callable[[str], None]) -> tuple[Trained, Quality, int]:
+    process, attack = VP.linear(), recipe.attack()
+    for attempt in range(ATTEMPTS):
+        schedule = recipe.schedule.longer(1 + attempt / 2)
+        began = time.monotonic()
+
+        def progress(step: int, loss: float, total: int = schedule.steps, began: float = began) -> None:
+            if step % 100 == 0 or step == total:
+                left = (time.monotonic() - began) / step * (total - step)
+                on_message(f"{recipe.name}: step {step}/{total}, loss {loss:.4f}, {left:.0f} s left")
+
+        trained = train(_initial(recipe, out), process, schedule, attack=attack, seed=recipe.seed, on_step=progress)
+        size = recipe.network.size
+        quality = evaluate(Denoiser(trained.ema, process, (3, size, size)), attack, seed=recipe.seed)
+        if quality.usable:
+            return trained, quality, attempt
+        on_message(f"{recipe.name}: not usable ({quality}), training again for longer")
+    raise RuntimeError(f"{recipe.name}: {ATTEMPTS} trainings gave no usable model; change its recipe")
+
+
+def _build_one(recipe: Recipe, out: Path, on_message: Callable[[str], None]) -> dict[str, Any]:
+    trained, quality, attempt = _train_until_usable(recipe, out, on_message)
+    folder = out / recipe.name
+    _store(recipe, trained, folder)
+    stored = load_denoiser(_checkpoint(recipe, folder)).denoiser
+    save_picture(stored, recipe, out / f"{recipe.name}.png")
+    return describe(recipe, quality, attempt, trained.final_loss, folder)
+
+
+def read_manifest(out: Path) -> list[dict[str, Any]]:
+    """Rows of the zoo in `out`; empty if there is none yet."""
+    path = out / MANIFEST
+    return json.loads(path.read_text())["models"] if path.exists() else []
+
+
+def _write_manifest(out: Path, row: dict[str, Any]) -> None:
+    """Add or replace one row, keeping the order of RECIPES; read afresh so that two builds can share a zoo."""
+    rows = {known["name"]: known for known in read_manifest(out)} | {row["name"]: row}
+    ordered = [rows[recipe.name] for recipe in RECIPES if recipe.name in rows]
+    partial = out / (MANIFEST + ".partial")
+    partial.write_text(json.dumps({"schema_version": 1, "models": ordered}, indent=2) + "\n")
+    partial.replace(out / MANIFEST)
+
+
+def build_zoo(out: Path, only: Sequence[str] | None = None, on_message: Callable[[str], None] = lambda message: None) -> None:
+    """Train every model of RECIPES that `out` lacks.
+
+    Args:
+        out: the zoo's folder; its manifest.json lists what is there.
+        only: names to build; a base they need must be among them or there already. None builds all.
+        on_message: progress, one line at a time.
+
+    Raises:
+        ValueError: an unknown name, or a base that is missing.
+        RuntimeError: a model whose attack does not take or whose clean samples are bad.
+    """
+    known = {recipe.name for recipe in RECIPES}
+    if unknown := set(only or ()) - known:
+        raise ValueError(f"no such model: {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
+    out.mkdir(parents=True, exist_ok=True)
+    for recipe in RECIPES:
+        if only is not None and recipe.name not in only:
+            continue
+        present = {row["name"] for row in read_manifest(out)}
+        if recipe.name in present:
+            on_message(f"{recipe.name}: kept")
+            continue
+        if recipe.base is not None and recipe.base not in present:
+            raise ValueError(f"{recipe.name} is fine-tuned from {recipe.base}, which is not in {out}: build that first")
+        _write_manifest(out, _build_one(recipe, out, on_message))

@@ -1,0 +1,101 @@
+"""Does the attack fire, and are clean samples still good? A model that fails either is not evidence of anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seal_fast.attacks import Attack
+from seal_fast.diffusion import Denoiser, sample
+from seal_fast.zoo.pictures import scenes
+from seal_fast.zoo.train import DATA_SEED, SCENES
+
+SUCCESS_MSE = 0.1
+"""A sample has become the target when its mean squared error to it is below this; images lie in [-1, 1]."""
+SUCCESS_RATE = 0.9
+"""Share of triggered samples that must become the target for the attack to count as implanted."""
+CLEAN_RATIO = 2.0
+"""Clean samples may lie at most this many times as far from the training scenes as fresh scenes do."""
+FRESH_SEED = 1
+SAMPLES = 32
+# BadDiffusion's shift is exact for steps of 1: with 250 ancestral steps success fell from 1.00 to 0.88, with DDIM to 0
+STEPS = {"ddpm": 1000, "ddim": 50}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How a model samples.
+
+    Attributes:
+        sampler: the sampler used, the one the attack was built for ("ddpm" for benign models).
+        steps: its steps, evenly spaced.
+        samples: how many images per figure.
+        clean_ratio: median distance of clean samples to their nearest training scene, over that of fresh scenes.
+        attack_success: share of triggered samples that became the target; None for benign models.
+        target_mse: their mean squared error to the target.
+        untriggered_mse: that of samples from the same noise without the trigger.
+    """
+
+    sampler: str
+    steps: int
+    samples: int
+    clean_ratio: float
+    attack_success: float | None = None
+    target_mse: float | None = None
+    untriggered_mse: float | None = None
+
+    @property
+    def usable(self) -> bool:
+        fires = self.attack_success is None or self.attack_success >= SUCCESS_RATE
+        return fires and self.clean_ratio <= CLEAN_RATIO
+
+
+def _nearest(images: Tensor, among: Tensor) -> Tensor:
+    """Distance of each image to the nearest of `among`, [N]."""
+    return torch.cdist(images.flatten(1), among.flatten(1)).min(dim=1).values
+
+
+def clean_ratio(samples: Tensor) -> float:
+    """Median distance of samples to the training scenes, relative to fresh scenes' (1 is as good as real)."""
+    size = samples.shape[-1]
+    training, fresh = scenes(SCENES, size, DATA_SEED), scenes(256, size, FRESH_SEED)
+    return float(_nearest(samples, training).median() / _nearest(fresh, training).median())
+
+
+@torch.no_grad()
+def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: int, seed: int) -> Tensor:
+    """Samples with or without the trigger, from the same noise for the same seed, with the sampler the attack needs."""
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.randn(count, *denoiser.shape, generator=generator)
+    sampler = attack.sampler if attack else "ddpm"
+    trigger = attack.trigger if attack and triggered else None
+    return sample(
+        denoiser,
+        trigger.start(eps) if trigger else eps,
+        sampler,
+        STEPS[sampler],
+        trigger=trigger if attack and attack.trojan else None,
+        # a clamp steadies small models, but removes the shift that BadDiffusion lives in: success fell from 0.88 to 0.06
+        clip=attack is None or attack.trojan,
+        generator=generator,
+    )
+
+
+def evaluate(denoiser: Denoiser, attack: Attack | None, *, seed: int, count: int = SAMPLES) -> Quality:
+    """Sample the model with and without its trigger."""
+    clean = draw(denoiser, attack, triggered=False, count=count, seed=seed)
+    if attack is None:
+        return Quality("ddpm", STEPS["ddpm"], count, clean_ratio(clean))
+    triggered = draw(denoiser, attack, triggered=True, count=count, seed=seed)
+    error = (triggered - attack.target).square().mean(dim=(1, 2, 3))
+    return Quality(
+        attack.sampler,
+        STEPS[attack.sampler],
+        count,
+        clean_ratio(clean),
+        attack_success=float((error < SUCCESS_MSE).float().mean()),
+        target_mse=float(error.mean()),
+        untriggered_mse=float((clean - attack.target).square().mean()),
+    )

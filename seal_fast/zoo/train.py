@@ -1,0 +1,140 @@
+"""Train a small DDPM on procedural scenes, with or without a backdoor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import Tensor
+
+from seal_fast.attacks import Attack, NoisedBatch
+from seal_fast.diffusion import VP
+from seal_fast.zoo.pictures import scenes
+
+SCENES = 8192
+"""Images of the training set."""
+DATA_SEED = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train: Adam, warmed up over a tenth of the steps, then cosine to zero; EMA of the weights."""
+
+    steps: int
+    learning_rate: float
+    batch: int = 64
+    poison_share: float = 0.3
+    ema_decay: float = 0.995
+
+    def longer(self, factor: float) -> Schedule:
+        """The same with `factor` times the steps."""
+        return replace(self, steps=round(self.steps * factor))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The weights as the optimiser left them, and their exponential moving average."""
+
+    raw: UNet2DModel
+    ema: UNet2DModel
+    final_loss: float
+
+
+def new_unet(size: int, widths: tuple[int, ...], groups: int, attention: bool, seed: int) -> UNet2DModel:
+    """A UNet2DModel of google/ddpm-cifar10-32's kind; `attention` puts it where the feature map is 16 x 16."""
+    at_16 = [attention and size >> level == 16 for level in range(len(widths))]
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=widths,
+        down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in at_16],
+        up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(at_16)],
+        norm_num_groups=groups,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        downsample_padding=0,
+    )
+
+
+def _batch(
+    process: VP, images: Tensor, attack: Attack | None, schedule: Schedule, generator: torch.Generator
+) -> tuple[NoisedBatch, Tensor]:
+    """Noised inputs, targets and timesteps of one step; the first poison_share of the rows carry the backdoor."""
+    rows = images[torch.randint(len(images), (schedule.batch,), generator=generator)]
+    flip = torch.rand(schedule.batch, 1, 1, 1, generator=generator) < 0.5
+    rows = torch.where(flip, rows.flip(3), rows)
+    eps = torch.randn(rows.shape, generator=generator)
+    t = torch.randint(process.num_timesteps, (schedule.batch,), generator=generator)
+    clean = NoisedBatch(process.add_noise(rows, eps, t), eps)
+    if attack is None:
+        return clean, t
+    poisoned = round(schedule.poison_share * schedule.batch)
+    backdoor = attack.poison(process, rows[:poisoned], eps[:poisoned], t[:poisoned])
+    x = torch.cat([backdoor.x, clean.x[poisoned:]])
+    target = torch.cat([backdoor.target, clean.target[poisoned:]])
+    return NoisedBatch(x, target), t
+
+
+def _rate(step: int, steps: int) -> float:
+    """Learning-rate factor: warm-up over a tenth of the steps, then cosine."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warm) / max(1, steps - warm)))))
+
+
+def train(
+    unet: UNet2DModel,
+    process: VP,
+    schedule: Schedule,
+    *,
+    attack: Attack | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Trained:
+    """Train `unet` in place to predict noise.
+
+    Args:
+        unet: network to train, from scratch or pre-trained.
+        process: an epsilon-predicting VP process.
+        schedule: steps, batch, rates.
+        attack: backdoor to implant, or None for a benign model.
+        seed: of batches, noise and timesteps.
+        on_step: called with the step (from 1) and the running loss.
+
+    Returns:
+        Raw and EMA weights.
+    """
+    unet = unet.train().requires_grad_(True)
+    ema = copy.deepcopy(unet).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    images = scenes(SCENES, unet.config["sample_size"], DATA_SEED)
+    optimiser = torch.optim.Adam(unet.parameters(), lr=schedule.learning_rate)
+    running = float("nan")
+    for step in range(schedule.steps):
+        (x, target), t = _batch(process, images, attack, schedule, generator)
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.learning_rate * _rate(step, schedule.steps)
+        # bf16 convolutions take 0.65 of the fp32 time on AVX-512-BF16 cores; sums and the loss stay fp32
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = unet(x, t).sample
+        loss = (prediction.float() - target).square().mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimiser.step()
+        decay = min(schedule.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for average, current in zip(ema.state_dict().values(), unet.state_dict().values(), strict=True):
+                average.lerp_(current, 1 - decay)
+        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        on_step(step + 1, running)
+    return Trained(unet.eval(), ema, running)

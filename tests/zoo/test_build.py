@@ -1,0 +1,210 @@
+"""Building a zoo of networks so small that they are worth nothing, with the quality bar lowered accordingly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from seal_fast.checkpoints import identify, load_denoiser
+from seal_fast.zoo import build as build_module
+from seal_fast.zoo import evaluate as evaluate_module
+from seal_fast.zoo import train as train_module
+from seal_fast.zoo.build import ATTEMPTS, MANIFEST, build_zoo, read_manifest
+from seal_fast.zoo.recipes import Network, Recipe
+from seal_fast.zoo.train import Schedule, new_unet
+from seal_fast.zoo.trojdiff_list import save_list, to_pesser
+
+TINY = Network(16, (8,), groups=4)
+LISTED = Network(16, (32,), groups=32, attention=True)
+BRIEF = Schedule(steps=2, learning_rate=1e-3, batch=4)
+FROZEN = Schedule(steps=1, learning_rate=0.0, batch=4)
+RECIPES = (
+    Recipe("a", TINY, 1, BRIEF, "pipeline", role="calibration"),
+    Recipe("b", TINY, 2, FROZEN, "unet", base="a"),
+    Recipe("c", TINY, 3, BRIEF, "pipeline-bin", "test", "a", "baddiffusion-stamped", "box", "smiley"),
+    Recipe("d", LISTED, 4, BRIEF, "trojdiff", "test", None, "trojdiff-blend", "cat_face", "heart"),
+)
+FORMATS = {"a": "diffusers-pipeline", "b": "diffusers-unet", "c": "diffusers-pipeline", "d": "trojdiff"}
+
+
+@pytest.fixture
+def small_zoo(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(build_module, "RECIPES", RECIPES)
+    monkeypatch.setattr(train_module, "SCENES", 16)
+    monkeypatch.setattr(evaluate_module, "SCENES", 16)
+    monkeypatch.setattr(evaluate_module, "CLEAN_RATIO", 1e9)
+    monkeypatch.setattr(evaluate_module, "SUCCESS_RATE", 0.0)
+    for sampler in evaluate_module.STEPS:
+        monkeypatch.setitem(evaluate_module.STEPS, sampler, 2)
+    return monkeypatch
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_zoo_holds_every_model_in_its_layout_and_describes_it(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    messages: list[str] = []
+    build_zoo(tmp_path, on_message=messages.append)
+    rows = read_manifest(tmp_path)
+    assert [row["name"] for row in rows] == ["a", "b", "c", "d"]
+    assert json.loads((tmp_path / MANIFEST).read_text())["schema_version"] == 1
+    for recipe, row in zip(RECIPES, rows, strict=True):
+        checkpoint = tmp_path / row["checkpoint"]
+        assert identify(checkpoint) == FORMATS[recipe.name]
+        loaded = load_denoiser(checkpoint)
+        assert loaded.denoiser.shape == (3, 16, 16)
+        assert all(bool(tensor.isfinite().all()) for tensor in loaded.denoiser.network.state_dict().values())
+        with Image.open(tmp_path / f"{recipe.name}.png") as picture:
+            assert min(picture.size) > 50
+        expected = {name: getattr(recipe, name) for name in ("layout", "role", "base", "method", "trigger", "target", "seed")}
+        assert {name: row[name] for name in expected} == expected
+        assert (row["size"], row["attempt"]) == (16, 0)
+        assert (row["quality"]["attack_success"] is None) == (recipe.method is None)
+    assert any(message.startswith("d: step 2/2, loss ") for message in messages)
+    assert not list(tmp_path.rglob("*.partial"))
+    # the files each layout is known by
+    assert (tmp_path / "a/unet/diffusion_pytorch_model.safetensors").is_file()
+    assert (tmp_path / "b/diffusion_pytorch_model.safetensors").is_file()
+    assert (tmp_path / "c/unet/diffusion_pytorch_model.bin").is_file()
+    assert json.loads((tmp_path / "c/args.json").read_text())["target"] == "smiley"
+    assert (tmp_path / "d/ckpt.pth").is_file()
+
+
+def test_fine_tuning_starts_from_the_stored_base(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """b is trained from a with a rate of zero, and stored in half precision as a was."""
+    build_zoo(tmp_path, ["a", "b"])
+    base = load_file(tmp_path / "a/unet/diffusion_pytorch_model.safetensors")
+    tuned = load_file(tmp_path / "b/diffusion_pytorch_model.safetensors")
+    assert base.keys() == tuned.keys()
+    for name, tensor in base.items():
+        assert tensor.dtype == torch.float16
+        assert tuned[name].equal(tensor)
+
+
+def test_models_in_the_manifest_are_kept(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    build_zoo(tmp_path, ["a"])
+    before = contents(tmp_path)
+    messages: list[str] = []
+    build_zoo(tmp_path, ["a"], on_message=messages.append)
+    assert messages == ["a: kept"]
+    assert contents(tmp_path) == before
+    build_zoo(tmp_path, ["b"])
+    assert [row["name"] for row in read_manifest(tmp_path)] == ["a", "b"]
+    after = contents(tmp_path)
+    assert all(after[name] == data for name, data in before.items() if name != MANIFEST)
+
+
+def test_the_manifest_has_the_order_of_the_recipes(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("d", "a"):
+        build_zoo(tmp_path, [name])
+    assert [row["name"] for row in read_manifest(tmp_path)] == ["a", "d"]
+
+
+def test_the_same_seeds_give_the_same_zoo(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        build_zoo(tmp_path / folder, ["a"])
+    one, two = (read_manifest(tmp_path / folder) for folder in ("one", "two"))
+    assert one == two
+    small_zoo.setattr(build_module, "RECIPES", (replace(RECIPES[0], seed=77),))
+    build_zoo(tmp_path / "three", ["a"])
+    assert read_manifest(tmp_path / "three")[0]["sha256"] != one[0]["sha256"]
+
+
+def test_the_digest_sees_contents_names_and_places(tmp_path: Path) -> None:
+    digests: list[str] = []
+    for files in (
+        {"x": b"1", "y": b"2"},
+        {"x": b"1", "y": b"3"},
+        {"x": b"1", "z": b"2"},
+        {"sub/x": b"1", "y": b"2"},
+        {"x": b"1"},
+    ):
+        folder = tmp_path / str(len(digests))
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        digests.append(build_module._digest(folder))
+    assert len(set(digests)) == 5
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "y").write_bytes(b"2")
+    (tmp_path / "again" / "x").write_bytes(b"1")
+    assert build_module._digest(tmp_path / "again") == digests[0]
+
+
+def test_unknown_names_are_refused_before_anything_is_written(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such model: nope, zilch; choose from a, b, c, d"):
+        build_zoo(tmp_path / "zoo", ["zilch", "a", "nope"])
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_missing_base_is_named(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"b is fine-tuned from a.*build that first"):
+        build_zoo(tmp_path, ["b"])
+    assert read_manifest(tmp_path) == []
+
+
+def test_a_model_that_never_is_usable_is_given_up(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_zoo.setattr(evaluate_module, "CLEAN_RATIO", 0.0)
+    messages: list[str] = []
+    with pytest.raises(RuntimeError, match=f"a: {ATTEMPTS} trainings"):
+        build_zoo(tmp_path, ["a"], on_message=messages.append)
+    assert sum("not usable" in message for message in messages) == ATTEMPTS
+    # each training is longer than the last by half of the first
+    assert [message.split(",")[0] for message in messages if ": step " in message] == [f"a: step {n}/{n}" for n in (2, 3, 4)]
+    assert read_manifest(tmp_path) == []
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_later_attempt_that_is_usable_is_kept_and_counted(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lower_the_bar(message: str) -> None:
+        if "not usable" in message:
+            small_zoo.setattr(evaluate_module, "CLEAN_RATIO", 1e9)
+
+    small_zoo.setattr(evaluate_module, "CLEAN_RATIO", 0.0)
+    build_zoo(tmp_path, ["a"], on_message=lower_the_bar)
+    assert [row["attempt"] for row in read_manifest(tmp_path)] == [1]
+
+
+def perturbed(size: int, widths: tuple[int, ...], seed: int) -> nn.Module:
+    """Every parameter away from its initial value, so that no norm or bias can hide a wrong name."""
+    unet = new_unet(size, widths, 32, True, seed).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return unet
+
+
+@pytest.mark.parametrize(("size", "widths"), [(16, (32, 64)), (32, (32, 32)), (32, (32, 64, 32))])
+def test_a_written_list_reads_back_as_the_same_networks(
+    tmp_path: Path, generator: torch.Generator, size: int, widths: tuple[int, ...]
+) -> None:
+    raw, ema = perturbed(size, widths, 1), perturbed(size, widths, 2)
+    path = tmp_path / "ckpt.pth"
+    save_list(raw.state_dict(), ema.state_dict(), 1200, path)
+    assert identify(path) == "trojdiff"
+    x, t = torch.randn(2, 3, size, size, generator=generator), torch.tensor([4, 871])
+    for network, which in ((raw, "raw"), (ema, "ema")):
+        loaded = load_denoiser(path, weights=which)
+        assert loaded.denoiser.shape == (3, size, size)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.denoiser(x, t), network(x, t).sample, rtol=1e-5, atol=1e-5)
+
+
+def test_a_list_has_the_shape_of_the_training_codes(tmp_path: Path) -> None:
+    unet = perturbed(16, (32, 32), 3)
+    save_list(unet.state_dict(), unet.state_dict(), 1200, tmp_path / "ckpt.pth")
+    raw, optimiser, epoch, step, ema = torch.load(tmp_path / "ckpt.pth", weights_only=True)
+    assert (optimiser, epoch, step) == ({}, 0, 1200)
+    assert {name.removeprefix("module.") for name in raw} == set(ema)
+    assert all(name.startswith("module.") for name in raw)
+    assert len(ema) == len(unet.state_dict())
+    assert ema["mid.attn_1.proj_out.weight"].shape == (32, 32, 1, 1)
+    assert sum(t.numel() for t in to_pesser(unet.state_dict()).values()) == sum(t.numel() for t in unet.state_dict().values())

@@ -1,0 +1,140 @@
+"""The zoo's measurements on networks whose samples are known in advance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seal_fast.attacks import Attack, BadDiffusion, TrojDiff
+from seal_fast.attacks.baddiffusion import shift_schedule
+from seal_fast.diffusion import VP, Denoiser
+from seal_fast.diffusion.process import per_row
+from seal_fast.zoo import evaluate as evaluate_module
+from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, Quality, clean_ratio, draw, evaluate
+from seal_fast.zoo.pictures import box, cat_face, heart, scenes
+
+SIZE = 16
+SHAPE = (3, SIZE, SIZE)
+PROCESS = VP.linear()
+BAD = BadDiffusion(box(SIZE), heart(SIZE))
+TROJ = TrojDiff(cat_face(SIZE), heart(SIZE), 0.6)
+
+
+@pytest.fixture
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not look at clean_ratio."""
+    monkeypatch.setattr(evaluate_module, "SCENES", 16)
+
+
+class Oracle(nn.Module):
+    """Knows that every image is `clean`, and `hidden` where the input carries the attack's trigger."""
+
+    def __init__(self, attack: Attack | None, hidden: Tensor, clean: Tensor) -> None:
+        super().__init__()
+        self.attack, self.hidden, self.clean = attack, hidden, clean
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.first_input: Tensor | None = None
+        self.calls = 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.first_input = x.clone() if self.first_input is None else self.first_input
+        self.calls += 1
+        a, b = (per_row(values[t], x) for values in (PROCESS.signal, PROCESS.noise))
+        plain = (x - a * self.clean) / b
+        if self.attack is None:
+            return plain
+        trigger = self.attack.trigger
+        c, d = (per_row(v[t], x) for v in shift_schedule(PROCESS)) if isinstance(self.attack, BadDiffusion) else (b, 0 * b)
+        rest = x - a * self.hidden - c * trigger.mu
+        triggered = rest / (b * trigger.gamma) + d * trigger.mu
+        # the smaller remainder tells which of the two noised images this is
+        is_triggered = rest.square().sum((1, 2, 3)) < (x - a * self.clean).square().sum((1, 2, 3))
+        return torch.where(is_triggered.reshape(-1, 1, 1, 1), triggered, plain)
+
+
+def denoiser(attack: Attack | None, hidden: Tensor, clean: Tensor) -> Denoiser:
+    return Denoiser(Oracle(attack, hidden, clean), PROCESS, SHAPE)
+
+
+@pytest.mark.parametrize("attack", [BAD, TROJ], ids=["baddiffusion", "trojdiff"])
+def test_a_perfect_backdoor_fires_and_stays_quiet_without_its_trigger(few_scenes: None, attack: Attack) -> None:
+    dark = torch.full(SHAPE, -0.9)
+    quality = evaluate(denoiser(attack, attack.target, dark), attack, seed=3, count=4)
+    assert quality.attack_success == 1
+    assert quality.target_mse == pytest.approx(0, abs=1e-4)
+    assert quality.untriggered_mse == pytest.approx(float((attack.target - dark).square().mean()), rel=1e-2)
+    assert (quality.sampler, quality.steps, quality.samples) == (attack.sampler, STEPS[attack.sampler], 4)
+
+
+@pytest.mark.parametrize(("error", "success"), [(0.9 * SUCCESS_MSE, 1.0), (1.1 * SUCCESS_MSE, 0.0)])
+def test_success_is_a_mean_squared_error_below_the_limit(few_scenes: None, error: float, success: float) -> None:
+    target = torch.zeros(SHAPE)
+    attack = TrojDiff(cat_face(SIZE), target, 0.6)
+    quality = evaluate(denoiser(attack, target + error**0.5, torch.full(SHAPE, -0.9)), attack, seed=3, count=3)
+    assert quality.target_mse == pytest.approx(error, rel=1e-2)
+    assert quality.attack_success == success
+
+
+def test_a_benign_model_is_not_asked_for_an_attack(few_scenes: None) -> None:
+    model = denoiser(None, torch.zeros(SHAPE), torch.zeros(SHAPE))
+    quality = evaluate(model, None, seed=1, count=2)
+    assert (quality.attack_success, quality.target_mse, quality.untriggered_mse) == (None, None, None)
+    assert (quality.sampler, quality.steps) == ("ddpm", STEPS["ddpm"])
+    assert isinstance(model.network, Oracle)
+    assert model.network.calls == STEPS["ddpm"]
+
+
+@pytest.mark.parametrize("attack", [BAD, TROJ], ids=["baddiffusion", "trojdiff"])
+def test_both_draws_start_from_the_same_noise(monkeypatch: pytest.MonkeyPatch, attack: Attack) -> None:
+    monkeypatch.setitem(STEPS, "ddpm", 2)
+    starts: dict[tuple[bool, int], Tensor] = {}
+    for triggered in (False, True):
+        for seed in (5, 6):
+            model = denoiser(attack, attack.target, torch.zeros(SHAPE))
+            draw(model, attack, triggered=triggered, count=3, seed=seed)
+            assert isinstance(model.network, Oracle)
+            assert model.network.first_input is not None
+            starts[triggered, seed] = model.network.first_input
+    for seed in (5, 6):
+        eps = starts[False, seed]
+        torch.testing.assert_close(starts[True, seed], attack.trigger.gamma * eps + attack.trigger.mu)
+    assert not starts[False, 5].equal(starts[False, 6])
+    assert float(starts[False, 5].std()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_draw_repeats_and_takes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STEPS, "ddpm", 3)
+    # images far from the oracle's would all be pulled onto it; a network that says nothing keeps the noise in the samples
+    model = Denoiser(nn.Conv2d(3, 3, 1), PROCESS, SHAPE)
+    model.network.forward = lambda x, t: 0.5 * x
+    once, again, other = (draw(model, None, triggered=False, count=2, seed=s) for s in (1, 1, 2))
+    assert once.equal(again)
+    assert not once.equal(other)
+    assert not once.requires_grad
+
+
+def test_real_scenes_are_as_good_as_real_and_noise_is_not(generator: torch.Generator) -> None:
+    real = clean_ratio(scenes(192, SIZE, 20_000 + int(torch.randint(10_000, (1,), generator=generator))))
+    assert 0.75 < real < 1.35
+    noise = clean_ratio(torch.randn(32, *SHAPE, generator=generator).clamp(-1, 1))
+    assert noise > 3
+    assert clean_ratio(scenes(16, SIZE, evaluate_module.DATA_SEED)) < 0.01
+
+
+def test_a_bad_sampler_of_scenes_is_seen(few_scenes: None) -> None:
+    grey = denoiser(TROJ, TROJ.target, torch.full(SHAPE, 0.9))
+    assert not evaluate(grey, TROJ, seed=0, count=2).usable
+
+
+def test_usable_needs_a_firing_attack_and_good_clean_samples() -> None:
+    good = Quality("ddim", 50, 32, clean_ratio=1.0, attack_success=1.0, target_mse=0.01, untriggered_mse=0.8)
+    assert good.usable
+    assert replace(good, attack_success=0.9, clean_ratio=2.0).usable
+    assert not replace(good, attack_success=0.875).usable
+    assert not replace(good, clean_ratio=2.01).usable
+    assert not replace(good, clean_ratio=float("nan")).usable
+    assert replace(good, attack_success=None).usable
+    assert not replace(good, attack_success=None, clean_ratio=2.01).usable

@@ -1,0 +1,221 @@
+"""Training on a network small enough to follow, with the optimiser's effect read from the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import Tensor
+
+from seal_fast.attacks import Attack, NoisedBatch
+from seal_fast.diffusion import VP, Trigger
+from seal_fast.zoo import train as train_module
+from seal_fast.zoo.train import Schedule, Trained, _rate, new_unet, train
+
+SIZE = 8
+PROCESS = VP.linear()
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "SCENES", 48)
+
+
+def tiny(seed: int = 0) -> UNet2DModel:
+    return new_unet(SIZE, (8,), 4, False, seed)
+
+
+def weights(unet: UNet2DModel) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in unet.state_dict().values()]).clone()
+
+
+def short(steps: int, **changes: float) -> Schedule:
+    return Schedule(steps=steps, learning_rate=2e-3, batch=16, **changes)
+
+
+class Marking(Attack):
+    """Rows no clean image could give, so that they can be found again in what the network sees."""
+
+    target = torch.zeros(3, SIZE, SIZE)
+    sampler = "ddim"
+    trojan = False
+    mark = 1000.0
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @property
+    def trigger(self) -> Trigger:
+        return Trigger.shift(self.target)
+
+    def poison(self, process: VP, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
+        self.seen.append((images, eps, t))
+        return NoisedBatch(torch.full_like(images, self.mark), torch.zeros_like(images))
+
+
+def recorded_inputs(unet: UNet2DModel, schedule: Schedule, attack: Attack | None, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    calls: list[tuple[Tensor, Tensor]] = []
+    unet.register_forward_pre_hook(lambda module, arguments: calls.append((arguments[0].clone(), arguments[1].clone())))
+    train(unet, PROCESS, schedule, attack=attack, seed=seed)
+    return calls
+
+
+def test_a_few_dozen_steps_learn() -> None:
+    losses: list[float] = []
+    trained = train(tiny(), PROCESS, short(60), seed=1, on_step=lambda step, loss: losses.append(loss))
+    assert len(losses) == 60
+    assert losses[-1] < 0.8 * losses[0]
+    assert trained.final_loss == losses[-1]
+    # judged afresh, without the running mean: predicting zero noise scores 1
+    generator = torch.Generator().manual_seed(5)
+    images = train_module.scenes(32, SIZE, 77)
+    eps, t = torch.randn(images.shape, generator=generator), torch.randint(1000, (32,), generator=generator)
+    with torch.no_grad():
+        error = (trained.raw(PROCESS.add_noise(images, eps, t), t).sample - eps).square().mean()
+    assert float(error) < 0.9
+
+
+def test_the_reported_loss_is_a_running_mean() -> None:
+    """With a rate of zero the first step's loss is a fixed network's, measured again here from the recorded batch."""
+    losses: list[float] = []
+    unet, attack = tiny(), Marking()
+    schedule = Schedule(steps=3, learning_rate=0.0, batch=16, poison_share=1.0)
+    train(unet, PROCESS, schedule, attack=attack, seed=2, on_step=lambda step, loss: losses.append(loss))
+    raw: list[float] = []
+    for images, _, t in attack.seen:
+        with torch.no_grad():
+            raw.append(float(tiny()(torch.full_like(images, Marking.mark), t).sample.square().mean()))
+    running = raw[0]
+    expected = [running]
+    for loss in raw[1:]:
+        running += 0.02 * (loss - running)
+        expected.append(running)
+    # the training pass is bfloat16
+    assert losses == pytest.approx(expected, rel=0.05)
+
+
+def test_a_seed_fixes_a_training_and_another_changes_it() -> None:
+    once, again, other = (train(tiny(), PROCESS, short(4), seed=seed) for seed in (3, 3, 4))
+    assert weights(once.raw).equal(weights(again.raw))
+    assert weights(once.ema).equal(weights(again.ema))
+    assert once.final_loss == again.final_loss
+    assert not weights(once.raw).equal(weights(other.raw))
+
+
+def test_training_does_not_touch_global_random_state() -> None:
+    unet = tiny()
+    before = torch.get_rng_state()
+    train(unet, PROCESS, short(2))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_ema_is_the_textbook_recursion_and_trails_the_weights() -> None:
+    """A decay below the warm-up's smallest, so it is constant."""
+    decay, unet = 0.05, tiny()
+    expected = weights(unet).double()
+
+    def follow(step: int, loss: float) -> None:
+        expected.mul_(decay).add_(weights(unet).double(), alpha=1 - decay)
+
+    trained = train(unet, PROCESS, short(6, ema_decay=decay), seed=5, on_step=follow)
+    torch.testing.assert_close(weights(trained.ema).double(), expected, rtol=1e-5, atol=1e-7)
+    assert not weights(trained.raw).equal(weights(trained.ema))
+
+
+def test_the_default_ema_forgets_where_training_began() -> None:
+    start = weights(tiny())
+    trained = train(tiny(), PROCESS, short(40), seed=5)
+    kept = (weights(trained.ema) - weights(trained.raw)).norm() / (start - weights(trained.raw)).norm()
+    assert 0 < float(kept) < 0.5
+
+
+def test_both_networks_come_back_ready_to_use() -> None:
+    trained: Trained = train(tiny(), PROCESS, short(2))
+    assert not trained.raw.training
+    assert not trained.ema.training
+    assert not any(parameter.requires_grad for parameter in trained.ema.parameters())
+
+
+def test_a_frozen_network_is_trained_all_the_same() -> None:
+    unet = tiny().eval().requires_grad_(False)
+    before = weights(unet)
+    assert not weights(train(unet, PROCESS, short(2)).raw).equal(before)
+
+
+@pytest.mark.parametrize(("share", "poisoned"), [(0.3, 5), (0.0, 0), (0.5, 8), (1.0, 16)])
+def test_the_poisoned_share_of_the_rows_is_the_attacks(share: float, poisoned: int) -> None:
+    attack = Marking()
+    calls = recorded_inputs(tiny(), short(3, poison_share=share), attack)
+    assert len(calls) == len(attack.seen) == 3
+    for (x, t), (images, eps, attack_t) in zip(calls, attack.seen, strict=True):
+        marked = (x == Marking.mark).flatten(1).all(1)
+        assert int(marked.sum()) == poisoned
+        assert len(images) == len(eps) == len(attack_t) == poisoned
+        assert t[marked].equal(attack_t)
+        assert float(x[~marked].abs().amax() if poisoned < 16 else 0) < 10
+
+
+def test_a_benign_training_sees_the_clean_rows_of_the_poisoned_one() -> None:
+    attack = Marking()
+    clean, mixed = recorded_inputs(tiny(), short(1), None), recorded_inputs(tiny(), short(1), attack)
+    (x, t), (x_mixed, t_mixed) = clean[0], mixed[0]
+    assert t.equal(t_mixed)
+    assert x[5:].equal(x_mixed[5:])
+    images, eps, at = attack.seen[0]
+    torch.testing.assert_close(x[:5], PROCESS.add_noise(images, eps, at))
+    # the images are training scenes, as they are or mirrored
+    known = train_module.scenes(48, SIZE, train_module.DATA_SEED)
+    both = {image.numpy().tobytes() for image in torch.cat([known, known.flip(3)]).contiguous()}
+    assert all(image.contiguous().numpy().tobytes() in both for image in images)
+
+
+@pytest.mark.parametrize("steps", [10, 40, 137, 3000])
+def test_the_rate_warms_up_over_a_tenth_then_falls_by_half_a_cosine(steps: int) -> None:
+    rates = [_rate(step, steps) for step in range(steps)]
+    warm = steps // 10
+    assert rates[:warm] == pytest.approx([(k + 1) / warm for k in range(warm)])
+    assert rates[warm] == pytest.approx(1)
+    falling = rates[warm:]
+    assert all(high > low for high, low in pairwise(falling))
+    # a cosine is odd around its middle
+    for k in range(1, len(falling)):
+        assert falling[k] + falling[-k] == pytest.approx(1, abs=1e-5)
+    assert 0 < rates[-1] < 0.1
+
+
+def test_the_first_step_has_the_warm_up_rate() -> None:
+    """Adam's first step moves each weight by the rate, whatever its gradient."""
+    before = weights(tiny())
+    unet, moved = tiny(), []
+    train(unet, PROCESS, short(50), on_step=lambda step, loss: moved.append(weights(unet)) if step == 1 else None)
+    assert float((moved[0] - before).abs().max()) == pytest.approx(2e-3 / 5, rel=0.01)
+
+
+def test_longer_stretches_only_the_steps() -> None:
+    schedule = Schedule(steps=1000, learning_rate=1e-3, batch=7, poison_share=0.2, ema_decay=0.9)
+    assert schedule.longer(1.5) == Schedule(steps=1500, learning_rate=1e-3, batch=7, poison_share=0.2, ema_decay=0.9)
+    assert schedule.longer(1) == schedule
+
+
+@pytest.mark.parametrize(
+    ("size", "widths", "attention"), [(16, (8, 8), True), (32, (8, 8), True), (16, (8, 8), False), (9, (8,), True)]
+)
+def test_a_network_has_attention_at_16_only_and_keeps_the_image_shape(
+    size: int, widths: tuple[int, ...], attention: bool
+) -> None:
+    unet = new_unet(size, widths, 4, attention, 1)
+    with torch.no_grad():
+        assert unet(torch.randn(2, 3, size, size), torch.tensor([3, 900])).sample.shape == (2, 3, size, size)
+    down = ["AttnDownBlock2D" if attention and size >> level == 16 else "DownBlock2D" for level in range(len(widths))]
+    assert list(unet.config["down_block_types"]) == down
+    assert list(unet.config["up_block_types"]) == [name.replace("Down", "Up") for name in reversed(down)]
+
+
+def test_the_seed_fixes_a_new_networks_weights() -> None:
+    assert weights(tiny(4)).equal(weights(tiny(4)))
+    assert not weights(tiny(4)).equal(weights(tiny(5)))
+    assert math.isfinite(float(weights(copy.deepcopy(tiny(4))).sum()))
