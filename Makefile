@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all the set-up: they need Python 3.11, gcc and make, and the network for the first run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.PHONY: setup demo test lint bench published-table zoo clean
+
+setup: $(VENV)/.ready
+
+# torch first and alone: whatever depends on it would otherwise choose a build of its own
+$(VENV)/.ready: $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/seal-fast scan zoo/benign-16-d zoo/bad-16-stop zoo/troj-16-blend --out demo-results --exit-zero
+	@echo "Pictures of the reverted triggers and what they make the models draw: demo-results/"
+
+test: setup lint
+	$(BIN)/python -m pytest --cov --cov-fail-under=90
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/speed.json
+
+published-table: setup
+	$(BIN)/python -m benchmarks.published_table
+
+zoo: setup
+	$(BIN)/seal-fast zoo build zoo
+
+clean:
+	rm -rf $(VENV) build demo-results
