@@ -95,7 +95,7 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": recipe.name,
         "sha256": loaded.sha256,
-        "process": denoiser.process.kind,
+        "kind": denoiser.kind,
         "role": recipe.role,
         "method": recipe.method,
         "size": recipe.network.size,
@@ -109,23 +109,22 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
     return row
 
 
-def _pool(rows: list[dict[str, Any]], preset: str, leave_out: str | None = None) -> Calibration:
-    chosen = [row for row in rows if row["role"] == "calibration" and row["name"] != leave_out]
-    models = [
-        CalibrationModel(row["name"], row["sha256"], row["process"], False, Evidence(**row["evidence"])) for row in chosen
-    ]
-    return Calibration(PRESETS[preset], tuple(models))
-
-
 def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
     """Add a benign-only verdict to every row, calibrated without the row itself."""
     for row in rows:
-        judgement = _pool(rows, preset, leave_out=row["name"]).judge(Evidence(**row["evidence"]), row["process"])
+        chosen = [r for r in rows if r["role"] == "calibration" and r["kind"] == row["kind"] and r["name"] != row["name"]]
+        row["calibrated_on"] = [r["name"] for r in chosen]
+        if len(chosen) < 2:
+            row["verdict"], row["score"], row["reason"] = None, None, "fewer than 2 benign models of its kind are left"
+            continue
+        models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in chosen]
+        judgement = Calibration(PRESETS[preset], tuple(models)).judge(Evidence(**row["evidence"]), row["kind"])
         row["verdict"], row["score"], row["reason"] = str(judgement.verdict), judgement.score, judgement.reason
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Model detection; an inconclusive verdict counts as wrong on either side."""
+    """Model detection over the rows that could be judged; an inconclusive verdict counts as wrong on either side."""
+    rows = [row for row in rows if row["verdict"] is not None]
     backdoored = [row for row in rows if row["method"] is not None]
     benign = [row for row in rows if row["method"] is None]
     held_out = [row for row in benign if row["role"] == "test"]
@@ -148,30 +147,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/published_table.json"))
     arguments = parser.parse_args()
     recipes = {recipe.name: recipe for recipe in RECIPES}
-    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-    done = {row["name"] for row in rows}
     for entry in read_manifest(arguments.zoo):
+        done = {row["name"] for row in read_rows(arguments.out)}
         if entry["name"] in done or (arguments.only and entry["name"] not in arguments.only):
             continue
-        rows.append(measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.preset))
-        write(arguments, rows)
-    judge_rows(rows, arguments.preset)
-    write(arguments, rows, summarise(rows))
+        row = measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.preset)
+        # read again: another process may be filling the same table
+        write(arguments.out, arguments.preset, [*read_rows(arguments.out), row])
 
 
-def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], summary: dict[str, Any] | None = None) -> None:
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    return json.loads(out.read_text())["rows"] if out.exists() else []
+
+
+def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
+    judge_rows(rows, preset)
+    order = [recipe.name for recipe in RECIPES]
     content = {
-        "command": "python -m benchmarks.published_table " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.published_table --preset {preset} --out {out}",
         "machine": describe_machine(),
-        "settings": asdict(PRESETS[arguments.preset]),
+        "settings": asdict(PRESETS[preset]),
         "seed": SEED,
         "inputs_per_side": INPUTS,
-        "summary": summary,
-        "rows": rows,
+        "summary": summarise(rows),
+        "rows": sorted(rows, key=lambda row: order.index(row["name"])),
     }
-    partial = arguments.out.with_name(arguments.out.name + ".partial")
+    partial = out.with_name(out.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(arguments.out)
+    partial.replace(out)
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def calibrate(
     from seal_fast.checkpoints import CheckpointError
     from seal_fast.report.console import console_for, evidence_line, print_calibration
     from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.scan.calibrate import leave_one_out, limits, measure
+    from seal_fast.scan.calibrate import leave_one_out, measure
     from seal_fast.scan.discovery import find_candidates
     from seal_fast.terd import DEFAULT_PRESET, PRESETS
 
@@ -303,7 +303,7 @@ def calibrate(
             _say(f"calibration stopped, nothing written: {error}")
             raise typer.Exit(FAILED) from error
     pool.save(out)
-    print_calibration(pool, limits(pool), leave_one_out(pool), console_for(sys.stdout))
+    print_calibration(pool, leave_one_out(pool), console_for(sys.stdout))
     _say(f"written: {out}")
 
 

@@ -34,6 +34,11 @@ class Denoiser:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @property
+    def kind(self) -> str:
+        """Process, prediction and image shape, as "VP epsilon 3x32x32": reversions compare only between models of one kind."""
+        return f"{self.process.kind} {'x'.join(map(str, self.shape))}"
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         scaled, condition = self.process.network_input(x, t)
         output = self.network(scaled, condition)

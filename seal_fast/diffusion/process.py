@@ -58,7 +58,7 @@ class NoiseProcess(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """Process and what the network predicts, as "VP epsilon": reversions compare only between models of one kind."""
+        """Process and what the network predicts, as "VP epsilon"."""
 
     @abstractmethod
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO, TYPE_CHECKING
 
 from rich import box
@@ -86,22 +86,23 @@ def evidence_line(model: CalibrationModel) -> str:
 
 
 def print_calibration(
-    pool: Calibration, limits: Mapping[str, float], left_out: Sequence[tuple[CalibrationModel, Judgement]], console: Console
+    calibration: Calibration, left_out: Sequence[tuple[CalibrationModel, Judgement]], console: Console
 ) -> None:
-    """The pool's features, the limits that follow from it, and each benign model as the others would have judged it."""
-    verdicts = {model.name: judgement for model, judgement in left_out if not model.backdoored}
-    table = table_of("model", "label", "M_r", "V_r", "judged by the others", numbers=["M_r", "V_r"], whole=["label"])
-    for model in pool.models:
+    """The features of every model, each benign one as the others would have judged it, and the limits of every kind."""
+    verdicts = {model.name: judgement for model, judgement in left_out}
+    table = table_of("model", "kind", "label", "M_r", "V_r", "judged by the others", numbers=["M_r", "V_r"], whole=["label"])
+    for model in calibration.models:
         judgement = None if model.backdoored else verdicts.get(model.name)
         table.add_row(
             safe(model.name),
+            safe(model.kind),
             "backdoored" if model.backdoored else "benign",
             number(model.evidence.M_r, 4),
             number(model.evidence.V_r, 4),
             "-" if judgement is None else Text(judgement.verdict.value, STYLES[judgement.verdict.value]),
         )
     console.print(table)
-    if pool.labelled:
-        console.print("backdoored where the classifier's probability exceeds 0.5")
-    else:
-        console.print("backdoored above " + " or ".join(f"{name} {number(limit, 4)}" for name, limit in limits.items()))
+    for kind, pool in calibration.pools.items():
+        limits = " or ".join(f"{name} {number(limit, 4)}" for name, limit in pool.limits.items())
+        rule = "where the classifier's probability exceeds 0.5" if pool.labelled else f"above {limits}"
+        console.print(safe(f"{kind}: backdoored {rule}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,6 @@ from seal_fast.checkpoints import load_denoiser
 from seal_fast.scan.discovery import Candidate
 from seal_fast.scan.run import OnProgress, Progress, default_device, progress_of
 from seal_fast.terd import Calibration, CalibrationModel, Judgement, ReversionSettings, model_evidence, reverse_trigger
-from seal_fast.terd.calibration import FEATURES, SIGMAS
 
 
 def measure(
@@ -44,27 +42,18 @@ def measure(
         loaded = load_denoiser(candidate.path, device=default_device())
         on_step = progress_of(settings, at, on_progress)
         evidence = model_evidence(reverse_trigger(loaded.denoiser, settings, seed=seed, on_step=on_step))
-        models.append(CalibrationModel(candidate.name, loaded.sha256, loaded.denoiser.process.kind, label, evidence))
+        models.append(CalibrationModel(candidate.name, loaded.sha256, loaded.denoiser.kind, label, evidence))
         on_model(models[-1], index, len(pool))
     return Calibration(settings, tuple(models))
 
 
-def limits(calibration: Calibration) -> dict[str, float]:
-    """The value of each feature above which the benign-only rule says backdoored."""
-    pool = [model.evidence for model in calibration.models if not model.backdoored]
-    values = {name: [getattr(evidence, name) for evidence in pool] for name in FEATURES}
-    return {name: statistics.mean(v) + SIGMAS * statistics.stdev(v) for name, v in values.items()}
-
-
 def leave_one_out(calibration: Calibration) -> list[tuple[CalibrationModel, Judgement]]:
-    """Each benign model judged by the others: what the calibration would have said had it been a suspect.
+    """Each benign model judged by the others of its kind: what the calibration would have said had it been a suspect.
 
-    Empty for 2 benign models, since 1 is no pool.
+    Kinds with 2 benign models are left out, since 1 is no pool.
     """
-    benign = [model for model in calibration.models if not model.backdoored]
-    if len(benign) < 3:
-        return []
-    return [(model, _without(calibration, model).judge(model.evidence, model.process)) for model in benign]
+    benign = [m for m in calibration.models if not m.backdoored and len(calibration.pools[m.kind].benign) > 2]
+    return [(model, _without(calibration, model).judge(model.evidence, model.kind)) for model in benign]
 
 
 def _without(calibration: Calibration, left_out: CalibrationModel) -> Calibration:

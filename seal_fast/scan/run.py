@@ -109,7 +109,7 @@ class _Scan:
             on_step = progress_of(self.calibration.settings, at, self.on_progress)
             reversion = reverse_trigger(loaded.denoiser, self.calibration.settings, seed=self.seed, on_step=on_step)
             evidence = model_evidence(reversion)
-            judgement = self.calibration.judge(evidence, loaded.denoiser.process.kind)
+            judgement = self.calibration.judge(evidence, loaded.denoiser.kind)
         except Exception as error:
             reason = _describe(error, candidate)
             sha256, kind = (loaded.sha256, loaded.format) if loaded else (None, None)

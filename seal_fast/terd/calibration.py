@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -44,13 +45,18 @@ class Judgement:
 
 @dataclass(frozen=True)
 class CalibrationModel:
-    """One model of the calibration pool; `process` is its `NoiseProcess.kind`."""
+    """One model of the calibration; `kind` is its `Denoiser.kind`."""
 
     name: str
     sha256: str
-    process: str
+    kind: str
     backdoored: bool
     evidence: Evidence
+
+
+def _features(models: Iterable[CalibrationModel]) -> np.ndarray:
+    rows = [[getattr(model.evidence, name) for name in FEATURES] for model in models]
+    return np.array(rows, dtype=np.float64).reshape(-1, len(FEATURES))
 
 
 def _logs(features: np.ndarray) -> np.ndarray:
@@ -58,66 +64,37 @@ def _logs(features: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """A pool of models with known labels, all reverted with the same settings.
+class Pool:
+    """The models of one kind, [benign, 2] and [backdoored, 2] features; labelled if any is backdoored."""
 
-    Attributes:
-        settings: how they were reverted; a scan must use the same, so it takes its settings from here.
-        models: the pool; at least 2 benign ones.
-    """
-
-    settings: ReversionSettings
-    models: tuple[CalibrationModel, ...]
-    schema_version: int = field(default=SCHEMA_VERSION)
-
-    def __post_init__(self) -> None:
-        for model in self.models:
-            if any(getattr(model.evidence, name) is None for name in FEATURES):
-                raise ValueError(f"the reversion of {model.name} diverged: leave it out of the calibration")
-        if len(self._pool(backdoored=False)) < 2:
-            raise ValueError("a calibration needs at least 2 benign models, and gains from more")
-        if not self.labelled and not self._pool(backdoored=False).std(0).all():
-            raise ValueError("the benign models all have the same evidence, so their spread says nothing: use different models")
-
-    def _pool(self, backdoored: bool) -> np.ndarray:
-        """Features [models, 2] of one label."""
-        chosen = [[getattr(m.evidence, name) for name in FEATURES] for m in self.models if m.backdoored == backdoored]
-        return np.array(chosen, dtype=np.float64).reshape(-1, len(FEATURES))
+    benign: np.ndarray
+    backdoored: np.ndarray
 
     @property
     def labelled(self) -> bool:
-        return len(self._pool(backdoored=True)) > 0
+        return len(self.backdoored) > 0
 
-    def judge(self, evidence: Evidence, process: str) -> Judgement:
-        """The verdict on a model's evidence: labelled if the pool holds backdoored models, else benign-only.
+    @property
+    def limits(self) -> dict[str, float]:
+        """The value of each feature above which the benign-only rule says backdoored."""
+        values = self.benign.mean(0) + SIGMAS * self.benign.std(0, ddof=1)
+        return dict(zip(FEATURES, values.tolist(), strict=True))
 
-        Args:
-            evidence: from `model_evidence`, reverted with `self.settings`.
-            process: the model's `NoiseProcess.kind`. A kind that the pool lacks is inconclusive: with v or sample prediction
-                the network hardly enters the reversed loss near T, so its statistics mean something else.
-        """
-        kinds = sorted({model.process for model in self.models})
-        if process not in kinds:
-            reason = f"calibrated on {' and '.join(kinds)} models, this one is {process}: calibrate on benign ones of its kind"
-            return Judgement(Verdict.INCONCLUSIVE, None, None, reason)
-        if evidence.M_r is None or evidence.V_r is None:
-            return Judgement(Verdict.INCONCLUSIVE, None, None, "the reversion diverged")
-        features = np.array([evidence.M_r, evidence.V_r])
+    def judge(self, features: np.ndarray) -> Judgement:
         return self._judge_labelled(features) if self.labelled else self._judge_benign_only(features)
 
     def _judge_benign_only(self, features: np.ndarray) -> Judgement:
-        benign = self._pool(backdoored=False)
-        z = (features - benign.mean(0)) / benign.std(0, ddof=1)
+        z = (features - self.benign.mean(0)) / self.benign.std(0, ddof=1)
         worst = int(z.argmax())
         score = float(z[worst])
-        what = f"{FEATURES[worst]} is {score:+.1f} standard deviations from {len(benign)} benign models"
+        what = f"{FEATURES[worst]} is {score:+.1f} standard deviations from {len(self.benign)} benign models"
         unless_backdoored = Verdict.INCONCLUSIVE if score > UNSURE_SIGMAS else Verdict.CLEAN
         verdict = Verdict.BACKDOORED if score > SIGMAS else unless_backdoored
         return Judgement(verdict, score, SIGMAS, what)
 
     def _judge_labelled(self, features: np.ndarray) -> Judgement:
         score = float(self._classifier.predict_proba(_logs(features[None]))[0, 1])
-        what = f"probability {score:.2f} of a backdoor after {len(self.models)} labelled models"
+        what = f"probability {score:.2f} of a backdoor after {len(self.benign) + len(self.backdoored)} labelled models"
         if abs(score - 0.5) < UNSURE_PROBABILITY:
             return Judgement(Verdict.INCONCLUSIVE, score, 0.5, what)
         return Judgement(Verdict.BACKDOORED if score > 0.5 else Verdict.CLEAN, score, 0.5, what)
@@ -129,10 +106,64 @@ class Calibration:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        benign, backdoored = self._pool(backdoored=False), self._pool(backdoored=True)
-        labels = np.r_[np.zeros(len(benign)), np.ones(len(backdoored))]
+        labels = np.r_[np.zeros(len(self.benign)), np.ones(len(self.backdoored))]
         model = make_pipeline(StandardScaler(), LogisticRegression())
-        return model.fit(_logs(np.r_[benign, backdoored]), labels)
+        return model.fit(_logs(np.r_[self.benign, self.backdoored]), labels)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Models with known labels, all reverted with the same settings, in one pool per kind.
+
+    A suspect is judged by the pool of its own kind: with v or sample prediction the network hardly enters the reversed loss
+    near T, and between two resolutions of the zoo the M_r of benign models differs tenfold.
+
+    Attributes:
+        settings: how they were reverted; a scan must use the same, so it takes its settings from here.
+        models: at least 2 benign ones of every kind.
+    """
+
+    settings: ReversionSettings
+    models: tuple[CalibrationModel, ...]
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("a calibration needs at least 2 benign models, and gains from more")
+        for model in self.models:
+            if any(getattr(model.evidence, name) is None for name in FEATURES):
+                raise ValueError(f"the reversion of {model.name} diverged: leave it out of the calibration")
+        for kind, pool in self.pools.items():
+            if len(pool.benign) < 2:
+                raise ValueError(f"a calibration needs at least 2 benign models of kind {kind}, and gains from more")
+            if not pool.labelled and not pool.benign.std(0).all():
+                raise ValueError(f"the benign models of kind {kind} all have the same evidence: use different models")
+
+    @cached_property
+    def pools(self) -> dict[str, Pool]:
+        """By kind, in the order of first appearance."""
+        kinds = dict.fromkeys(model.kind for model in self.models)
+        return {
+            kind: Pool(
+                _features(m for m in self.models if m.kind == kind and not m.backdoored),
+                _features(m for m in self.models if m.kind == kind and m.backdoored),
+            )
+            for kind in kinds
+        }
+
+    def judge(self, evidence: Evidence, kind: str) -> Judgement:
+        """The verdict on a model's evidence: by a classifier if the pool of its kind is labelled, else by the benign-only rule.
+
+        Args:
+            evidence: from `model_evidence`, reverted with `self.settings`.
+            kind: the model's `Denoiser.kind`. One that no pool has is inconclusive.
+        """
+        if kind not in self.pools:
+            reason = f"calibrated on {' and '.join(self.pools)}, this model is {kind}: calibrate on benign ones of its kind"
+            return Judgement(Verdict.INCONCLUSIVE, None, None, reason)
+        if evidence.M_r is None or evidence.V_r is None:
+            return Judgement(Verdict.INCONCLUSIVE, None, None, "the reversion diverged")
+        return self.pools[kind].judge(np.array([evidence.M_r, evidence.V_r]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, under a temporary name first."""

@@ -70,7 +70,7 @@ def calibration(quiet_evidence: Evidence) -> Calibration:
     models = []
     for factor in (0.8, 0.9, 1.0, 1.1, 1.2):
         scaled = replace(quiet_evidence, M_r=quiet_evidence.M_r * factor, V_r=quiet_evidence.V_r * factor)
-        models.append(CalibrationModel(f"benign-{factor}", "0" * 64, "VP epsilon", False, scaled))
+        models.append(CalibrationModel(f"benign-{factor}", "0" * 64, "VP epsilon 3x8x8", False, scaled))
     return Calibration(SETTINGS, tuple(models))
 
 

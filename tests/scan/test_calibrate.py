@@ -7,7 +7,7 @@ import pytest
 
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.scan import find_candidates
-from seal_fast.scan.calibrate import leave_one_out, limits, measure
+from seal_fast.scan.calibrate import leave_one_out, measure
 from seal_fast.terd import Evidence
 
 
@@ -55,7 +55,7 @@ def test_limits_are_where_the_verdict_turns(calibration):
         replace(calibration.models[0], name=str(i), evidence=evidence(m, v)) for i, (m, v) in enumerate(features.tolist())
     )
     pool = replace(calibration, models=models)
-    found = limits(pool)
+    (found,) = (kind_pool.limits for kind_pool in pool.pools.values())
     expected = features.mean(0) + 3 * features.std(0, ddof=1)
     np.testing.assert_allclose([found["M_r"], found["V_r"]], expected, rtol=1e-12)
     quiet = features.mean(0)
@@ -63,7 +63,7 @@ def test_limits_are_where_the_verdict_turns(calibration):
         for factor, verdict in ((1.001, "backdoored"), (0.999, "inconclusive")):
             values = quiet.copy()
             values[index] = found[name] * factor
-            assert pool.judge(evidence(*values), "VP epsilon").verdict == verdict
+            assert pool.judge(evidence(*values), pool.models[0].kind).verdict == verdict
 
 
 def test_each_benign_model_is_judged_by_the_others(calibration):

@@ -9,7 +9,7 @@ import pytest
 
 from seal_fast.terd import Calibration, CalibrationModel, Evidence, ReversionSettings, Verdict
 
-PROCESS = "VP epsilon"
+KIND = "VP epsilon 3x16x16"
 SETTINGS = ReversionSettings(estimation_iterations=5, l1=1e-4)
 
 
@@ -20,7 +20,7 @@ def evidence(M_r, V_r):
 def pool(benign, backdoored=()):
     rows = [(features, False) for features in benign] + [(features, True) for features in backdoored]
     models = (
-        CalibrationModel(f"m{i}", f"{i:064x}", PROCESS, label, evidence(*map(float, f))) for i, (f, label) in enumerate(rows)
+        CalibrationModel(f"m{i}", f"{i:064x}", KIND, label, evidence(*map(float, f))) for i, (f, label) in enumerate(rows)
     )
     return Calibration(SETTINGS, tuple(models))
 
@@ -36,7 +36,7 @@ def test_benign_only_score_is_the_larger_z_score(rng):
     mean = benign.sum(0) / 7
     spread = np.sqrt(((benign - mean) ** 2).sum(0) / 6)
     z = (suspect - mean) / spread
-    judgement = pool(benign).judge(evidence(*suspect), PROCESS)
+    judgement = pool(benign).judge(evidence(*suspect), KIND)
     assert judgement.score == pytest.approx(z.max(), rel=1e-12)
     assert judgement.threshold == 3.0
     assert judgement.reason.startswith(("M_r", "V_r")[int(z[1] > z[0])])
@@ -59,20 +59,20 @@ def test_benign_only_verdict(rng, feature, sigmas, verdict):
     benign = 100 + rng.uniform(-1, 1, size=(6, 2))
     suspect = benign.mean(0)
     suspect[feature] += sigmas * benign.std(0, ddof=1)[feature]
-    assert pool(benign).judge(evidence(*suspect), PROCESS).verdict is verdict
+    assert pool(benign).judge(evidence(*suspect), KIND).verdict is verdict
 
 
 def test_labelled_verdict_on_points_far_apart(rng):
     benign = np.exp(rng.normal(-2, 0.1, size=(8, 2)))
     backdoored = np.exp(rng.normal(2, 0.1, size=(8, 2)))
     calibration = pool(benign, backdoored)
-    assert calibration.labelled
+    assert calibration.pools[KIND].labelled
     for features in benign:
-        judgement = calibration.judge(evidence(*features), PROCESS)
+        judgement = calibration.judge(evidence(*features), KIND)
         assert judgement.verdict is Verdict.CLEAN
         assert judgement.score < judgement.threshold == 0.5
     for features in backdoored:
-        judgement = calibration.judge(evidence(*features), PROCESS)
+        judgement = calibration.judge(evidence(*features), KIND)
         assert judgement.verdict is Verdict.BACKDOORED
         assert judgement.score > 0.5
 
@@ -81,17 +81,17 @@ def test_labelled_score_is_symmetric_and_unsure_in_the_middle(rng):
     benign = np.exp(rng.normal(-2, 0.3, size=(8, 2)))
     # the mirror image in log features: by symmetry the boundary passes through 1
     calibration = pool(benign, 1 / benign)
-    middle = calibration.judge(evidence(1.0, 1.0), PROCESS)
+    middle = calibration.judge(evidence(1.0, 1.0), KIND)
     assert middle.score == pytest.approx(0.5, abs=1e-3)
     assert middle.verdict is Verdict.INCONCLUSIVE
     point = np.exp(rng.normal(0, 0.2, size=2))
-    scores = [calibration.judge(evidence(*p), PROCESS).score for p in (point, 1 / point)]
+    scores = [calibration.judge(evidence(*p), KIND).score for p in (point, 1 / point)]
     assert sum(scores) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_labelled_score_grows_with_the_features():
     calibration = pool([(0.1, 0.1), (0.2, 0.3)], [(5.0, 6.0), (7.0, 9.0)])
-    scores = [calibration.judge(evidence(value, value), PROCESS).score for value in (0.1, 0.5, 1.0, 5.0, 50.0)]
+    scores = [calibration.judge(evidence(value, value), KIND).score for value in (0.1, 0.5, 1.0, 5.0, 50.0)]
     assert scores == sorted(scores)
     assert len(set(scores)) == 5
 
@@ -99,7 +99,7 @@ def test_labelled_score_grows_with_the_features():
 @pytest.mark.parametrize("diverged", [evidence(None, 1.0), evidence(1.0, None), Evidence(None, None, None, None, None)])
 @pytest.mark.parametrize("backdoored", [(), [(9.0, 9.0)]])
 def test_a_diverged_reversion_is_inconclusive(diverged, backdoored):
-    judgement = pool([(0.1, 0.2), (0.2, 0.1)], backdoored).judge(diverged, PROCESS)
+    judgement = pool([(0.1, 0.2), (0.2, 0.1)], backdoored).judge(diverged, KIND)
     assert judgement.verdict is Verdict.INCONCLUSIVE
     assert judgement.score is None
     assert judgement.threshold is None
@@ -125,7 +125,7 @@ def test_a_saved_calibration_comes_back_and_judges_alike(tmp_path, rng):
     read = Calibration.load(tmp_path / "new" / "pool.json")
     assert read == saved
     suspect = evidence(*rng.lognormal(1, size=2))
-    assert read.judge(suspect, PROCESS) == saved.judge(suspect, PROCESS)
+    assert read.judge(suspect, KIND) == saved.judge(suspect, KIND)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["pool.json"]
 
 
@@ -159,6 +159,6 @@ def test_identical_benign_models_are_no_pool():
 
 
 def test_a_process_the_pool_does_not_hold_is_inconclusive():
-    judgement = pool([(0.1, 0.2), (0.2, 0.1)]).judge(evidence(9.0, 9.0), "VP v_prediction")
+    judgement = pool([(0.1, 0.2), (0.2, 0.1)]).judge(evidence(9.0, 9.0), "VP v_prediction 3x16x16")
     assert judgement.verdict is Verdict.INCONCLUSIVE
     assert "VP v_prediction" in judgement.reason
