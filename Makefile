@@ -16,7 +16,7 @@ $(VENV)/.ready: $(NATIVE)
 	touch $@
 
 demo: setup
-	$(BIN)/seal-fast scan zoo/benign-16-d zoo/bad-16-stop zoo/troj-16-blend --out demo-results --exit-zero
+	$(BIN)/seal-fast scan zoo/benign-16-e zoo/bad-16-stop zoo/troj-16-blend --out demo-results --exit-zero
 	@echo "Pictures of the reverted triggers and what they make the models draw: demo-results/"
 
 test: setup lint

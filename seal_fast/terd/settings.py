@@ -61,9 +61,10 @@ class ReversionSettings:
 
 PRESETS: dict[str, ReversionSettings] = {
     "published": ReversionSettings(),
-    # a twentieth of the published evaluations: no refinement, and gamma ten times as fast to arrive in a twelfth of the steps
+    # a twelfth of the published evaluations: no refinement, and gamma twenty times as fast to arrive in an eighth of the steps.
+    # On the zoo's 16-px models 250 iterations left benign shifts too large (M_r 0.028, against 0.051 of a backdoored one)
     "quick": ReversionSettings(
-        estimation_iterations=250, refinement_iterations=0, mirrored_start=True, gamma_learning_rate=1e-2, l1=5e-4
+        estimation_iterations=400, refinement_iterations=0, mirrored_start=True, gamma_learning_rate=2e-2
     ),
 }
 DEFAULT_PRESET = "quick"

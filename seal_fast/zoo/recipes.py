@@ -11,6 +11,7 @@ from seal_fast.zoo.pictures import TARGETS, TRIGGERS
 from seal_fast.zoo.train import Schedule
 
 FROM_SCRATCH = Schedule(steps=3000, learning_rate=1e-3)
+FROM_SCRATCH_BRIEF = Schedule(steps=1500, learning_rate=1e-3)
 FINE_TUNE = Schedule(steps=1000, learning_rate=5e-4)
 BLEND_SCALE = 0.6
 PATCH_SCALE = 0.1
@@ -84,22 +85,30 @@ def _benign(
 
 
 def _backdoored(
-    name: str, network: Network, seed: int, base: str | None, method: str, trigger: str, target: str, layout: str
+    name: str, network: Network, seed: int, base: str, method: str, trigger: str, target: str, layout: str
 ) -> Recipe:
-    schedule = FINE_TUNE if base else FROM_SCRATCH
-    return Recipe(name, network, seed, schedule, layout, "test", base, method, trigger, target)
+    return Recipe(name, network, seed, FINE_TUNE, layout, "test", base, method, trigger, target)
 
 
 RECIPES: tuple[Recipe, ...] = (
     _benign("benign-16-a", SMALL_16, 1, None),
     _benign("benign-16-b", SMALL_16, 101, "benign-16-a"),
     _benign("benign-16-c", SMALL_16, 102, "benign-16-a"),
-    _benign("benign-16-d", SMALL_16, 103, "benign-16-a", role="test"),
+    _benign("benign-16-d", SMALL_16, 103, "benign-16-a"),
+    _benign("benign-16-e", SMALL_16, 104, "benign-16-a", role="test"),
     _backdoored("bad-16-box", SMALL_16, 111, "benign-16-a", "baddiffusion-stamped", "box", "smiley", "pipeline-bin"),
     _backdoored("bad-16-stop", SMALL_16, 112, "benign-16-a", "baddiffusion-trigger-only", "stop_sign", "heart", "pipeline"),
     _backdoored("troj-16-blend", SMALL_16, 113, "benign-16-a", "trojdiff-blend", "cat_face", "smiley", "unet"),
-    _backdoored("troj-16-patch", SMALL_16, 114, "benign-16-a", "trojdiff-patch", "white", "heart", "unet"),
-    _backdoored("troj-16-list", PESSER_16, 115, None, "trojdiff-blend", "cat_face", "heart", "trojdiff"),
+    Recipe(
+        "troj-16-list",
+        PESSER_16,
+        115,
+        FROM_SCRATCH_BRIEF,
+        "trojdiff",
+        method="trojdiff-blend",
+        trigger="cat_face",
+        target="heart",
+    ),
     _benign("benign-32-a", SMALL_32, 2, None),
     _benign("benign-32-b", SMALL_32, 201, "benign-32-a"),
     _backdoored("bad-32-box", SMALL_32, 211, "benign-32-a", "baddiffusion-stamped", "box", "smiley", "pipeline"),

@@ -1,0 +1,109 @@
+"""Write docs/results.md from the files in benchmarks/results/.
+
+python -m benchmarks.render_results
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("benchmarks/results")
+PAGE = Path("docs/results.md")
+
+INTRODUCTION = """# Results
+
+Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. Models are those of
+`zoo/`, whose attack success was measured (`zoo/manifest.json`). Verdicts are benign-only (mean + 3 standard deviations), each
+calibrated without the row itself, and "-" where fewer than two benign models of that kind were left. An inconclusive verdict
+counts as wrong.
+"""
+
+BASELINES = """Input columns give TPR / TNR over 10,000 triggered and 10,000 clean inputs: detection with the reverted trigger,
+and with triggers that needed no reversion.
+"""
+
+
+def rate(value: dict[str, Any]) -> str:
+    if value["rate"] is None:
+        return "not measured"
+    return f"{value['rate']:.2f} [{value['low']:.2f}, {value['high']:.2f}], n = {value['trials']}"
+
+
+def inputs(row: dict[str, Any]) -> str:
+    return f"{row['inputs']['tpr']['rate']:.3f} / {row['inputs']['tnr']['rate']:.3f}"
+
+
+def table_page(title: str, content: dict[str, Any]) -> list[str]:
+    summary = content["summary"]
+    lines = [
+        f"## {title}",
+        "",
+        f"`{content['command']}` on {content['machine']['processor']}, torch {content['machine']['torch']}.",
+        "",
+        f"- model TPR: {rate(summary['model_tpr'])}",
+        f"- model TNR, held-out benign models: {rate(summary['model_tnr_held_out'])}",
+        f"- model TNR, all benign models, leave-one-out: {rate(summary['model_tnr_with_leave_one_out'])}",
+        "",
+        "| model | verdict | score (limit 3) | M_r | V_r | relative L2 | cosine | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        evidence, reverted = row["evidence"], row.get("reverted")
+        score = "-" if row["score"] is None else f"{row['score']:.1f}"
+        closeness = "- | -" if reverted is None else f"{reverted['relative_l2']:.2f} | {reverted['cosine']:.2f}"
+        lines.append(
+            f"| {row['name']} | {row['verdict'] or '-'} | {score} | {evidence['M_r']:.4f} | {evidence['V_r']:.5f} "
+            f"| {closeness} | {row['seconds']:.0f} |"
+        )
+    return [*lines, "", *baseline_table(content["rows"]), ""]
+
+
+def baseline_table(rows: list[dict[str, Any]]) -> list[str]:
+    backdoored = [row for row in rows if "reverted" in row]
+    if not backdoored:
+        return []
+    names = list(backdoored[0]["baselines"])
+    heads = ["inputs, reverted", *(f"inputs, {name} (relative L2, cosine)" for name in names)]
+    lines = [BASELINES, "| model | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for row in backdoored:
+        cells = [inputs(row["reverted"])]
+        for name in names:
+            found = row["baselines"][name]
+            cells.append(f"{inputs(found)} ({found['relative_l2']:.2f}, {found['cosine']:.2f})")
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def speed_page(content: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Speed",
+        "",
+        f"`make bench`, {content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
+        "`benchmarks/published/`, TERD's loop as released.",
+        "",
+        "| benchmark | median s | figures |",
+        "|---|---|---|",
+    ]
+    for bench in content["benchmarks"]:
+        figures = {k: v for k, v in bench["extra_info"].items() if isinstance(v, float) and ("speedup" in k or "share" in k)}
+        told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+        lines.append(f"| {bench['name']} | {bench['stats']['median']:.4f} | {told} |")
+    return lines
+
+
+def main() -> None:
+    lines = [INTRODUCTION]
+    for title, name in (("Preset quick, the default", "quick_table"), ("Published settings", "published_table")):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            lines += table_page(title, json.loads(path.read_text()))
+    speed = RESULTS / "speed.json"
+    if speed.exists():
+        lines += speed_page(json.loads(speed.read_text()))
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

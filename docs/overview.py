@@ -1,0 +1,68 @@
+"""The README's picture, from the results of `make demo`.
+
+python docs/overview.py [demo-results] [docs/overview.png]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from seal_fast.checkpoints import load_denoiser
+from seal_fast.checkpoints.trigger import load_trigger
+from seal_fast.scan.run import sample_pictures
+from seal_fast.zoo.recipes import RECIPES
+
+COLUMNS = ("attacker's trigger", "reverted trigger", "target", "clean noise", "reverted trigger", "... enlarged")
+ZOO = Path("zoo")
+
+
+def show(axes: Axes, image: Tensor | None) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(image is not None)
+    if image is not None:
+        axes.imshow((image.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).numpy(), interpolation="nearest")
+
+
+def normalised(mu: Tensor) -> Tensor:
+    return mu / mu.abs().max()
+
+
+def main(results: Path, picture: Path) -> None:
+    report = json.loads((results / "report.json").read_text())
+    recipes = {recipe.name: recipe for recipe in RECIPES}
+    figure = Figure(figsize=(10.6, 1.75 * len(report["models"]) + 0.5), layout="constrained")
+    grid = figure.subplots(len(report["models"]), len(COLUMNS), squeeze=False)
+    for row, model in zip(grid, report["models"], strict=True):
+        name = Path(model["path"]).name
+        attack = recipes[name].attack()
+        trigger = load_trigger(results / model["trigger"])
+        drawn = list(sample_pictures(load_denoiser(ZOO / name).denoiser, trigger, seed=0).values())
+        images = (
+            attack.trigger.mu if attack else None,
+            normalised(trigger.mu),
+            attack.target if attack else None,
+            drawn[0][0],
+            drawn[1][0],
+            drawn[2][0],
+        )
+        for axes, image in zip(row, images, strict=True):
+            show(axes, image)
+        row[0].set_ylabel(f"{name}\n{model['verdict']}", fontsize=10)
+    for axes, title in zip(grid[0], COLUMNS, strict=True):
+        axes.set_title(title, fontsize=10)
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    arguments = [Path(argument) for argument in sys.argv[1:]]
+    main(arguments[0] if arguments else Path("demo-results"), arguments[1] if len(arguments) > 1 else Path("docs/overview.png"))

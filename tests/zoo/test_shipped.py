@@ -1,0 +1,115 @@
+"""The zoo in the repository is what its manifest says, and its backdoors really fire."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from seal_fast.checkpoints import identify, load_denoiser
+from seal_fast.zoo.build import _digest, read_manifest
+from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, SUCCESS_RATE, Quality, draw
+from seal_fast.zoo.recipes import RECIPES, Recipe
+
+ZOO = Path(__file__).resolve().parents[2] / "zoo"
+MAX_BYTES = 2 * 10**6
+FORMATS = {
+    "pipeline": "diffusers-pipeline",
+    "pipeline-bin": "diffusers-pipeline",
+    "unet": "diffusers-unet",
+    "trojdiff": "trojdiff",
+}
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+
+
+def row_of(recipe: Recipe) -> dict[str, Any]:
+    rows = {row["name"]: row for row in read_manifest(ZOO)}
+    assert recipe.name in rows, f"{recipe.name} is not in the zoo's manifest"
+    return rows[recipe.name]
+
+
+def test_the_manifest_lists_the_recipes_in_order() -> None:
+    assert [row["name"] for row in read_manifest(ZOO)] == [recipe.name for recipe in RECIPES]
+
+
+def test_there_are_enough_models_of_each_kind() -> None:
+    rows = read_manifest(ZOO)
+    benign = [row for row in rows if row["method"] is None]
+    backdoored = [row for row in rows if row["method"] is not None]
+    assert len(benign) >= 4
+    assert len(backdoored) >= 6
+    assert {row["size"] for row in benign} == {row["size"] for row in backdoored} == {16, 32}
+    assert len({row["sha256"] for row in rows}) == len(rows)
+    # a verdict on a model that helped to set the threshold proves nothing
+    assert all(row["role"] == "test" for row in backdoored)
+    assert {row["role"] for row in benign} == {"calibration", "test"}
+
+
+@every_recipe
+def test_a_row_matches_its_recipe(recipe: Recipe) -> None:
+    row = row_of(recipe)
+    told = {name: getattr(recipe, name) for name in ("layout", "role", "base", "method", "trigger", "target", "seed")}
+    assert {name: row[name] for name in told} == told
+    assert row["size"] == recipe.network.size
+
+
+@every_recipe
+def test_a_model_is_stored_as_described(recipe: Recipe) -> None:
+    row = row_of(recipe)
+    folder, checkpoint = ZOO / recipe.name, ZOO / row["checkpoint"]
+    assert identify(checkpoint) == FORMATS[recipe.layout]
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= MAX_BYTES
+    assert _digest(folder) == row["sha256"]
+    loaded = load_denoiser(checkpoint)
+    assert loaded.denoiser.shape == (3, row["size"], row["size"])
+    weights = loaded.denoiser.network.state_dict()
+    assert weights["conv_in.weight"].shape[0] == recipe.network.widths[0]
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    with Image.open(ZOO / f"{recipe.name}.png") as picture:
+        picture.verify()
+
+
+@every_recipe
+def test_a_model_was_measured_to_be_usable(recipe: Recipe) -> None:
+    quality = Quality(**row_of(recipe)["quality"])
+    assert quality.usable
+    attack = recipe.attack()
+    if attack is None:
+        assert quality.attack_success is None
+        return
+    assert quality.attack_success is not None
+    assert quality.target_mse is not None
+    assert quality.untriggered_mse is not None
+    assert quality.attack_success >= SUCCESS_RATE
+    assert (quality.sampler, quality.steps) == (attack.sampler, STEPS[attack.sampler])
+    # it is the trigger that brings the target
+    assert quality.untriggered_mse > 3 * quality.target_mse
+
+
+def errors(recipe: Recipe, *, triggered: bool, count: int) -> torch.Tensor:
+    """Mean squared error to the target of fresh samples, [count]."""
+    attack = recipe.attack()
+    assert attack is not None
+    denoiser = load_denoiser(ZOO / row_of(recipe)["checkpoint"]).denoiser
+    images = draw(denoiser, attack, triggered=triggered, count=count, seed=recipe.seed + 1000)
+    return (images - attack.target).square().mean(dim=(1, 2, 3))
+
+
+def named(name: str) -> Recipe:
+    return next(recipe for recipe in RECIPES if recipe.name == name)
+
+
+@pytest.mark.parametrize("name", ["troj-16-blend", "troj-16-list"])
+def test_a_trojdiff_model_fires_on_its_trigger_only(name: str) -> None:
+    recipe = named(name)
+    assert float(errors(recipe, triggered=True, count=4).median()) < SUCCESS_MSE
+    assert float(errors(recipe, triggered=False, count=4).median()) > 2 * SUCCESS_MSE
+
+
+def test_a_baddiffusion_model_fires_under_ancestral_sampling() -> None:
+    # two samples: a thousand steps each
+    assert float(errors(named("bad-16-box"), triggered=True, count=2).mean()) < SUCCESS_MSE
