@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from seal_fast.terd import (
     model_evidence,
     reverse_trigger,
 )
+from seal_fast.terd.calibration import FEATURES, SIGMAS
 from seal_fast.terd.reversion import initial_mu
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.recipes import RECIPES, Recipe
@@ -118,7 +120,10 @@ def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
             row["verdict"], row["score"], row["reason"] = None, None, "fewer than 2 benign models of its kind are left"
             continue
         models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in chosen]
-        judgement = Calibration(PRESETS[preset], tuple(models)).judge(Evidence(**row["evidence"]), row["kind"])
+        calibration, evidence = Calibration(PRESETS[preset], tuple(models)), Evidence(**row["evidence"])
+        judgement = calibration.judge(evidence, row["kind"])
+        features = np.array([[row["evidence"][name] for name in FEATURES]], dtype=np.float64)
+        row["deviations"] = calibration.pools[row["kind"]].deviations(features)[0].tolist()
         row["verdict"], row["score"], row["reason"] = str(judgement.verdict), judgement.score, judgement.reason
 
 
@@ -132,7 +137,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def rate(chosen: list[dict[str, Any]], verdict: Verdict) -> dict[str, Any]:
         return wilson(sum(row["verdict"] == verdict for row in chosen), len(chosen))
 
+    def plain(chosen: list[dict[str, Any]], above: bool) -> dict[str, Any]:
+        return wilson(sum((max(row["deviations"]) > SIGMAS) == above for row in chosen), len(chosen))
+
     return {
+        "published_rule_tpr": plain(backdoored, True),
+        "published_rule_tnr_with_leave_one_out": plain(benign, False),
         "model_tpr": rate(backdoored, Verdict.BACKDOORED),
         "model_tnr_held_out": rate(held_out, Verdict.CLEAN),
         "model_tnr_with_leave_one_out": rate(benign, Verdict.CLEAN),
@@ -161,8 +171,9 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
+    roles = {recipe.name: recipe.role for recipe in RECIPES}
+    rows = [{**row, "role": roles[row["name"]]} for row in rows]
     judge_rows(rows, preset)
-    order = [recipe.name for recipe in RECIPES]
     content = {
         "command": f"python -m benchmarks.published_table --preset {preset} --out {out}",
         "machine": describe_machine(),
@@ -170,7 +181,7 @@ def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
         "seed": SEED,
         "inputs_per_side": INPUTS,
         "summary": summarise(rows),
-        "rows": sorted(rows, key=lambda row: order.index(row["name"])),
+        "rows": sorted(rows, key=lambda row: list(roles).index(row["name"])),
     }
     partial = out.with_name(out.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")

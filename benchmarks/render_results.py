@@ -15,9 +15,12 @@ PAGE = Path("docs/results.md")
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. Models are those of
-`zoo/`, whose attack success was measured (`zoo/manifest.json`). Verdicts are benign-only (mean + 3 standard deviations), each
-calibrated without the row itself, and "-" where fewer than two benign models of that kind were left. An inconclusive verdict
-counts as wrong.
+`zoo/`, whose attack success was measured (`zoo/manifest.json`). Verdicts are benign-only: mean + 3 standard deviations,
+corrected for the small pool as Student's prediction interval is. Each is calibrated without the row itself, and "-" where
+fewer than two benign models of that kind were left. An inconclusive verdict counts as wrong.
+
+The iterations, lambda and gamma's rate of `quick` were chosen on benign-16-a, benign-16-d, bad-16-box, bad-16-stop,
+troj-16-blend and the 32-px models; benign-16-e and troj-16-heart were used for nothing.
 """
 
 BASELINES = """Input columns give TPR / TNR over 10,000 triggered and 10,000 clean inputs: detection with the reverted trigger,
@@ -45,6 +48,8 @@ def table_page(title: str, content: dict[str, Any]) -> list[str]:
         f"- model TPR: {rate(summary['model_tpr'])}",
         f"- model TNR, held-out benign models: {rate(summary['model_tnr_held_out'])}",
         f"- model TNR, all benign models, leave-one-out: {rate(summary['model_tnr_with_leave_one_out'])}",
+        f"- mean + 3 standard deviations without the correction: TPR {rate(summary['published_rule_tpr'])}; "
+        f"TNR, leave-one-out: {rate(summary['published_rule_tnr_with_leave_one_out'])}",
         "",
         "| model | verdict | score (limit 3) | M_r | V_r | relative L2 | cosine | seconds |",
         "|---|---|---|---|---|---|---|---|",

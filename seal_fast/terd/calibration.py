@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from seal_fast.terd.detection import Evidence
 from seal_fast.terd.settings import ReversionSettings
 
 SCHEMA_VERSION = 1
 SIGMAS = 3.0
-"""The published benign-only rule: backdoored if M_r or V_r exceeds the benign mean by 3 standard deviations."""
+"""The published benign-only rule: backdoored if M_r or V_r exceeds the benign mean by 3 standard deviations.
+
+With a handful of models the standard deviation is itself a guess: of four fine-tuned benign models of the zoo, one lay 8 of the
+others' standard deviations out. So the score is Student's: the Gaussian deviation that is as unlikely as a further benign model
+this far from a pool this small. It is the published rule for a large pool.
+"""
 UNSURE_SIGMAS = 2.0
-"""Between this and SIGMAS a score is inconclusive: a pool of a handful of models cannot tell such a value from chance."""
+"""Between this and SIGMAS a score is inconclusive."""
 UNSURE_PROBABILITY = 0.1
 """In the labelled setting, a probability within this of one half is inconclusive."""
 FEATURES = ("M_r", "V_r")
@@ -77,17 +83,24 @@ class Pool:
     @property
     def limits(self) -> dict[str, float]:
         """The value of each feature above which the benign-only rule says backdoored."""
-        values = self.benign.mean(0) + SIGMAS * self.benign.std(0, ddof=1)
+        n = len(self.benign)
+        deviations = stats.t.isf(stats.norm.sf(SIGMAS), n - 1) * (1 + 1 / n) ** 0.5
+        values = self.benign.mean(0) + deviations * self.benign.std(0, ddof=1)
         return dict(zip(FEATURES, values.tolist(), strict=True))
+
+    def deviations(self, features: np.ndarray) -> np.ndarray:
+        """Distance of each feature from the benign mean in benign standard deviations, as the published rule takes it."""
+        return (features - self.benign.mean(0)) / self.benign.std(0, ddof=1)
 
     def judge(self, features: np.ndarray) -> Judgement:
         return self._judge_labelled(features) if self.labelled else self._judge_benign_only(features)
 
     def _judge_benign_only(self, features: np.ndarray) -> Judgement:
-        z = (features - self.benign.mean(0)) / self.benign.std(0, ddof=1)
+        n = len(self.benign)
+        z = self.deviations(features)
         worst = int(z.argmax())
-        score = float(z[worst])
-        what = f"{FEATURES[worst]} is {score:+.1f} standard deviations from {len(self.benign)} benign models"
+        score = float(stats.norm.isf(stats.t.sf(z[worst] / (1 + 1 / n) ** 0.5, n - 1)))
+        what = f"{FEATURES[worst]} is {z[worst]:+.1f} standard deviations from {n} benign models"
         unless_backdoored = Verdict.INCONCLUSIVE if score > UNSURE_SIGMAS else Verdict.CLEAN
         verdict = Verdict.BACKDOORED if score > SIGMAS else unless_backdoored
         return Judgement(verdict, score, SIGMAS, what)

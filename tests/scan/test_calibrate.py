@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.scan import find_candidates
@@ -56,8 +57,9 @@ def test_limits_are_where_the_verdict_turns(calibration):
     )
     pool = replace(calibration, models=models)
     (found,) = (kind_pool.limits for kind_pool in pool.pools.values())
-    expected = features.mean(0) + 3 * features.std(0, ddof=1)
-    np.testing.assert_allclose([found["M_r"], found["V_r"]], expected, rtol=1e-12)
+    student = stats.t(df=5).isf(stats.norm.sf(3))
+    expected = features.mean(0) + student * (1 + 1 / 6) ** 0.5 * features.std(0, ddof=1)
+    np.testing.assert_allclose([found["M_r"], found["V_r"]], expected, rtol=1e-9)
     quiet = features.mean(0)
     for index, name in enumerate(("M_r", "V_r")):
         for factor, verdict in ((1.001, "backdoored"), (0.999, "inconclusive")):

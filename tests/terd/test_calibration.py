@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from seal_fast.terd import Calibration, CalibrationModel, Evidence, ReversionSettings, Verdict
+from seal_fast.terd.calibration import Pool
 
 KIND = "VP epsilon 3x16x16"
 SETTINGS = ReversionSettings(estimation_iterations=5, l1=1e-4)
@@ -25,6 +28,10 @@ def pool(benign, backdoored=()):
     return Calibration(SETTINGS, tuple(models))
 
 
+def pool_of(benign):
+    return Pool(benign, np.empty((0, 2)))
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng()
@@ -37,7 +44,9 @@ def test_benign_only_score_is_the_larger_z_score(rng):
     spread = np.sqrt(((benign - mean) ** 2).sum(0) / 6)
     z = (suspect - mean) / spread
     judgement = pool(benign).judge(evidence(*suspect), KIND)
-    assert judgement.score == pytest.approx(z.max(), rel=1e-12)
+    # the chance of a further draw this far out, from the prediction interval of 7 normal values
+    chance = stats.t(df=6).sf(z.max() / math.sqrt(1 + 1 / 7))
+    assert stats.norm.sf(judgement.score) == pytest.approx(chance, rel=1e-9)
     assert judgement.threshold == 3.0
     assert judgement.reason.startswith(("M_r", "V_r")[int(z[1] > z[0])])
 
@@ -56,10 +65,19 @@ def test_benign_only_score_is_the_larger_z_score(rng):
     ],
 )
 def test_benign_only_verdict(rng, feature, sigmas, verdict):
-    benign = 100 + rng.uniform(-1, 1, size=(6, 2))
+    benign = 100 + rng.uniform(-1, 1, size=(200_000, 2))
     suspect = benign.mean(0)
     suspect[feature] += sigmas * benign.std(0, ddof=1)[feature]
-    assert pool(benign).judge(evidence(*suspect), KIND).verdict is verdict
+    assert pool_of(benign).judge(suspect).verdict is verdict
+
+
+def test_a_small_pool_calls_few_of_its_own_kind_backdoored(rng):
+    """The error rate of 3 sigma, 0.135% per feature, holds for pools of 4."""
+    trials = 4000
+    hits = 0
+    for draw in rng.normal(10.0, 1.0, size=(trials, 5, 2)):
+        hits += pool_of(draw[:4]).judge(draw[4]).verdict is Verdict.BACKDOORED
+    assert hits < 5 * 0.0027 * trials
 
 
 def test_labelled_verdict_on_points_far_apart(rng):
