@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: setup demo test lint bench published-table zoo clean
+.PHONY: setup demo test lint bench published-table calibration zoo clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,10 @@ bench: setup
 
 published-table: setup
 	$(BIN)/python -m benchmarks.published_table
+
+# the calibration that seal-fast ships: the zoo's models of role "calibration"
+calibration: setup
+	$(BIN)/seal-fast calibrate zoo/benign-16-[a-d] zoo/benign-32-a zoo/benign-32-b --out seal_fast/terd/data/quick.json
 
 zoo: setup
 	$(BIN)/seal-fast zoo build zoo

@@ -164,6 +164,8 @@ def main() -> None:
         row = measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.preset)
         # read again: another process may be filling the same table
         write(arguments.out, arguments.preset, [*read_rows(arguments.out), row])
+    # rows may have been added by another process since they were last judged together
+    write(arguments.out, arguments.preset, read_rows(arguments.out))
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:

@@ -36,6 +36,12 @@ def normalised(mu: Tensor) -> Tensor:
     return mu / mu.abs().max()
 
 
+def tiled(images: Tensor) -> Tensor:
+    """Four pictures in a square."""
+    first, second, third, fourth = images
+    return torch.cat([torch.cat([first, second], 2), torch.cat([third, fourth], 2)], 1)
+
+
 def main(results: Path, picture: Path) -> None:
     report = json.loads((results / "report.json").read_text())
     recipes = {recipe.name: recipe for recipe in RECIPES}
@@ -50,9 +56,7 @@ def main(results: Path, picture: Path) -> None:
             attack.trigger.mu if attack else None,
             normalised(trigger.mu),
             attack.target if attack else None,
-            drawn[0][0],
-            drawn[1][0],
-            drawn[2][0],
+            *(tiled(images) for images in drawn),
         )
         for axes, image in zip(row, images, strict=True):
             show(axes, image)
