@@ -112,4 +112,4 @@ def test_a_trojdiff_model_fires_on_its_trigger_only(name: str) -> None:
 
 def test_a_baddiffusion_model_fires_under_ancestral_sampling() -> None:
     # two samples: a thousand steps each
-    assert float(errors(named("bad-16-box"), triggered=True, count=2).mean()) < SUCCESS_MSE
+    assert float(errors(named("bad-16-stop"), triggered=True, count=2).mean()) < SUCCESS_MSE
