@@ -21,8 +21,8 @@ SCHEMA_VERSION = 1
 SIGMAS = 3.0
 """The published benign-only rule: backdoored if M_r or V_r exceeds the benign mean by 3 standard deviations.
 
-With a handful of models the standard deviation is itself a guess: of four fine-tuned benign models of the zoo, one lay 8 of the
-others' standard deviations out. So the score is Student's: the Gaussian deviation that is as unlikely as a further benign model
+With a handful of models the standard deviation is itself a guess: of three benign models of the zoo, one lay 8 standard
+deviations of the other two out. So the score is Student's: the Gaussian deviation that is as unlikely as a further benign model
 this far from a pool this small. It is the published rule for a large pool.
 """
 UNSURE_SIGMAS = 2.0
