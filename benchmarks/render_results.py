@@ -85,7 +85,7 @@ def speed_page(content: dict[str, Any]) -> list[str]:
     lines = [
         "## Speed",
         "",
-        f"`make bench`, {content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
+        f"`python -m pytest benchmarks --benchmark-json=benchmarks/results/speed.json`, {content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
         "`benchmarks/published/`, TERD's loop as released.",
         "",
         "| benchmark | median s | figures |",
