@@ -85,7 +85,8 @@ def speed_page(content: dict[str, Any]) -> list[str]:
     lines = [
         "## Speed",
         "",
-        f"`python -m pytest benchmarks --benchmark-json=benchmarks/results/speed.json`, {content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
+        "`python -m pytest benchmarks --benchmark-json=benchmarks/results/speed.json` on",
+        f"{content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
         "`benchmarks/published/`, TERD's loop as released.",
         "",
         "| benchmark | median s | figures |",
