@@ -19,8 +19,8 @@ Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates 
 corrected for the small pool as Student's prediction interval is. Each is calibrated without the row itself, and "-" where
 fewer than two benign models of that kind were left. An inconclusive verdict counts as wrong.
 
-The iterations, lambda and gamma's rate of `quick` were chosen on benign-16-a, benign-16-d, bad-16-box, bad-16-stop,
-troj-16-blend and the 32-px models; benign-16-e and troj-16-heart were used for nothing.
+The settings of `quick` were chosen while looking at every model but benign-16-e and troj-16-heart, which were used for
+nothing. Seconds are those of a machine busy with other work.
 """
 
 BASELINES = """Input columns give TPR / TNR over 10,000 triggered and 10,000 clean inputs: detection with the reverted trigger,
@@ -85,7 +85,7 @@ def speed_page(content: dict[str, Any]) -> list[str]:
     lines = [
         "## Speed",
         "",
-        "`python -m pytest benchmarks --benchmark-json=benchmarks/results/speed.json` on",
+        "`python -m pytest benchmarks/bench_reversion.py benchmarks/bench_input_detection.py --benchmark-json=...` on",
         f"{content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
         "`benchmarks/published/`, TERD's loop as released.",
         "",

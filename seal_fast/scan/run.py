@@ -33,7 +33,7 @@ from seal_fast.terd import (
 
 PICTURES = 4
 PICTURE_STEPS = 250
-"""Ancestral steps: BadDiffusion's shift is exact for 1000, fires with 250 and not with 50."""
+"""Ancestral steps: BadDiffusion's shift is exact for 1000; with 250 most starts still fire."""
 PICTURE_RMS = 0.75
 """Size per dimension the shift is also drawn at: the reversed loss shrinks mu, and published triggers have 0.3 to 1."""
 
