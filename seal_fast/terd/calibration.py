@@ -129,7 +129,7 @@ class Calibration:
     """Models with known labels, all reverted with the same settings, in one pool per kind.
 
     A suspect is judged by the pool of its own kind: with v or sample prediction the network hardly enters the reversed loss
-    near T, and between two resolutions of the zoo the M_r of benign models differs tenfold.
+    near T, and between two resolutions of the zoo the M_r of benign models differs 50-fold.
 
     Attributes:
         settings: how they were reverted; a scan must use the same, so it takes its settings from here.
