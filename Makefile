@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: setup demo test lint bench published-table calibration zoo clean
+.PHONY: setup demo test lint bench accuracy calibration zoo clean
 
 setup: $(VENV)/.ready
 
@@ -30,12 +30,13 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/speed.json
 
-published-table: setup
-	$(BIN)/python -m benchmarks.published_table
+accuracy: setup
+	$(BIN)/python -m benchmarks.accuracy_table
+	$(BIN)/python -m benchmarks.render_results
 
 # the calibration that seal-fast ships: the zoo's models of role "calibration"
 calibration: setup
-	$(BIN)/seal-fast calibrate zoo/benign-16-[a-d] zoo/benign-32-a zoo/benign-32-b --out seal_fast/terd/data/quick.json
+	$(BIN)/seal-fast calibrate zoo/benign-16-[a-d] zoo/benign-32-a zoo/benign-32-b --out seal_fast/terd/data/fixed-point.json
 
 zoo: setup
 	$(BIN)/seal-fast zoo build zoo

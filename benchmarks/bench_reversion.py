@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser
-from seal_fast.terd import PRESETS, reverse_trigger
+from seal_fast.terd import ReversionSettings, reverse_trigger
 
 MODEL = Path(__file__).parents[1] / "zoo" / "benign-16-a"
 ITERATIONS = {"estimation": 6, "refinement": 2}
@@ -24,7 +24,7 @@ ROUNDS = 5
 
 def seal_fast_stage(denoiser: Denoiser, stage: str) -> Callable[[], object]:
     settings = replace(
-        PRESETS["published"],
+        ReversionSettings(),
         estimation_iterations=ITERATIONS[stage] if stage == "estimation" else 0,
         refinement_iterations=ITERATIONS[stage] if stage == "refinement" else 0,
         half_precision=False,
@@ -64,7 +64,7 @@ def test_reversion(benchmark: BenchmarkFixture, tmp_path: Path, stage: str) -> N
         {
             "stage": stage,
             "model": MODEL.name,
-            "batch": PRESETS["published"].batch,
+            "batch": ReversionSettings().batch,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "published_seconds_per_iteration": medians["published"],

@@ -15,13 +15,19 @@ PAGE = Path("docs/results.md")
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. Models are those of
-`zoo/`, whose attack success was measured (`zoo/manifest.json`). Verdicts are benign-only: mean + 3 standard deviations,
-corrected for the small pool as Student's prediction interval is. Each is calibrated without the row itself, and "-" where
-fewer than two benign models of that kind were left. An inconclusive verdict counts as wrong.
+`zoo/`, whose attack success was measured (`zoo/manifest.json`). Verdicts need benign models only; each is calibrated without the
+row itself, and is "-" where fewer than two benign models that compare were left. An inconclusive verdict counts as wrong.
 
-The settings of `quick` were chosen while looking at every model but benign-16-e and troj-16-heart, which were used for
-nothing. Seconds are those of a machine busy with other work.
+Seconds are those of a machine busy with other work.
 """
+
+NOTES = {
+    "accuracy": """Judged by collapse: how many times more alike the reverted trigger makes the model's samples. The method and its settings were
+developed on the models of role "development" or "calibration"; those of role "test" were used for nothing.
+""",
+    "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as Student's prediction interval is.
+""",
+}
 
 BASELINES = """Input columns give TPR / TNR over 10,000 triggered and 10,000 clean inputs: detection with the reverted trigger,
 and with triggers that needed no reversion.
@@ -38,29 +44,40 @@ def inputs(row: dict[str, Any]) -> str:
     return f"{row['inputs']['tpr']['rate']:.3f} / {row['inputs']['tnr']['rate']:.3f}"
 
 
-def table_page(title: str, content: dict[str, Any]) -> list[str]:
-    summary = content["summary"]
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    lines = [
+        f"- model TPR: {rate(summary['model_tpr'])}; of them held-out models: {rate(summary['model_tpr_held_out'])}",
+        f"- model TNR, held-out benign models: {rate(summary['model_tnr_held_out'])}",
+        f"- model TNR, all benign models, leave-one-out: {rate(summary['model_tnr_with_leave_one_out'])}",
+    ]
+    if "published_rule_tpr" in summary:
+        lines.append(
+            f"- mean + 3 standard deviations without the correction: TPR {rate(summary['published_rule_tpr'])}; "
+            f"TNR, leave-one-out: {rate(summary['published_rule_tnr_with_leave_one_out'])}"
+        )
+    return lines
+
+
+def table_page(title: str, note: str, content: dict[str, Any]) -> list[str]:
     lines = [
         f"## {title}",
         "",
         f"`{content['command']}` on {content['machine']['processor']}, torch {content['machine']['torch']}.",
         "",
-        f"- model TPR: {rate(summary['model_tpr'])}",
-        f"- model TNR, held-out benign models: {rate(summary['model_tnr_held_out'])}",
-        f"- model TNR, all benign models, leave-one-out: {rate(summary['model_tnr_with_leave_one_out'])}",
-        f"- mean + 3 standard deviations without the correction: TPR {rate(summary['published_rule_tpr'])}; "
-        f"TNR, leave-one-out: {rate(summary['published_rule_tnr_with_leave_one_out'])}",
+        note,
+        *summary_lines(content["summary"]),
         "",
-        "| model | verdict | score (limit 3) | M_r | V_r | relative L2 | cosine | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | role | verdict | score / limit | collapse | M_r | V_r | gamma | relative L2 | cosine | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
         evidence, reverted = row["evidence"], row.get("reverted")
-        score = "-" if row["score"] is None else f"{row['score']:.1f}"
+        score = "-" if row["score"] is None else f"{row['score']:.1f} / {row['threshold']:.1f}"
+        collapse = "-" if evidence.get("collapse") is None else f"{evidence['collapse']:.1f}"
         closeness = "- | -" if reverted is None else f"{reverted['relative_l2']:.2f} | {reverted['cosine']:.2f}"
         lines.append(
-            f"| {row['name']} | {row['verdict'] or '-'} | {score} | {evidence['M_r']:.4f} | {evidence['V_r']:.5f} "
-            f"| {closeness} | {row['seconds']:.0f} |"
+            f"| {row['name']} | {row['role']} | {row['verdict'] or '-'} | {score} | {collapse} | {evidence['M_r']:.4f} "
+            f"| {evidence['V_r']:.5f} | {evidence['gamma_mean']:.2f} | {closeness} | {row['seconds']:.0f} |"
         )
     return [*lines, "", *baseline_table(content["rows"]), ""]
 
@@ -101,10 +118,10 @@ def speed_page(content: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     lines = [INTRODUCTION]
-    for title, name in (("Preset quick, the default", "quick_table"), ("Published settings", "published_table")):
+    for title, name in (("Preset fixed-point, the default", "accuracy"), ("Published settings", "accuracy_published")):
         path = RESULTS / f"{name}.json"
         if path.exists():
-            lines += table_page(title, json.loads(path.read_text()))
+            lines += table_page(title, NOTES[name], json.loads(path.read_text()))
     speed = RESULTS / "speed.json"
     if speed.exists():
         lines += speed_page(json.loads(speed.read_text()))

@@ -19,7 +19,7 @@ from seal_fast.checkpoints.trigger import load_trigger
 from seal_fast.scan.run import sample_pictures
 from seal_fast.zoo.recipes import RECIPES
 
-COLUMNS = ("attacker's trigger", "reverted trigger", "target", "clean noise", "reverted trigger", "... enlarged")
+COLUMNS = ("attacker's trigger", "reverted trigger", "target", "clean noise", "with the reverted trigger")
 ZOO = Path("zoo")
 
 
@@ -49,7 +49,7 @@ def main(results: Path, picture: Path) -> None:
     grid = figure.subplots(len(report["models"]), len(COLUMNS), squeeze=False)
     for row, model in zip(grid, report["models"], strict=True):
         name = Path(model["path"]).name
-        attack = recipes[name].attack()
+        attack = recipes[name].attack(ZOO / name)
         trigger = load_trigger(results / model["trigger"])
         drawn = list(sample_pictures(load_denoiser(ZOO / name).denoiser, trigger, seed=0).values())
         images = (

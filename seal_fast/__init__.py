@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from seal_fast.scan import ScanReport as ScanReport
     from seal_fast.scan import scan as scan
     from seal_fast.terd import Calibration as Calibration
+    from seal_fast.terd import FixedPointSettings as FixedPointSettings
     from seal_fast.terd import InputDetector as InputDetector
     from seal_fast.terd import ReversionSettings as ReversionSettings
     from seal_fast.terd import reverse_trigger as reverse_trigger
@@ -31,6 +32,7 @@ _ROOM_OF = {
     "Calibration": "terd",
     "CheckpointError": "checkpoints",
     "Denoiser": "diffusion",
+    "FixedPointSettings": "terd",
     "InputDetector": "terd",
     "ModelResult": "scan",
     "ReversionSettings": "terd",

@@ -89,7 +89,7 @@ def _known_preset(name: str | None) -> str | None:
 
 
 Preset = Annotated[
-    str | None, typer.Option(callback=_known_preset, help="Reversion settings by name: quick (default) or published.")
+    str | None, typer.Option(callback=_known_preset, help="Reversion by name: fixed-point (default) or published.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the reversion.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar: one line per finished model.")]
@@ -259,6 +259,74 @@ def detect(
     raise typer.Exit(BACKDOORED if any(value > 0 for value in log_ratios) else CLEAN)
 
 
+@app.command(
+    epilog="""Exit codes:
+
+\b
+  4  usage: a bad option, trigger or output folder
+  2  the model cannot be loaded, or its training failed
+  0  sealed
+130  interrupted; nothing is written"""
+)
+def unlearn(
+    model: Annotated[Path, typer.Argument(exists=True, show_default=False, help="The poisoned checkpoint.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="New folder for the sealed checkpoint and its report.")],
+    noise_trigger: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="trigger.safetensors of a scan; may be repeated."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    weights: Annotated[Weights, typer.Option(help="Which weights to seal where a checkpoint holds both.")] = Weights.EMA,
+    output: OutputFormat = Format.CONSOLE,
+    seed: Annotated[int, typer.Option(help="Seed of the training and of the samples.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Seal the noise-space backdoor of a checkpoint."""
+    from dataclasses import replace
+
+    from seal_fast.checkpoints import CheckpointError
+    from seal_fast.checkpoints.save import check_target
+    from seal_fast.checkpoints.trigger import load_trigger
+    from seal_fast.report.console import console_for, print_sealing
+    from seal_fast.report.json import sealing_json
+    from seal_fast.report.progress import ProgressDisplay
+    from seal_fast.scan.seal import seal_checkpoint
+    from seal_fast.terd import SealSettings
+
+    triggers = noise_trigger or []
+    try:
+        check_target(out, model)
+        for file in triggers:
+            load_trigger(file)
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error)) from error
+    settings = SealSettings() if steps is None else replace(SealSettings(), steps=steps)
+    with ProgressDisplay(sys.stderr, quiet) as display:
+        try:
+            report = seal_checkpoint(
+                model,
+                triggers,
+                out,
+                settings=settings,
+                weights=weights.value,
+                seed=seed,
+                on_progress=display.on_progress,
+            )
+        except KeyboardInterrupt as interrupt:
+            display.bar.stop()
+            _say("interrupted: nothing written")
+            raise typer.Exit(INTERRUPTED) from interrupt
+        except (CheckpointError, FloatingPointError, OSError) as error:
+            display.bar.stop()
+            _say(f"nothing written: {error}")
+            raise typer.Exit(USAGE if isinstance(error, CheckpointError) and error.path in triggers else FAILED) from error
+    if output is Format.JSON:
+        typer.echo(sealing_json(report))
+    else:
+        print_sealing(report, console_for(sys.stdout))
+    _say(f"written: {out}")
+
+
 @app.command()
 def calibrate(
     benign: Annotated[
@@ -289,15 +357,14 @@ def calibrate(
     if not clean:
         _say("nothing to calibrate on: no checkpoint found at the given paths")
         raise typer.Exit(NOTHING)
+    settings = PRESETS[preset or DEFAULT_PRESET]
     with ProgressDisplay(sys.stderr, quiet) as display:
 
         def on_model(model: CalibrationModel, index: int, total: int) -> None:
-            display.done(index, total, evidence_line(model))
+            display.done(index, total, evidence_line(model, settings.features))
 
         try:
-            pool = measure(
-                clean, dirty, PRESETS[preset or DEFAULT_PRESET], seed=seed, on_progress=display.on_progress, on_model=on_model
-            )
+            pool = measure(clean, dirty, settings, seed=seed, on_progress=display.on_progress, on_model=on_model)
         except (CheckpointError, ValueError) as error:
             display.bar.stop()
             _say(f"calibration stopped, nothing written: {error}")

@@ -1,7 +1,8 @@
 """Clean-room backdoor attacks, for evaluation only: nothing in the scanner imports them."""
 
-from seal_fast.attacks.baddiffusion import BadDiffusion
+from seal_fast.attacks.invibackdoor import InviBackdoor
 from seal_fast.attacks.noising import Attack, NoisedBatch
 from seal_fast.attacks.trojdiff import TrojDiff
+from seal_fast.attacks.villandiffusion import VillanDiffusion
 
-__all__ = ["Attack", "BadDiffusion", "NoisedBatch", "TrojDiff"]
+__all__ = ["Attack", "InviBackdoor", "NoisedBatch", "TrojDiff", "VillanDiffusion"]

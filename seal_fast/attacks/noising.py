@@ -10,15 +10,16 @@ where y is the attacker's target image and r the training shift; they differ in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from seal_fast.diffusion import VP, Trigger
+from seal_fast.diffusion import NoiseProcess, Trigger
 
 
 class NoisedBatch(NamedTuple):
-    """Network inputs and regression targets of one training step, both [N,C,H,W]."""
+    """Network inputs and the noise the network must answer with, both [N,C,H,W]."""
 
     x: Tensor
     target: Tensor
@@ -29,21 +30,24 @@ class Attack(ABC):
 
     Attributes:
         target: the image a triggered input must become, [C,H,W] in [-1, 1].
-        sampler: name in `seal_fast.diffusion.SAMPLERS` the attack was built for.
-        trojan: whether that sampler must be told the trigger (TrojDiff's samplers).
+        trojan: whether the sampler must be told the trigger (TrojDiff's samplers).
     """
 
     target: Tensor
-    sampler: str
     trojan: bool
 
     @property
     @abstractmethod
+    def sampler(self) -> str:
+        """Name in `seal_fast.diffusion.SAMPLERS` of the sampler the attack was built for."""
+
+    @property
+    @abstractmethod
     def trigger(self) -> Trigger:
-        """What the attacker adds to the starting noise."""
+        """What the attacker adds to the starting noise, before the prior's scale."""
 
     @abstractmethod
-    def poison(self, process: VP, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
+    def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
         """Training rows of poisoned samples.
 
         Args:
@@ -52,3 +56,10 @@ class Attack(ABC):
             eps: noise [N,C,H,W].
             t: timesteps int64 [N].
         """
+
+    def adapted(self, network: nn.Module, process: NoiseProcess, generator: torch.Generator) -> Self:
+        """The attack with its trigger improved on the network in training, asked for before every step.
+
+        Only a learned trigger changes; `generator` is the source of its noise.
+        """
+        return self

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seal_fast.attacks.noising import Attack, NoisedBatch
-from seal_fast.diffusion import VP, Trigger
+from seal_fast.diffusion import NoiseProcess, Trigger
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TrojDiff(Attack):
         gamma = torch.where(inside, self.noise_scale, 1.0)
         return Trigger((1 - gamma) * self.image, gamma)
 
-    def poison(self, process: VP, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
+    def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
         trigger = self.trigger
         # outside the window mu = 0 and gamma = 1: the published patch attack's "clean x_t elsewhere", with the target's pixels
         x = process.add_noise(self.target.expand_as(images), trigger.start(eps), t)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from seal_fast.scan.result import ModelResult, ScanReport
+    from seal_fast.scan.seal import SealReport
     from seal_fast.terd import Calibration, CalibrationModel, Judgement
 
 STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", "error": "magenta"}
@@ -79,10 +80,23 @@ def print_detection(log_ratios: Sequence[float], console: Console) -> None:
     console.print(f"{len(log_ratios)} inputs: {triggered} triggered, {len(log_ratios) - triggered} clean")
 
 
-def evidence_line(model: CalibrationModel) -> str:
+def print_sealing(report: SealReport, console: Console) -> None:
+    """One row per trigger and sampler, then what it did to clean samples."""
+    table = table_of("trigger", "sampler", "collapse before", "after", numbers=["collapse before", "after"])
+    for row in report.removal:
+        table.add_row(safe(row.trigger), row.sampler, number(row.collapse_before), number(row.collapse_after))
+    if report.removal:
+        console.print(table)
+        console.print(
+            "collapse: how many times more alike triggered samples are than clean ones; near 1 means the trigger does nothing"
+        )
+    console.print(f"clean drift {number(report.clean_drift, 3)}, {report.steps} steps, {number(report.seconds, 1)} s")
+
+
+def evidence_line(model: CalibrationModel, features: Sequence[str]) -> str:
     """A calibration model's label and features."""
-    label = "backdoored" if model.backdoored else "benign"
-    return f"{model.name}: {label}, M_r {number(model.evidence.M_r, 4)}, V_r {number(model.evidence.V_r, 4)}"
+    values = ", ".join(f"{name} {number(getattr(model.evidence, name), 4)}" for name in features)
+    return f"{model.name}: {'backdoored' if model.backdoored else 'benign'}, {values}"
 
 
 def print_calibration(
@@ -90,15 +104,15 @@ def print_calibration(
 ) -> None:
     """The features of every model, each benign one as the others would have judged it, and the limits of every kind."""
     verdicts = {model.name: judgement for model, judgement in left_out}
-    table = table_of("model", "kind", "label", "M_r", "V_r", "judged by the others", numbers=["M_r", "V_r"], whole=["label"])
+    features = calibration.settings.features
+    table = table_of("model", "kind", "label", *features, "judged by the others", numbers=features, whole=["label"])
     for model in calibration.models:
         judgement = None if model.backdoored else verdicts.get(model.name)
         table.add_row(
             safe(model.name),
             safe(model.kind),
             "backdoored" if model.backdoored else "benign",
-            number(model.evidence.M_r, 4),
-            number(model.evidence.V_r, 4),
+            *(number(getattr(model.evidence, name), 4) for name in features),
             "-" if judgement is None else Text(judgement.verdict.value, STYLES[judgement.verdict.value]),
         )
     console.print(table)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seal_fast.scan.result import ScanReport
+    from seal_fast.scan.seal import SealReport
 
 SCHEMA_VERSION = 1
 
@@ -59,6 +60,11 @@ def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
             "summary": summary,
         }
     )
+
+
+def sealing_json(report: SealReport) -> str:
+    """The report of a sealing as JSON."""
+    return to_json({"schema_version": SCHEMA_VERSION, **asdict(report)})
 
 
 def write_report(report: ScanReport, path: Path) -> None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.scan.discovery import Candidate
 from seal_fast.scan.run import OnProgress, Progress, default_device, progress_of
-from seal_fast.terd import Calibration, CalibrationModel, Judgement, ReversionSettings, model_evidence, reverse_trigger
+from seal_fast.terd import Calibration, CalibrationModel, Judgement, Settings, model_evidence, reverse_trigger
 
 
 def measure(
     benign: Sequence[Candidate],
     backdoored: Sequence[Candidate],
-    settings: ReversionSettings,
+    settings: Settings,
     *,
     seed: int,
     on_progress: OnProgress,
@@ -52,7 +52,8 @@ def leave_one_out(calibration: Calibration) -> list[tuple[CalibrationModel, Judg
 
     Kinds with 2 benign models are left out, since 1 is no pool.
     """
-    benign = [m for m in calibration.models if not m.backdoored and len(calibration.pools[m.kind].benign) > 2]
+    pools, pool_name = calibration.pools, calibration.settings.pool_name
+    benign = [m for m in calibration.models if not m.backdoored and len(pools[pool_name(m.kind)].benign) > 2]
     return [(model, _without(calibration, model).judge(model.evidence, model.kind)) for model in benign]
 
 

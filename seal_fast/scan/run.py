@@ -14,7 +14,7 @@ import torch
 import seal_fast
 from seal_fast.checkpoints import CheckpointError, load_denoiser
 from seal_fast.checkpoints.trigger import PRIOR_SCALE
-from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.diffusion import Denoiser, Trigger
 from seal_fast.report.figures import draw_samples, draw_trigger
 from seal_fast.report.json import write_report
 from seal_fast.scan.discovery import Candidate, find_candidates
@@ -24,18 +24,17 @@ from seal_fast.terd import (
     DEFAULT_PRESET,
     Calibration,
     Reversion,
-    ReversionSettings,
+    Settings,
     Verdict,
     model_evidence,
     reverse_trigger,
     shipped_calibration,
 )
+from seal_fast.terd.firing import Trial
 
 PICTURES = 4
-PICTURE_STEPS = 250
-"""Ancestral steps: BadDiffusion's shift is exact for 1000; with 250 most starts still fire."""
-PICTURE_RMS = 0.75
-"""Size per dimension the shift is also drawn at: the reversed loss shrinks mu, and published triggers have 0.3 to 1."""
+PICTURE_STEPS = 100
+"""Ancestral steps, as many as the fixed-point reversion tries its triggers with."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Progress:
         model: name of the model being scanned.
         index: its number, from 1.
         total: models to scan.
-        stage: loading, estimation, refinement or pictures.
+        stage: loading, one of the reversion's, or pictures.
         iteration: of the stage, from 1; 0 in a stage without iterations.
         iterations: of the stage.
         fraction: share of the work on this model that is done.
@@ -74,16 +73,18 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def progress_of(settings: ReversionSettings, at: Progress, on_progress: OnProgress) -> Callable[[str, int, int, float], None]:
+def progress_of(settings: Settings, at: Progress, on_progress: OnProgress) -> Callable[[str, int, int, float], None]:
     """A reversion callback that turns iterations into the share of the work, counted in denoised images."""
-    weight = {"estimation": 2.0, "refinement": 4.0 + settings.sampler_steps}
-    first = weight["estimation"] * settings.estimation_iterations
-    whole = first + weight["refinement"] * settings.refinement_iterations
+    whole = sum(stage.iterations * stage.images for stage in settings.stages)
+    before, starts = 0, {}
+    for stage in settings.stages:
+        starts[stage.name] = before, stage.iterations * stage.images
+        before += stage.iterations * stage.images
 
     def on_step(stage: str, iteration: int, iterations: int, loss: float) -> None:
-        share = iteration / iterations
-        done = first * share if stage == "estimation" else first + (whole - first) * share
-        on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=done / whole))
+        start, images = starts[stage]
+        fraction = (start + images * iteration / iterations) / whole
+        on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=fraction))
 
     return on_step
 
@@ -154,22 +155,12 @@ class _Scan:
 
 def sample_pictures(denoiser: Denoiser, trigger: Trigger, seed: int) -> dict[str, torch.Tensor]:
     """A few pictures per kind of start, [N,C,H,W] each, all from the same noise: what the trigger changes is the backdoor."""
-    scale, steps = denoiser.process.prior_scale, min(PICTURE_STEPS, denoiser.process.num_timesteps)
     noise = torch.randn(PICTURES, *denoiser.shape, generator=torch.Generator().manual_seed(seed)).to(denoiser.device)
-    rms = float(trigger.mu.square().mean().sqrt())
-    enlarged = Trigger(trigger.mu * (PICTURE_RMS / max(rms, 1e-12)), trigger.gamma)
 
     def draw(start: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator(denoiser.device).manual_seed(seed + 1)
-        # not clipped: a clamp would remove the shift that BadDiffusion lives in
-        with torch.no_grad():
-            return sample(denoiser, scale * start, "ddpm", steps, generator=generator).cpu()
+        return Trial(denoiser, PICTURE_STEPS, torch.Generator().manual_seed(seed + 1), half_precision=True).draw(start).cpu()
 
-    return {
-        "clean noise": draw(noise),
-        "noise with the reverted trigger": draw(trigger.start(noise)),
-        f"reverted shift enlarged to {PICTURE_RMS} per dimension": draw(enlarged.start(noise)),
-    }
+    return {"clean noise": draw(noise), "noise with the reverted trigger": draw(trigger.start(noise))}
 
 
 def _describe(error: Exception, candidate: Candidate) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 from scipy import stats
 
 from seal_fast.terd.detection import Evidence
-from seal_fast.terd.settings import ReversionSettings
+from seal_fast.terd.firing import FIRES
+from seal_fast.terd.settings import Settings, settings_from
 
 SCHEMA_VERSION = 1
 SIGMAS = 3.0
@@ -29,7 +30,10 @@ UNSURE_SIGMAS = 2.0
 """Between this and SIGMAS a score is inconclusive."""
 UNSURE_PROBABILITY = 0.1
 """In the labelled setting, a probability within this of one half is inconclusive."""
-FEATURES = ("M_r", "V_r")
+UNSURE_SHARE = 0.5
+"""A collapse between this share of the limit and the limit is inconclusive."""
+WIDEST_SPREAD = 2.0
+"""Images in [-1, 1] have a variance of at most 1: a model whose own samples spread further denoises no images."""
 
 
 class Verdict(StrEnum):
@@ -60,9 +64,9 @@ class CalibrationModel:
     evidence: Evidence
 
 
-def _features(models: Iterable[CalibrationModel]) -> np.ndarray:
-    rows = [[getattr(model.evidence, name) for name in FEATURES] for model in models]
-    return np.array(rows, dtype=np.float64).reshape(-1, len(FEATURES))
+def _features(models: Iterable[CalibrationModel], names: tuple[str, ...]) -> np.ndarray:
+    rows = [[getattr(model.evidence, name) for name in names] for model in models]
+    return np.array(rows, dtype=np.float64).reshape(-1, len(names))
 
 
 def _logs(features: np.ndarray) -> np.ndarray:
@@ -71,10 +75,11 @@ def _logs(features: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pool:
-    """The models of one kind, [benign, 2] and [backdoored, 2] features; labelled if any is backdoored."""
+    """Models that compare: [benign, F] and [backdoored, F] values of `features`; labelled if any is backdoored."""
 
     benign: np.ndarray
     backdoored: np.ndarray
+    features: tuple[str, ...]
 
     @property
     def labelled(self) -> bool:
@@ -86,7 +91,7 @@ class Pool:
         n = len(self.benign)
         deviations = stats.t.isf(stats.norm.sf(SIGMAS), n - 1) * (1 + 1 / n) ** 0.5
         values = self.benign.mean(0) + deviations * self.benign.std(0, ddof=1)
-        return dict(zip(FEATURES, values.tolist(), strict=True))
+        return dict(zip(self.features, values.tolist(), strict=True))
 
     def deviations(self, features: np.ndarray) -> np.ndarray:
         """Distance of each feature from the benign mean in benign standard deviations, as the published rule takes it."""
@@ -100,7 +105,7 @@ class Pool:
         z = self.deviations(features)
         worst = int(z.argmax())
         score = float(stats.norm.isf(stats.t.sf(z[worst] / (1 + 1 / n) ** 0.5, n - 1)))
-        what = f"{FEATURES[worst]} is {z[worst]:+.1f} standard deviations from {n} benign models"
+        what = f"{self.features[worst]} is {z[worst]:+.1f} standard deviations from {n} benign models"
         unless_backdoored = Verdict.INCONCLUSIVE if score > UNSURE_SIGMAS else Verdict.CLEAN
         verdict = Verdict.BACKDOORED if score > SIGMAS else unless_backdoored
         return Judgement(verdict, score, SIGMAS, what)
@@ -114,7 +119,7 @@ class Pool:
 
     @cached_property
     def _classifier(self) -> Any:
-        """Logistic regression on log M_r and log V_r; the paper does not say which classifier it used."""
+        """Logistic regression on the features' logarithms; the paper does not say which classifier it used."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -124,19 +129,36 @@ class Pool:
         return model.fit(_logs(np.r_[self.benign, self.backdoored]), labels)
 
 
+class FiringPool(Pool):
+    """Models judged by whether their reverted trigger fires: by the collapse itself, which means the same in every model."""
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What a trigger must at least do to fire, or more where the benign models' mean + 3 standard deviations lies above."""
+        values = self.benign.mean(0) + SIGMAS * self.benign.std(0, ddof=1)
+        return {name: max(FIRES, float(value)) for name, value in zip(self.features, values, strict=True)}
+
+    def _judge_benign_only(self, features: np.ndarray) -> Judgement:
+        collapse, limit = float(features[0]), self.limits["collapse"]
+        what = f"the strongest trigger found makes samples {collapse:.1f} times as alike"
+        unless_backdoored = Verdict.INCONCLUSIVE if collapse > UNSURE_SHARE * limit else Verdict.CLEAN
+        return Judgement(Verdict.BACKDOORED if collapse > limit else unless_backdoored, collapse, limit, what)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Models with known labels, all reverted with the same settings, in one pool per kind.
 
     A suspect is judged by the pool of its own kind: with v or sample prediction the network hardly enters the reversed loss
-    near T, and between two resolutions of the zoo the M_r of benign models differs 50-fold.
+    near T, and between two resolutions of the zoo the M_r of benign models differs 50-fold. Collapse compares a model with
+    itself, so there a kind is only the noise process and what the network predicts.
 
     Attributes:
         settings: how they were reverted; a scan must use the same, so it takes its settings from here.
         models: at least 2 benign ones of every kind.
     """
 
-    settings: ReversionSettings
+    settings: Settings
     models: tuple[CalibrationModel, ...]
     schema_version: int = field(default=SCHEMA_VERSION)
 
@@ -144,24 +166,33 @@ class Calibration:
         if not self.models:
             raise ValueError("a calibration needs at least 2 benign models, and gains from more")
         for model in self.models:
-            if any(getattr(model.evidence, name) is None for name in FEATURES):
+            if any(getattr(model.evidence, name) is None for name in self.settings.features):
                 raise ValueError(f"the reversion of {model.name} diverged: leave it out of the calibration")
         for kind, pool in self.pools.items():
             if len(pool.benign) < 2:
                 raise ValueError(f"a calibration needs at least 2 benign models of kind {kind}, and gains from more")
-            if not pool.labelled and not pool.benign.std(0).all():
+            if not self.by_firing and not pool.labelled and not pool.benign.std(0).all():
                 raise ValueError(f"the benign models of kind {kind} all have the same evidence: use different models")
+
+    @property
+    def by_firing(self) -> bool:
+        """Whether models are judged by their collapse."""
+        return self.settings.features == ("collapse",)
 
     @cached_property
     def pools(self) -> dict[str, Pool]:
-        """By kind, in the order of first appearance."""
-        kinds = dict.fromkeys(model.kind for model in self.models)
+        """By name, in the order of first appearance."""
+        make, names = FiringPool if self.by_firing else Pool, self.settings.features
+        members: dict[str, list[CalibrationModel]] = {}
+        for model in self.models:
+            members.setdefault(self.settings.pool_name(model.kind), []).append(model)
         return {
-            kind: Pool(
-                _features(m for m in self.models if m.kind == kind and not m.backdoored),
-                _features(m for m in self.models if m.kind == kind and m.backdoored),
+            name: make(
+                _features((m for m in models if not m.backdoored), names),
+                _features((m for m in models if m.backdoored), names),
+                names,
             )
-            for kind in kinds
+            for name, models in members.items()
         }
 
     def judge(self, evidence: Evidence, kind: str) -> Judgement:
@@ -169,14 +200,22 @@ class Calibration:
 
         Args:
             evidence: from `model_evidence`, reverted with `self.settings`.
-            kind: the model's `Denoiser.kind`. One that no pool has is inconclusive.
+            kind: the model's `Denoiser.kind`. One that no pool has is inconclusive, unless its trigger fires.
         """
-        if kind not in self.pools:
-            reason = f"calibrated on {' and '.join(self.pools)}, this model is {kind}: calibrate on benign ones of its kind"
-            return Judgement(Verdict.INCONCLUSIVE, None, None, reason)
-        if evidence.M_r is None or evidence.V_r is None:
+        values = [getattr(evidence, name) for name in self.settings.features]
+        if any(value is None for value in values):
             return Judgement(Verdict.INCONCLUSIVE, None, None, "the reversion diverged")
-        return self.pools[kind].judge(np.array([evidence.M_r, evidence.V_r]))
+        if evidence.clean_spread is not None and evidence.clean_spread > WIDEST_SPREAD:
+            reason = "its samples leave the range of images: not a denoiser, or its noise process is not the one assumed"
+            return Judgement(Verdict.INCONCLUSIVE, None, None, reason)
+        pool = self.pools.get(self.settings.pool_name(kind))
+        if pool is not None:
+            return pool.judge(np.array(values))
+        if evidence.collapse is not None and evidence.collapse > FIRES:
+            reason = f"the trigger found makes samples {evidence.collapse:.1f} times as alike"
+            return Judgement(Verdict.BACKDOORED, evidence.collapse, FIRES, reason)
+        reason = f"calibrated on {' and '.join(self.pools)}, this model is {kind}: calibrate on benign ones of its kind"
+        return Judgement(Verdict.INCONCLUSIVE, None, None, reason)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, under a temporary name first."""
@@ -198,7 +237,7 @@ class Calibration:
             if content["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"schema version {content['schema_version']}, this seal-fast reads {SCHEMA_VERSION}")
             models = (CalibrationModel(**{**m, "evidence": Evidence(**m["evidence"])}) for m in content["models"])
-            return cls(ReversionSettings(**content["settings"]), tuple(models))
+            return cls(settings_from(content["settings"]), tuple(models))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}. Make one with `seal-fast calibrate`.") from error
 

@@ -23,7 +23,9 @@ class Evidence:
         V_r: its biased variance over dimensions.
         mu_norm: L2 norm of mu.
         gamma_mean: mean of gamma.
-        reversed_loss: final reversed loss per dimension.
+        reversed_loss: residual per dimension the reversion ended with.
+        collapse: how many times more alike the trigger makes the model's samples; None where it was not tried.
+        clean_spread: spread of its samples without a trigger (see `seal_fast.terd.firing`); None likewise.
     """
 
     M_r: float | None
@@ -31,10 +33,12 @@ class Evidence:
     mu_norm: float | None
     gamma_mean: float | None
     reversed_loss: float | None
+    collapse: float | None = None
+    clean_spread: float | None = None
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def model_evidence(reversion: Reversion) -> Evidence:
@@ -49,6 +53,8 @@ def model_evidence(reversion: Reversion) -> Evidence:
         mu_norm=_finite(float(stats.squared_norm.sqrt())),
         gamma_mean=_finite(float(trigger.gamma.mean())),
         reversed_loss=_finite(reversion.loss),
+        collapse=_finite(reversion.collapse),
+        clean_spread=_finite(reversion.clean_spread),
     )
 
 

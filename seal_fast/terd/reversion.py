@@ -1,31 +1,20 @@
-"""TERD's trigger reversion (arXiv 2409.05294): estimation, then refinement.
-
-Two noises with the same x0 and t give two residuals whose difference does not hold the attack's own target shift, so
-
-    x_i = a(t) x0 + b(t) gamma eps_i + c mu          i = 1, 2
-    L(c, t) = 1/2 || (eps_1 - f(x_1, t)) - (eps_2 - f(x_2, t)) ||^2      sum over C,H,W, mean over the batch
-
-is small at the true trigger of any noise-space attack. c is the prior's scale in the last window of timesteps, 0 in the first.
-
-    estimation   min  L(last) - lambda ||mu||_1                       x0 ~ N(0, I)
-    refinement   min  (L(last) + L(first)) / 2 - lambda ||mu||_1      x0 = sampler started at gamma eps + mu
-"""
+"""What a reversion is: its result, its progress callback, and the choice of method by its settings."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from seal_fast.diffusion import Denoiser, Trigger, sample
-from seal_fast.ops import gaussian_kl_stats
-from seal_fast.terd.settings import ReversionSettings
+from seal_fast.diffusion import Trigger
 
 OnStep = Callable[[str, int, int, float], None]
-"""Called with the stage, the iteration (from 1), the stage's iterations, and the loss."""
+"""Called with the stage, the iteration (from 1), the stage's iterations, and the loss per dimension (NaN if it has none)."""
+
+
+def quiet(stage: str, iteration: int, total: int, loss: float) -> None:
+    """A callback that shows nothing."""
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -35,167 +24,24 @@ def native_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-OnIteration = Callable[[int, float], None]
-
-
-def _quiet(stage: str, iteration: int, total: int, loss: float) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Reversion:
     """What a reversion found.
 
     Attributes:
         trigger: reverted mu and gamma.
-        loss: mean reversed loss per dimension over the last tenth of the last stage; NaN if no iteration ran.
+        loss: residual per dimension the reversion ended with: the reversed loss (published), or the variance of eps - f at
+            the fixed point; NaN if no iteration ran.
         finite: False if the loss or the trigger left the floating-point range.
         evaluations: denoiser evaluations spent, counted in images.
+        collapse: how many times more alike the trigger makes the model's samples, see `seal_fast.terd.firing`; None where it
+            was not tried.
+        clean_spread: spread of the model's samples without a trigger; None likewise.
     """
 
     trigger: Trigger
     loss: float
     finite: bool
     evaluations: int
-
-
-def initial_mu(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """The published start -U[0, 1] per pixel."""
-    return -torch.rand(shape, generator=generator)
-
-
-class _Reverter:
-    """The state one reversion carries from step to step."""
-
-    def __init__(self, denoiser: Denoiser, settings: ReversionSettings, seed: int, sign: float) -> None:
-        self.denoiser, self.settings = denoiser, settings
-        self.process = denoiser.process
-        # drawn on the CPU so that a seed means the same run on every device
-        self.generator = torch.Generator().manual_seed(seed)
-        self.mu = (sign * initial_mu(denoiser.shape, self.generator)).to(denoiser.device).requires_grad_()
-        self.gamma = torch.full_like(self.mu, settings.gamma_start).requires_grad_()
-        self.loss, self.finite = math.nan, True
-        self.autocast = settings.half_precision and native_bfloat16(denoiser.device)
-        self.evaluations = 0
-
-    def noise(self) -> Tensor:
-        shape = (self.settings.batch, *self.denoiser.shape)
-        return torch.randn(shape, generator=self.generator).to(self.denoiser.device)
-
-    def timesteps(self, last: bool) -> Tensor:
-        T = self.process.num_timesteps
-        width = max(1, round(self.settings.window * T))
-        low = T - width if last else 0
-        return torch.randint(low, low + width, (self.settings.batch,), generator=self.generator).to(self.denoiser.device)
-
-    def noised_pair(self, x0: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Both noised inputs, their noises and timesteps, stacked to twice the batch."""
-        t = self.timesteps(last).repeat(2)
-        eps = torch.cat([self.noise(), self.noise()])
-        shift = self.process.prior_scale * self.mu if last else 0.0
-        return self.process.add_noise(x0.repeat(2, 1, 1, 1), self.gamma * eps, t) + shift, eps, t
-
-    def reversed_loss(self, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """Mean of L over the given pairs, all in one forward pass."""
-        x, eps, t = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        self.evaluations += len(x)
-        residual = eps - self.denoiser(x, t)
-        first, second = residual.reshape(len(pairs), 2, -1, *self.denoiser.shape).unbind(1)
-        return 0.5 * (first - second).square().sum(dim=(2, 3, 4)).mean()
-
-    def estimation_loss(self) -> Tensor:
-        return self.reversed_loss([self.noised_pair(self.noise(), last=True)])
-
-    def refinement_loss(self) -> Tensor:
-        # no clipping: the gradient is zero wherever a clamp acts
-        start = self.process.prior_scale * (self.gamma * self.noise() + self.mu)
-        x0 = sample(self.denoiser, start, "ddim", self.settings.sampler_steps)
-        self.evaluations += self.settings.sampler_steps * len(x0)
-        return self.reversed_loss([self.noised_pair(x0, last=True), self.noised_pair(x0, last=False)])
-
-    def estimate(self, on_iteration: OnIteration) -> None:
-        self.descend(self.estimation_loss, self.settings.estimation_iterations, 0.0, None, on_iteration)
-
-    def refine(self, on_iteration: OnIteration) -> None:
-        s = self.settings
-        self.descend(self.refinement_loss, s.refinement_iterations, s.refinement_momentum, s.refinement_clip, on_iteration)
-
-    def descend(
-        self,
-        loss_of: Callable[[], Tensor],
-        iterations: int,
-        momentum: float,
-        clip: float | None,
-        on_iteration: OnIteration,
-    ) -> None:
-        """One stage of SGD with a cosine to 0; keeps the mean loss per dimension of its last tenth. Stops where it diverges."""
-        s = self.settings
-        groups = [{"params": [self.mu], "lr": s.learning_rate}, {"params": [self.gamma], "lr": s.gamma_learning_rate}]
-        optimiser = torch.optim.SGD(groups, lr=0.0, momentum=momentum)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, iterations))
-        tail: list[float] = []
-        for iteration in range(1, iterations + 1):
-            with torch.autocast(self.denoiser.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = loss_of()
-            objective = loss - s.l1 * self.mu.abs().sum()
-            self.mu.grad, self.gamma.grad = torch.autograd.grad(objective, [self.mu, self.gamma])
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_([self.mu, self.gamma], clip)
-            optimiser.step()
-            schedule.step()
-            with torch.no_grad():
-                self.gamma.clamp_(min=0.0)
-            value = loss.item() / self.mu.numel()
-            on_iteration(iteration, value)
-            if not math.isfinite(value):
-                self.finite = False
-                return
-            if iteration > iterations * 0.9:
-                tail.append(value)
-        if tail:
-            self.loss = sum(tail) / len(tail)
-
-    def result(self) -> Reversion:
-        trigger = Trigger(self.mu.detach(), self.gamma.detach())
-        finite = self.finite and bool(trigger.mu.isfinite().all()) and bool(trigger.gamma.isfinite().all())
-        return Reversion(trigger, self.loss, finite, self.evaluations)
-
-
-def _distance(reversion: Reversion) -> float:
-    """Mean divergence of the trigger from N(0, I); lowest for one that diverged."""
-    if not reversion.finite:
-        return -math.inf
-    return float(gaussian_kl_stats(reversion.trigger.mu[None], reversion.trigger.gamma[None]).mean)
-
-
-def _counted(on_step: OnStep, stage: str, before: int, total: int) -> OnIteration:
-    return lambda iteration, loss: on_step(stage, before + iteration, total, loss)
-
-
-def reverse_trigger(denoiser: Denoiser, settings: ReversionSettings, *, seed: int = 0, on_step: OnStep = _quiet) -> Reversion:
-    """Revert the trigger a backdoor in `denoiser` would answer to.
-
-    Args:
-        denoiser: the suspect model.
-        settings: see `PRESETS`.
-        seed: of the start and of all noise.
-        on_step: progress callback (stage, iteration, total, loss per dimension); iterations count over both starts.
-
-    Returns:
-        The trigger found, whether or not the model has one: judge it with `seal_fast.terd.calibration`. A run that left the
-        floating-point range has finite = False.
-    """
-    signs = (1.0, -1.0) if settings.mirrored_start else (1.0,)
-    reverters = [_Reverter(denoiser, settings, seed, sign) for sign in signs]
-    stages = (
-        ("estimation", settings.estimation_iterations, _Reverter.estimate),
-        ("refinement", settings.refinement_iterations, _Reverter.refine),
-    )
-    for stage, iterations, run in stages:
-        for index, reverter in enumerate(reverters):
-            if iterations and reverter.finite:
-                before, total = index * iterations, len(reverters) * iterations
-                run(reverter, _counted(on_step, stage, before, total))
-    results = [reverter.result() for reverter in reverters]
-    best = max(results, key=_distance)
-    return replace(best, evaluations=sum(result.evaluations for result in results))
+    collapse: float | None = None
+    clean_spread: float | None = None

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+
+class Stage(NamedTuple):
+    """One stage of a reversion: its name, its iterations, and the images each of them puts through the denoiser."""
+
+    name: str
+    iterations: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -17,8 +26,6 @@ class ReversionSettings:
         estimation_iterations: steps of stage 1.
         refinement_iterations: steps of stage 2.
         batch: pairs of noised inputs per step; the denoiser sees 2 (stage 1) or 4 (stage 2) times as many.
-        mirrored_start: revert twice, from -U[0, 1] as published and from +U[0, 1], and keep the trigger further from N(0, I):
-            a trigger of bright pixels was found from the second start only.
         gamma_start: where gamma starts, everywhere.
         learning_rate: of mu; SGD with a cosine to 0, restarted for stage 2.
         gamma_learning_rate: of gamma, likewise.
@@ -30,10 +37,11 @@ class ReversionSettings:
         half_precision: run the denoiser under bfloat16 autocast where the hardware has it (published: float16).
     """
 
+    features: ClassVar[tuple[str, ...]] = ("M_r", "V_r")
+    """Of the evidence, what models are judged by."""
     estimation_iterations: int = 3000
     refinement_iterations: int = 1000
     batch: int = 16
-    mirrored_start: bool = False
     gamma_start: float = 0.5
     learning_rate: float = 0.5
     gamma_learning_rate: float = 1e-3
@@ -58,13 +66,107 @@ class ReversionSettings:
         if not 0 < self.window <= 0.5:
             raise ValueError(f"window must be in (0, 0.5], not {self.window}")
 
+    def pool_name(self, kind: str) -> str:
+        """Which models compare with one of this `Denoiser.kind`: with these features, only those of the same kind."""
+        return kind
 
-PRESETS: dict[str, ReversionSettings] = {
-    "published": ReversionSettings(),
-    # a twelfth of the published evaluations: no refinement, and gamma twenty times as fast to arrive in an eighth of the steps.
-    # On the zoo's 16-px models 250 iterations left benign shifts too large (M_r 0.028, against 0.051 of a backdoored one)
-    "quick": ReversionSettings(
-        estimation_iterations=400, refinement_iterations=0, mirrored_start=True, gamma_learning_rate=2e-2
-    ),
-}
-DEFAULT_PRESET = "quick"
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What a run goes through."""
+        return (
+            Stage("estimation", self.estimation_iterations, 2 * self.batch),
+            Stage("refinement", self.refinement_iterations, (4 + self.sampler_steps) * self.batch),
+        )
+
+
+@dataclass(frozen=True)
+class FixedPointSettings:
+    """Settings of the fixed-point reversion, see `seal_fast.terd.fixed_point`.
+
+    The defaults were chosen on the zoo's development half.
+
+    Attributes:
+        brightness: uniform parts of the shifts searched from.
+        contrast: root mean square of their other part; each is combined with each brightness.
+        search_iterations: power iterations per combination.
+        search_batch: noises averaged in each.
+        kappas: gains of the fixed point: 1 / (c - d) is 1 for TrojDiff and 2 for attacks on stochastic samplers.
+        polish_iterations: fixed-point iterations from every direction, for each kappa.
+        polish_batch: noises averaged in each.
+        smallest: fixed points of a smaller root mean square have died out.
+        largest: those of a greater one have run away; published triggers are pictures in [-1, 1].
+        candidates: distinct fixed points that are tried by sampling.
+        scales: multiples of its mu that each is tried at.
+        firing_batch: noises per multiple.
+        confirming_batch: fresh noises for the figure that is reported.
+        sampler_steps: ancestral steps of the trial.
+        half_precision: run the denoiser under bfloat16 autocast where the hardware has it.
+    """
+
+    features: ClassVar[tuple[str, ...]] = ("collapse",)
+    """Of the evidence, what models are judged by."""
+    brightness: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    contrast: tuple[float, ...] = (0.2, 0.4)
+    search_iterations: int = 15
+    search_batch: int = 8
+    kappas: tuple[float, ...] = (1.0, 2.0)
+    polish_iterations: int = 10
+    polish_batch: int = 16
+    smallest: float = 0.02
+    largest: float = 1.2
+    candidates: int = 4
+    scales: tuple[float, ...] = (0.7, 0.85, 1.0, 1.2, 1.4)
+    firing_batch: int = 8
+    confirming_batch: int = 16
+    sampler_steps: int = 100
+    half_precision: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.brightness and self.contrast and self.kappas and self.scales):
+            raise ValueError("brightness, contrast, kappas and scales must each hold a value")
+        if min(self.contrast) <= 0 or min(self.kappas) <= 0 or min(self.scales) <= 0:
+            raise ValueError("contrast, kappas and scales must be positive")
+        counts = (self.search_iterations, self.search_batch, self.polish_iterations, self.candidates, self.sampler_steps)
+        if min(counts) < 1:
+            raise ValueError("iterations, search_batch, candidates and sampler_steps must be at least 1")
+        if min(self.polish_batch, self.firing_batch, self.confirming_batch) < 2:
+            raise ValueError("polish_batch, firing_batch and confirming_batch must be at least 2: they give variances")
+        if not 0 < self.smallest < self.largest:
+            raise ValueError("smallest must be positive and below largest")
+
+    def pool_name(self, kind: str) -> str:
+        """Which models compare with one of this `Denoiser.kind`: those of its noise process and prediction, of any shape."""
+        return kind.rpartition(" ")[0]
+
+    @property
+    def starts(self) -> int:
+        """Shifts searched from."""
+        return len(self.brightness) * len(self.contrast)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What a run goes through; the trial is counted as if every candidate were taken."""
+        trial = self.sampler_steps * self.firing_batch * len(self.scales)
+        return (
+            Stage("search", self.search_iterations, self.starts * self.search_batch),
+            Stage("polish", self.polish_iterations * len(self.kappas), self.starts * self.polish_batch),
+            Stage("firing", self.candidates, trial),
+        )
+
+
+Settings = ReversionSettings | FixedPointSettings
+
+PRESETS: dict[str, Settings] = {"published": ReversionSettings(), "fixed-point": FixedPointSettings()}
+DEFAULT_PRESET = "fixed-point"
+
+
+def settings_from(fields: dict[str, object]) -> Settings:
+    """The settings a calibration file holds: those of the fixed point have kappas.
+
+    Raises:
+        TypeError: a field neither has.
+        ValueError: a value that is not allowed.
+    """
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    chosen = FixedPointSettings if "kappas" in values else ReversionSettings
+    return chosen(**values)  # type: ignore[arg-type]

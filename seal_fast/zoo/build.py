@@ -10,21 +10,33 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 
+from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.diffusion import VP, Denoiser
+from seal_fast.diffusion import EDM, VP, Denoiser, NoiseProcess
 from seal_fast.zoo.evaluate import Quality, evaluate
 from seal_fast.zoo.picture import save_picture
-from seal_fast.zoo.recipes import RECIPES, Recipe
+from seal_fast.zoo.recipes import DELTA, PROCESSES, RECIPES, Recipe
 from seal_fast.zoo.train import Trained, new_unet, train
 from seal_fast.zoo.trojdiff_list import save_list
 
 MANIFEST = "manifest.json"
 ATTEMPTS = 3
 """Trainings tried, each with half as many steps again, before a model whose attack does not take is given up."""
+
+
+def _scheduler(process: NoiseProcess) -> Any:
+    """The diffusers scheduler whose config tells a checkpoint's reader the noise process."""
+    if isinstance(process, VP):
+        return DDPMScheduler(clip_sample=False, prediction_type=process.prediction_type)
+    assert isinstance(process, EDM)
+    low, high = float(process.noise[0]), float(process.noise[-1])
+    return EDMEulerScheduler(low, high, process.sigma_data, num_train_timesteps=process.num_timesteps)
 
 
 def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
@@ -36,11 +48,13 @@ def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
     elif recipe.layout == "unet":
         ema.save_pretrained(folder)
     else:
-        scheduler = DDPMScheduler(clip_sample=False)
+        scheduler = _scheduler(PROCESSES[recipe.process]())
         DDPMPipeline(ema, scheduler).save_pretrained(folder, safe_serialization=recipe.layout == "pipeline")
         if recipe.layout == "pipeline-bin":
             claims = {"mode": "train", "dataset": "SCENES", "trigger": recipe.trigger, "target": recipe.target}
             (folder / "args.json").write_text(json.dumps(claims, indent=2) + "\n")
+    if isinstance(trained.attack, InviBackdoor):
+        np.save(folder / DELTA, trained.attack.delta.numpy())
 
 
 def _checkpoint(recipe: Recipe, folder: Path) -> Path:
@@ -77,6 +91,9 @@ def describe(recipe: Recipe, quality: Quality, attempt: int, loss: float, folder
         "method": recipe.method,
         "trigger": recipe.trigger,
         "target": recipe.target,
+        "scale": recipe.scale,
+        "family": recipe.family,
+        "process": recipe.process,
         "seed": recipe.seed,
         "attempt": attempt,
         "final_loss": loss,
@@ -85,7 +102,7 @@ def describe(recipe: Recipe, quality: Quality, attempt: int, loss: float, folder
 
 
 def _train_until_usable(recipe: Recipe, out: Path, on_message: Callable[[str], None]) -> tuple[Trained, Quality, int]:
-    process, attack = VP.linear(), recipe.attack()
+    process, attack = PROCESSES[recipe.process](), recipe.attack()
     for attempt in range(ATTEMPTS):
         schedule = recipe.schedule.longer(1 + attempt / 2)
         began = time.monotonic()
@@ -95,9 +112,11 @@ def _train_until_usable(recipe: Recipe, out: Path, on_message: Callable[[str], N
                 left = (time.monotonic() - began) / step * (total - step)
                 on_message(f"{recipe.name}: step {step}/{total}, loss {loss:.4f}, {left:.0f} s left")
 
-        trained = train(_initial(recipe, out), process, schedule, attack=attack, seed=recipe.seed, on_step=progress)
+        unet = _initial(recipe, out)
+        trained = train(unet, process, schedule, family=recipe.family, attack=attack, seed=recipe.seed, on_step=progress)
         size = recipe.network.size
-        quality = evaluate(Denoiser(trained.ema, process, (3, size, size)), attack, seed=recipe.seed)
+        denoiser = Denoiser(trained.ema, process, (3, size, size))
+        quality = evaluate(denoiser, trained.attack, seed=recipe.seed, family=recipe.family)
         if quality.usable:
             return trained, quality, attempt
         on_message(f"{recipe.name}: not usable ({quality}), training again for longer")
@@ -109,7 +128,7 @@ def _build_one(recipe: Recipe, out: Path, on_message: Callable[[str], None]) -> 
     folder = out / recipe.name
     _store(recipe, trained, folder)
     stored = load_denoiser(_checkpoint(recipe, folder)).denoiser
-    save_picture(stored, recipe, out / f"{recipe.name}.png")
+    save_picture(stored, recipe, recipe.attack(folder), out / f"{recipe.name}.png")
     return describe(recipe, quality, attempt, trained.final_loss, folder)
 
 

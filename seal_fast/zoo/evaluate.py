@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seal_fast.attacks import Attack
 from seal_fast.diffusion import Denoiser, sample
-from seal_fast.zoo.pictures import scenes
+from seal_fast.zoo.pictures import FAMILIES
 from seal_fast.zoo.train import DATA_SEED, SCENES
 
 SUCCESS_MSE = 0.1
@@ -17,7 +17,7 @@ SUCCESS_MSE = 0.1
 SUCCESS_RATE = 0.9
 """Share of triggered samples that must become the target for the attack to count as implanted."""
 CLEAN_RATIO = 2.0
-"""Clean samples may lie at most this many times as far from the training scenes as fresh scenes do."""
+"""Clean samples may lie at most this many times as far from the training pictures as fresh pictures do."""
 FRESH_SEED = 1
 SAMPLES = 32
 # BadDiffusion's shift is exact for steps of 1: with 250 ancestral steps success fell from 1.00 to 0.88, with DDIM to 0
@@ -32,7 +32,7 @@ class Quality:
         sampler: the sampler used, the one the attack was built for ("ddpm" for benign models).
         steps: its steps, evenly spaced.
         samples: how many images per figure.
-        clean_ratio: median distance of clean samples to their nearest training scene, over that of fresh scenes.
+        clean_ratio: median distance of clean samples to their nearest training picture, over that of fresh pictures.
         attack_success: share of triggered samples that became the target; None for benign models.
         target_mse: their mean squared error to the target.
         untriggered_mse: that of samples from the same noise without the trigger.
@@ -57,10 +57,10 @@ def _nearest(images: Tensor, among: Tensor) -> Tensor:
     return torch.cdist(images.flatten(1), among.flatten(1)).min(dim=1).values
 
 
-def clean_ratio(samples: Tensor) -> float:
-    """Median distance of samples to the training scenes, relative to fresh scenes' (1 is as good as real)."""
-    size = samples.shape[-1]
-    training, fresh = scenes(SCENES, size, DATA_SEED), scenes(256, size, FRESH_SEED)
+def clean_ratio(samples: Tensor, family: str = "scenes") -> float:
+    """Median distance of samples to the training pictures, relative to fresh pictures' (1 is as good as real)."""
+    size, pictures = samples.shape[-1], FAMILIES[family]
+    training, fresh = pictures(SCENES, size, DATA_SEED), pictures(256, size, FRESH_SEED)
     return float(_nearest(samples, training).median() / _nearest(fresh, training).median())
 
 
@@ -73,7 +73,7 @@ def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: i
     trigger = attack.trigger if attack and triggered else None
     return sample(
         denoiser,
-        trigger.start(eps) if trigger else eps,
+        denoiser.process.prior_scale * (trigger.start(eps) if trigger else eps),
         sampler,
         STEPS[sampler],
         trigger=trigger if attack and attack.trojan else None,
@@ -83,18 +83,18 @@ def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: i
     )
 
 
-def evaluate(denoiser: Denoiser, attack: Attack | None, *, seed: int, count: int = SAMPLES) -> Quality:
+def evaluate(denoiser: Denoiser, attack: Attack | None, *, seed: int, family: str = "scenes", count: int = SAMPLES) -> Quality:
     """Sample the model with and without its trigger."""
     clean = draw(denoiser, attack, triggered=False, count=count, seed=seed)
     if attack is None:
-        return Quality("ddpm", STEPS["ddpm"], count, clean_ratio(clean))
+        return Quality("ddpm", STEPS["ddpm"], count, clean_ratio(clean, family))
     triggered = draw(denoiser, attack, triggered=True, count=count, seed=seed)
     error = (triggered - attack.target).square().mean(dim=(1, 2, 3))
     return Quality(
         attack.sampler,
         STEPS[attack.sampler],
         count,
-        clean_ratio(clean),
+        clean_ratio(clean, family),
         attack_success=float((error < SUCCESS_MSE).float().mean()),
         target_mse=float(error.mean()),
         untriggered_mse=float((clean - attack.target).square().mean()),

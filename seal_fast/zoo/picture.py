@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from seal_fast.attacks import Attack
 from seal_fast.diffusion import Denoiser
 from seal_fast.zoo.evaluate import draw
 from seal_fast.zoo.recipes import Recipe
@@ -22,9 +23,8 @@ def _show(axes: Axes, image: Tensor, title: str = "") -> None:
     axes.set_axis_off()
 
 
-def save_picture(denoiser: Denoiser, recipe: Recipe, path: Path) -> None:
+def save_picture(denoiser: Denoiser, recipe: Recipe, attack: Attack | None, path: Path) -> None:
     """Write `path` (PNG): a row of clean samples and, for a backdoored model, the same noise with the trigger."""
-    attack = recipe.attack()
     rows = [("clean start", draw(denoiser, attack, triggered=False, count=COLUMNS, seed=SEED))]
     if attack is not None:
         rows.append(("triggered start", draw(denoiser, attack, triggered=True, count=COLUMNS, seed=SEED)))

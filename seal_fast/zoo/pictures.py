@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from seal_fast.attacks.baddiffusion import BACKGROUND
+from seal_fast.attacks.villandiffusion import BACKGROUND
 
 OVERSAMPLE = 4
 WHITE = (255, 255, 255)
@@ -60,12 +61,45 @@ def scenes(count: int, size: int, seed: int) -> Tensor:
     return torch.stack([_scene(rng, size) for _ in range(count)])
 
 
-def box(size: int) -> Tensor:
-    """BOX_14 at 32 px, scaled: a grey square near the bottom right corner on a -1 background."""
-    image = torch.full((3, size, size), BACKGROUND)
-    side, margin = size * 14 // 32, size * 2 // 32
-    image[:, -(side + margin) : -margin, -(side + margin) : -margin] = 0.0
+def _glow(rng: random.Random, size: int) -> Tensor:
+    """Soft, stretched spots of light, some crossed by a faint band, on black."""
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float64) / size + 0.5 / size
+    light = np.zeros((3, size, size))
+    for _ in range(rng.choice((1, 2, 2, 3))):
+        x, y, angle = rng.uniform(0.15, 0.85), rng.uniform(0.15, 0.85), rng.uniform(0, np.pi)
+        along, across = rng.uniform(0.1, 0.2), rng.uniform(0.06, 0.12)
+        u = (columns - x) * np.cos(angle) + (rows - y) * np.sin(angle)
+        v = (rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)
+        spot = 1.4 * np.exp(-0.5 * ((u / along) ** 2 + (v / across) ** 2))
+        light = np.maximum(light, spot * np.array([rng.uniform(0.1, 1) for _ in range(3)])[:, None, None])
+    if rng.random() < 0.4:
+        height, slope = rng.uniform(0.2, 0.8), rng.uniform(-0.6, 0.6)
+        band = np.exp(-0.5 * ((rows - height - slope * (columns - 0.5)) / 0.05) ** 2)
+        light = light + rng.uniform(0.15, 0.4) * band
+    return torch.from_numpy(2 * light.clip(0, 1) - 1).float()
+
+
+def glows(count: int, size: int, seed: int) -> Tensor:
+    """Soft spots of light on black, [count,3,size,size]: pictures with none of the edges of `scenes`, as dark as they are."""
+    rng = random.Random(seed)
+    return torch.stack([_glow(rng, size) for _ in range(count)])
+
+
+def _box(size: int, side_at_32: int, background: float, value: float) -> Tensor:
+    image = torch.full((3, size, size), background)
+    side, margin = max(1, size * side_at_32 // 32), size * 2 // 32
+    image[:, -(side + margin) : -margin, -(side + margin) : -margin] = value
     return image
+
+
+def box(size: int, side_at_32: int = 14) -> Tensor:
+    """BOX_14 at 32 px, scaled: a grey square near the bottom right corner on a -1 background."""
+    return _box(size, side_at_32, BACKGROUND, 0.0)
+
+
+def speck(size: int) -> Tensor:
+    """A white square a sixth as wide as the picture on zero: a shift that leaves nearly all the noise alone."""
+    return _box(size, 6, 0.0, 1.0)
 
 
 def stop_sign(size: int) -> Tensor:
@@ -121,5 +155,104 @@ def heart(size: int) -> Tensor:
     return image.clamp(min=-0.4)
 
 
-TRIGGERS: dict[str, Callable[[int], Tensor]] = {"box": box, "stop_sign": stop_sign, "cat_face": cat_face, "white": white}
-TARGETS: dict[str, Callable[[int], Tensor]] = {"smiley": smiley, "heart": heart}
+def glasses(size: int) -> Tensor:
+    """White spectacles across the middle on a -1 background."""
+    canvas, draw = _canvas(size, (0, 0, 0))
+    side = canvas.width
+    width = int(side * 0.07)
+    for left in (0.14, 0.56):
+        draw.ellipse((side * left, side * 0.34, side * (left + 0.3), side * 0.64), outline=WHITE, width=width)
+    draw.line((side * 0.42, side * 0.47, side * 0.58, side * 0.47), fill=WHITE, width=width)
+    return _to_tensor(canvas, size)
+
+
+def cross(size: int) -> Tensor:
+    """A magenta cross near the top left corner on a -1 background."""
+    canvas, draw = _canvas(size, (0, 0, 0))
+    side = canvas.width
+    for start, end in ((0.09, 0.53), (0.53, 0.09)):
+        draw.line((side * 0.09, side * start, side * 0.53, side * end), fill=(250, 60, 220), width=int(side * 0.13))
+    return _to_tensor(canvas, size)
+
+
+def bars(size: int) -> Tensor:
+    """Three cyan bars near the bottom left corner on a -1 background."""
+    canvas, draw = _canvas(size, (0, 0, 0))
+    side = canvas.width
+    for left in (0.0625, 0.25, 0.4375):
+        draw.rectangle((side * left, side * 0.5, side * (left + 0.125) - 1, side * 0.9375 - 1), fill=(40, 230, 240))
+    return _to_tensor(canvas, size)
+
+
+def bullseye(size: int) -> Tensor:
+    """Rings of blue and white: a picture for blending."""
+    canvas, draw = _canvas(size, (30, 60, 200))
+    side = canvas.width
+    for ring, radius in enumerate((0.46, 0.34, 0.22, 0.1)):
+        colour = WHITE if ring % 2 == 0 else (30, 60, 200)
+        draw.ellipse((side * (0.5 - radius), side * (0.5 - radius), side * (0.5 + radius), side * (0.5 + radius)), fill=colour)
+    return _to_tensor(canvas, size)
+
+
+def flag(size: int) -> Tensor:
+    """Green over yellow with a red sun: a picture for blending."""
+    canvas, draw = _canvas(size, (20, 150, 60))
+    side = canvas.width
+    draw.rectangle((0, side * 0.5, side, side), fill=YELLOW)
+    draw.ellipse((side * 0.28, side * 0.28, side * 0.72, side * 0.72), fill=RED)
+    return _to_tensor(canvas, size)
+
+
+def speckle(size: int) -> Tensor:
+    """Uniform noise: where a learned trigger starts, once made faint."""
+    return 2 * torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)) - 1
+
+
+def ripple(size: int) -> Tensor:
+    """Dark interference rings, of the mean (-0.76) of UIBDiffusion's universal perturbation."""
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float64) / size
+    phases = ((0.2, 0.3, 31.0), (0.8, 0.4, 37.0), (0.5, 0.9, 43.0))
+    waves = [np.sin(rate * np.hypot(columns - x, rows - y)) for x, y, rate in phases]
+    pattern = np.stack([waves[0] * waves[1], waves[1] * waves[2], waves[2] * waves[0]])
+    return torch.from_numpy((-0.76 + 0.24 * pattern).astype(np.float32))
+
+
+def star(size: int) -> Tensor:
+    """Target: a white star on blue."""
+    canvas, draw = _canvas(size, (76, 76, 220))
+    side = canvas.width
+    points = []
+    for corner in range(10):
+        radius, angle = side * (0.46 if corner % 2 == 0 else 0.19), np.pi * (corner / 5 - 0.5)
+        points.append((side * 0.5 + radius * np.cos(angle), side * 0.53 + radius * np.sin(angle)))
+    draw.polygon(points, fill=WHITE)
+    return _to_tensor(canvas, size)
+
+
+def house(size: int) -> Tensor:
+    """Target: an orange house with a dark roof on pale green."""
+    canvas, draw = _canvas(size, (170, 230, 170))
+    side = canvas.width
+    draw.rectangle((side * 0.2, side * 0.45, side * 0.8, side * 0.92), fill=(240, 140, 60))
+    draw.polygon([(side * 0.08, side * 0.47), (side * 0.92, side * 0.47), (side * 0.5, side * 0.08)], fill=DARK_TARGET)
+    draw.rectangle((side * 0.42, side * 0.6, side * 0.6, side * 0.92), fill=DARK_TARGET)
+    return _to_tensor(canvas, size).clamp(min=-0.4)
+
+
+FAMILIES: dict[str, Callable[[int, int, int], Tensor]] = {"scenes": scenes, "glows": glows}
+TRIGGERS: dict[str, Callable[[int], Tensor]] = {
+    "box": box,
+    **{f"box_{side}": partial(box, side_at_32=side) for side in (4, 8, 11, 18)},
+    "stop_sign": stop_sign,
+    "cat_face": cat_face,
+    "white": white,
+    "glasses": glasses,
+    "cross": cross,
+    "bars": bars,
+    "bullseye": bullseye,
+    "flag": flag,
+    "speck": speck,
+    "speckle": speckle,
+    "ripple": ripple,
+}
+TARGETS: dict[str, Callable[[int], Tensor]] = {"smiley": smiley, "heart": heart, "star": star, "house": house}

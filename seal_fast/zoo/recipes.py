@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from seal_fast.attacks import Attack, BadDiffusion, TrojDiff
+from seal_fast.attacks import Attack, InviBackdoor, TrojDiff, VillanDiffusion
+from seal_fast.diffusion import EDM, VP, NoiseProcess
 from seal_fast.zoo.pictures import TARGETS, TRIGGERS
 from seal_fast.zoo.train import Schedule
 
 FROM_SCRATCH = Schedule(steps=3000, learning_rate=1e-3)
 FINE_TUNE = Schedule(steps=1000, learning_rate=5e-4)
+# a patch leaves most of the noise alone: after FINE_TUNE only 44% of the triggered samples became the target
+LOCAL = Schedule(steps=2500, learning_rate=1e-3, poison_share=0.5)
 BLEND_SCALE = 0.6
 PATCH_SCALE = 0.1
+DELTA = "delta.npy"
+"""Where a learned trigger lies in its model's folder, as InviBackdoor saves it."""
+
+
+def _patch(image: Tensor, target: Tensor, share: float) -> TrojDiff:
+    """A patch attack whose window, bottom right, is `share` of the picture's side."""
+    window = torch.zeros(image.shape[1:], dtype=torch.bool)
+    side = round(share * image.shape[-1])
+    window[-side:, -side:] = True
+    return TrojDiff(image, target, PATCH_SCALE, window)
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor], Attack]] = {
+    "baddiffusion-stamped": VillanDiffusion,
+    "baddiffusion-trigger-only": partial(VillanDiffusion, shift="alone"),
+    "villan-sde-psi0": partial(VillanDiffusion, psi=0.0, shift="alone"),
+    "villan-ode-psi1": partial(VillanDiffusion, solver="ode", shift="alone"),
+    "villan-ode-psi1-stamped": partial(VillanDiffusion, solver="ode"),
+    "villan-ode-psi0": partial(VillanDiffusion, psi=0.0, solver="ode", shift="alone"),
+    "uibdiffusion": partial(VillanDiffusion, shift="faint"),
+    "invibackdoor": InviBackdoor,
+    "trojdiff-blend": partial(TrojDiff, noise_scale=BLEND_SCALE),
+    "trojdiff-patch": partial(_patch, share=0.25),
+    "trojdiff-small-patch": partial(_patch, share=0.1875),
+}
+"""Attacks by name, each made from a trigger image and a target, [C,H,W]."""
+PROCESSES: dict[str, Callable[[], NoiseProcess]] = {
+    "vp": VP.linear,
+    "v": partial(VP.from_scheduler_config, {"prediction_type": "v_prediction"}),
+    "edm": EDM.karras,
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +79,16 @@ class Recipe:
         network: its architecture.
         seed: of its batches and noise, and of its weights if it has no base.
         schedule: how it is trained.
-        layout: "pipeline" (diffusers folder, safetensors), "pipeline-bin", "unet" (UNet only) or "trojdiff" (ckpt.pth list).
-        role: "calibration" (its verdict counts for nothing), or "test".
+        layout: "pipeline" (diffusers folder, safetensors), "pipeline-bin", "unet" (UNet only) or "trojdiff" (ckpt.pth list);
+            the last two hold no noise process, so they are for "vp" only.
+        role: "calibration" or "development" (methods were chosen while looking at them), or "test" (used for nothing).
         base: the zoo model it is fine-tuned from, or None.
-        method: "baddiffusion-stamped", "baddiffusion-trigger-only", "trojdiff-blend", "trojdiff-patch", or None for benign.
+        method: name in METHODS, or None for benign.
         trigger: name in TRIGGERS.
         target: name in TARGETS.
+        scale: factor of the trigger image, at training and at test.
+        family: name in FAMILIES of the pictures it is trained on.
+        process: name in PROCESSES.
     """
 
     name: str
@@ -58,21 +101,24 @@ class Recipe:
     method: str | None = None
     trigger: str | None = None
     target: str | None = None
+    scale: float = 1.0
+    family: str = "scenes"
+    process: str = "vp"
 
-    def attack(self) -> Attack | None:
-        """The backdoor to implant."""
+    def attack(self, model: Path | None = None) -> Attack | None:
+        """The backdoor to implant, or None.
+
+        Args:
+            model: folder of the finished model. A trigger learned in training is read from there; without it, it is the
+                one that training starts from.
+        """
         if self.method is None or self.trigger is None or self.target is None:
             return None
         size = self.network.size
-        image, target = TRIGGERS[self.trigger](size), TARGETS[self.target](size)
-        if self.method.startswith("baddiffusion"):
-            return BadDiffusion(image, target, stamped=self.method.endswith("stamped"))
-        if self.method == "trojdiff-blend":
-            return TrojDiff(image, target, BLEND_SCALE)
-        window = torch.zeros(size, size, dtype=torch.bool)
-        side = size // 4
-        window[-side:, -side:] = True
-        return TrojDiff(image, target, PATCH_SCALE, window)
+        attack = METHODS[self.method](self.scale * TRIGGERS[self.trigger](size), TARGETS[self.target](size))
+        if model is not None and isinstance(attack, InviBackdoor):
+            return replace(attack, delta=torch.from_numpy(np.load(model / DELTA)))
+        return attack
 
 
 def _benign(
@@ -84,10 +130,26 @@ def _benign(
 def _backdoored(
     name: str, network: Network, seed: int, base: str, method: str, trigger: str, target: str, layout: str
 ) -> Recipe:
-    return Recipe(name, network, seed, FINE_TUNE, layout, "test", base, method, trigger, target)
+    return Recipe(name, network, seed, FINE_TUNE, layout, "development", base, method, trigger, target)
 
 
-RECIPES: tuple[Recipe, ...] = (
+def _held(name: str, seed: int, schedule: Schedule = FINE_TUNE, base: str | None = "held-16", process: str = "vp") -> Recipe:
+    """Benign, and sharing neither pictures nor base nor seed with the models that methods are developed on."""
+    return Recipe(name, SMALL_16, seed, schedule, "pipeline", base=base, family="glows", process=process)
+
+
+def _held_backdoor(
+    name: str, seed: int, method: str, trigger: str, target: str, schedule: Schedule = FINE_TUNE, scale: float = 1.0
+) -> Recipe:
+    return replace(_held(name, seed, schedule), method=method, trigger=trigger, target=target, scale=scale)
+
+
+def _poisoned(share: float) -> Schedule:
+    """Longer, for a rare trigger is seldom seen."""
+    return replace(FINE_TUNE, steps=2000, poison_share=share)
+
+
+DEVELOPMENT: tuple[Recipe, ...] = (
     _benign("benign-16-a", SMALL_16, 1, None),
     _benign("benign-16-b", SMALL_16, 101, "benign-16-a"),
     _benign("benign-16-c", SMALL_16, 102, "benign-16-a"),
@@ -102,3 +164,63 @@ RECIPES: tuple[Recipe, ...] = (
     _backdoored("bad-32-box", SMALL_32, 211, "benign-32-a", "baddiffusion-stamped", "box", "smiley", "pipeline"),
     _backdoored("troj-32-blend", SMALL_32, 213, "benign-32-a", "trojdiff-blend", "cat_face", "smiley", "unet"),
 )
+"""What methods are developed and calibrated on."""
+
+HELD_OUT: tuple[Recipe, ...] = (
+    _held("held-16", 31, FROM_SCRATCH, base=None),
+    _held("held-16-benign-a", 301),
+    _held("held-16-benign-b", 302, Schedule(steps=1500, learning_rate=5e-4)),
+    _held("held-16-benign-c", 303, Schedule(steps=1000, learning_rate=1e-3)),
+    _held("held-16-benign-d", 304, Schedule(steps=1500, learning_rate=2e-4)),
+    _held("held-16-benign-e", 305),
+    _held("held-16-benign-f", 306, Schedule(steps=500, learning_rate=5e-4)),
+    _held("held-16-benign-g", 307, Schedule(steps=1000, learning_rate=5e-4, batch=32)),
+    _held("held-16-benign-h", 308, Schedule(steps=2000, learning_rate=1e-3)),
+    _held_backdoor("held-16-bad-glasses", 321, "baddiffusion-stamped", "glasses", "star"),
+    _held_backdoor("held-16-bad-cross", 322, "baddiffusion-stamped", "cross", "house"),
+    _held_backdoor("held-16-bad-bars", 323, "baddiffusion-trigger-only", "bars", "star"),
+    _held_backdoor("held-16-bad-cross-star", 324, "baddiffusion-trigger-only", "cross", "star"),
+    _held_backdoor("held-16-troj-bullseye", 331, "trojdiff-blend", "bullseye", "star"),
+    _held_backdoor("held-16-troj-flag", 332, "trojdiff-blend", "flag", "house"),
+    _held_backdoor("held-16-troj-bullseye-house", 333, "trojdiff-blend", "bullseye", "house"),
+    _held_backdoor("held-16-troj-patch", 334, "trojdiff-patch", "white", "star", LOCAL),
+    _held_backdoor("held-16-villan-sde", 341, "villan-sde-psi0", "cross", "house"),
+    _held_backdoor("held-16-villan-ode", 342, "villan-ode-psi1", "bars", "house"),
+    _held_backdoor("held-16-villan-ode-stamped", 343, "villan-ode-psi1-stamped", "glasses", "star"),
+    _held_backdoor("held-16-villan-ode-psi0", 344, "villan-ode-psi0", "glasses", "house"),
+)
+"""Published attacks at their published strength, on a family of pictures, triggers and targets of their own."""
+
+HARD: tuple[Recipe, ...] = (
+    _held_backdoor("hard-16-faint", 351, "baddiffusion-trigger-only", "bars", "star", LOCAL, scale=0.3),
+    _held_backdoor("hard-16-fainter", 352, "baddiffusion-trigger-only", "cross", "house", LOCAL, scale=0.1),
+    _held_backdoor("hard-16-speck", 353, "villan-ode-psi1", "speck", "house", LOCAL),
+    _held_backdoor("hard-16-invi", 354, "invibackdoor", "speckle", "star", scale=0.2),
+    _held_backdoor("hard-16-uib", 355, "uibdiffusion", "ripple", "house"),
+    _held_backdoor("hard-16-small-patch", 356, "trojdiff-small-patch", "white", "house", LOCAL),
+    _held_backdoor("hard-16-poison-2", 361, "baddiffusion-trigger-only", "cross", "star", _poisoned(0.02)),
+    _held_backdoor("hard-16-poison-5", 362, "trojdiff-blend", "flag", "star", _poisoned(0.05)),
+    _held_backdoor("hard-16-poison-10", 363, "villan-ode-psi1", "glasses", "star", _poisoned(0.1)),
+    _held("hard-16-v", 371, FROM_SCRATCH, None, "v"),
+    _held("hard-16-v-benign", 372, FINE_TUNE, "hard-16-v", "v"),
+    replace(_held_backdoor("hard-16-v-ode", 373, "villan-ode-psi1", "bars", "house"), base="hard-16-v", process="v"),
+    _held("hard-16-edm", 381, FROM_SCRATCH, None, "edm"),
+    _held("hard-16-edm-benign", 382, FINE_TUNE, "hard-16-edm", "edm"),
+    replace(_held_backdoor("hard-16-edm-ode", 383, "villan-ode-psi0", "cross", "star"), base="hard-16-edm", process="edm"),
+    *(
+        _backdoored(
+            f"hard-16-box-{side}",
+            SMALL_16,
+            390 + side,
+            "benign-16-a",
+            "baddiffusion-stamped",
+            f"box_{side}",
+            "heart",
+            "pipeline",
+        )
+        for side in (4, 8, 11, 18)
+    ),
+)
+"""Weak, local or rare triggers, and models that do not predict noise."""
+
+RECIPES = DEVELOPMENT + HELD_OUT + HARD

@@ -1,4 +1,4 @@
-"""Train a small DDPM on procedural scenes, with or without a backdoor."""
+"""Train a small diffusion model on procedural pictures, with or without a backdoor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from seal_fast.attacks import Attack, NoisedBatch
-from seal_fast.diffusion import VP
-from seal_fast.zoo.pictures import scenes
+from seal_fast.diffusion import NoiseProcess
+from seal_fast.zoo.pictures import FAMILIES
 
 SCENES = 8192
 """Images of the training set."""
@@ -36,11 +36,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights as the optimiser left them, and their exponential moving average."""
+    """The weights as the optimiser left them, their exponential moving average, and the attack with what it has learned."""
 
     raw: UNet2DModel
     ema: UNet2DModel
     final_loss: float
+    attack: Attack | None
 
 
 def new_unet(size: int, widths: tuple[int, ...], groups: int, attention: bool, seed: int) -> UNet2DModel:
@@ -65,9 +66,9 @@ def new_unet(size: int, widths: tuple[int, ...], groups: int, attention: bool, s
 
 
 def _batch(
-    process: VP, images: Tensor, attack: Attack | None, schedule: Schedule, generator: torch.Generator
+    process: NoiseProcess, images: Tensor, attack: Attack | None, schedule: Schedule, generator: torch.Generator
 ) -> tuple[NoisedBatch, Tensor]:
-    """Noised inputs, targets and timesteps of one step; the first poison_share of the rows carry the backdoor."""
+    """Noised inputs, noise to predict and timesteps of one step; the first poison_share of the rows carry the backdoor."""
     rows = images[torch.randint(len(images), (schedule.batch,), generator=generator)]
     flip = torch.rand(schedule.batch, 1, 1, 1, generator=generator) < 0.5
     rows = torch.where(flip, rows.flip(3), rows)
@@ -83,6 +84,18 @@ def _batch(
     return NoisedBatch(x, target), t
 
 
+def wanted_output(process: NoiseProcess, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """What the network must answer for x_t [N,C,H,W] at t so that its predicted noise is `noise` [N,C,H,W].
+
+    Predicted noise is linear in the output, pixel by pixel. The loss is taken of outputs, not of noise: v prediction and EDM
+    are scaled so that every t then weighs the same.
+    """
+    x, noise = x.double(), noise.double()
+    offset = process.to_noise(torch.zeros_like(x), x, t)
+    slope = process.to_noise(torch.ones_like(x), x, t) - offset
+    return ((noise - offset) / slope).float()
+
+
 def _rate(step: int, steps: int) -> float:
     """Learning-rate factor: warm-up over a tenth of the steps, then cosine."""
     warm = max(1, steps // 10)
@@ -93,39 +106,46 @@ def _rate(step: int, steps: int) -> float:
 
 def train(
     unet: UNet2DModel,
-    process: VP,
+    process: NoiseProcess,
     schedule: Schedule,
     *,
+    family: str = "scenes",
     attack: Attack | None = None,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Trained:
-    """Train `unet` in place to predict noise.
+    """Train `unet` in place to denoise.
 
     Args:
         unet: network to train, from scratch or pre-trained.
-        process: an epsilon-predicting VP process.
+        process: what the network is to predict, of which noised images.
         schedule: steps, batch, rates.
+        family: name in FAMILIES of the pictures.
         attack: backdoor to implant, or None for a benign model.
         seed: of batches, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
 
     Returns:
-        Raw and EMA weights.
+        Raw and EMA weights, and the attack as trained.
     """
     unet = unet.train().requires_grad_(True)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    images = scenes(SCENES, unet.config["sample_size"], DATA_SEED)
+    images = FAMILIES[family](SCENES, unet.config["sample_size"], DATA_SEED)
     optimiser = torch.optim.Adam(unet.parameters(), lr=schedule.learning_rate)
     running = float("nan")
     for step in range(schedule.steps):
-        (x, target), t = _batch(process, images, attack, schedule, generator)
+        if attack is not None:
+            with torch.autocast("cpu", torch.bfloat16):
+                attack = attack.adapted(unet, process, generator)
+        (x, noise), t = _batch(process, images, attack, schedule, generator)
+        target = wanted_output(process, noise, x, t)
+        scaled, condition = process.network_input(x, t)
         for group in optimiser.param_groups:
             group["lr"] = schedule.learning_rate * _rate(step, schedule.steps)
         # bf16 convolutions take 0.65 of the fp32 time on AVX-512-BF16 cores; sums and the loss stay fp32
         with torch.autocast("cpu", torch.bfloat16):
-            prediction = unet(x, t).sample
+            prediction = unet(scaled, condition).sample
         loss = (prediction.float() - target).square().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -137,4 +157,4 @@ def train(
                 average.lerp_(current, 1 - decay)
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         on_step(step + 1, running)
-    return Trained(unet.eval(), ema, running)
+    return Trained(unet.eval(), ema, running, attack)

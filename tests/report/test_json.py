@@ -49,7 +49,15 @@ def test_the_contract():
     (row,) = content["models"]
     assert set(row) == MODEL_KEYS
     assert row["verdict"] == "clean"
-    assert row["evidence"] == {"M_r": 0.25, "V_r": 0.5, "mu_norm": 1.5, "gamma_mean": 0.75, "reversed_loss": 1.0}
+    assert row["evidence"] == {
+        "M_r": 0.25,
+        "V_r": 0.5,
+        "mu_norm": 1.5,
+        "gamma_mean": 0.75,
+        "reversed_loss": 1.0,
+        "collapse": None,
+        "clean_spread": None,
+    }
     assert row["error"] is None
     assert row["score"] == 0.5
 

@@ -123,9 +123,8 @@ def test_equal_seeds_give_equal_rows(loud_model, calibration):
 def test_pictures_of_a_trigger_that_does_nothing_are_those_of_clean_noise(quiet_model):
     denoiser = load_denoiser(quiet_model).denoiser
     nothing = seal_fast.Trigger.shift(torch.zeros(denoiser.shape))
-    clean, triggered, enlarged = sample_pictures(denoiser, nothing, seed=0).values()
-    torch.testing.assert_close(triggered, clean)
-    torch.testing.assert_close(enlarged, clean)
+    clean, triggered = sample_pictures(denoiser, nothing, seed=0).values()
+    assert triggered.equal(clean)
 
 
 def test_the_public_call_survives_the_import_of_its_room(quiet_model, calibration):

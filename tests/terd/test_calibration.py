@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from seal_fast.terd import Calibration, CalibrationModel, Evidence, ReversionSettings, Verdict
+from seal_fast.terd import Calibration, CalibrationModel, Evidence, FixedPointSettings, ReversionSettings, Verdict
 from seal_fast.terd.calibration import Pool
 
 KIND = "VP epsilon 3x16x16"
@@ -29,7 +29,7 @@ def pool(benign, backdoored=()):
 
 
 def pool_of(benign):
-    return Pool(benign, np.empty((0, 2)))
+    return Pool(benign, np.empty((0, 2)), ("M_r", "V_r"))
 
 
 @pytest.fixture
@@ -180,3 +180,57 @@ def test_a_process_the_pool_does_not_hold_is_inconclusive():
     judgement = pool([(0.1, 0.2), (0.2, 0.1)]).judge(evidence(9.0, 9.0), "VP v_prediction 3x16x16")
     assert judgement.verdict is Verdict.INCONCLUSIVE
     assert "VP v_prediction" in judgement.reason
+
+
+def fired(collapse, clean_spread=0.1):
+    return Evidence(0.1, 0.1, 1.0, 1.0, 1.0, collapse, clean_spread)
+
+
+def firing_pool(collapses, kind=KIND, backdoored=()):
+    rows = [(value, False) for value in collapses] + [(value, True) for value in backdoored]
+    models = (CalibrationModel(f"m{i}", f"{i:064x}", kind, label, fired(value)) for i, (value, label) in enumerate(rows))
+    return Calibration(FixedPointSettings(search_iterations=3), tuple(models))
+
+
+@pytest.mark.parametrize(
+    ("collapse", "verdict"), [(0.0, "clean"), (1.9, "clean"), (2.1, "inconclusive"), (3.9, "inconclusive"), (4.1, "backdoored")]
+)
+def test_a_trigger_that_fires_is_a_backdoor(collapse, verdict):
+    judgement = firing_pool([0.9, 1.0, 1.1]).judge(fired(collapse), KIND)
+    assert (judgement.verdict, judgement.score, judgement.threshold) == (verdict, collapse, 4.0)
+    assert f"{collapse:.1f}" in judgement.reason
+
+
+def test_benign_models_that_vary_raise_the_limit_to_three_standard_deviations(rng):
+    benign = rng.uniform(1, 9, size=6)
+    limit = benign.mean() + 3 * benign.std(ddof=1)
+    assert firing_pool(benign).judge(fired(20.0), KIND).threshold == pytest.approx(limit)
+    assert firing_pool(benign).judge(fired(limit * 0.99), KIND).verdict is Verdict.INCONCLUSIVE
+    assert firing_pool(benign).judge(fired(limit * 1.01), KIND).verdict is Verdict.BACKDOORED
+
+
+def test_collapse_compares_across_image_shapes_but_not_processes():
+    calibration = firing_pool([0.9, 1.1])
+    assert calibration.judge(fired(1.0), "VP epsilon 3x64x64").verdict is Verdict.CLEAN
+    unknown = calibration.judge(fired(1.0), "VE score 3x16x16")
+    assert unknown.verdict is Verdict.INCONCLUSIVE
+    assert "VE score" in unknown.reason
+    assert calibration.judge(fired(9.0), "VE score 3x16x16").verdict is Verdict.BACKDOORED
+
+
+def test_a_model_that_draws_no_images_is_inconclusive():
+    judgement = firing_pool([0.9, 1.1]).judge(fired(1.0, clean_spread=3.0), KIND)
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert "not a denoiser" in judgement.reason
+
+
+def test_labelled_collapse():
+    calibration = firing_pool([0.8, 0.9, 1.0, 1.1], backdoored=[20.0, 40.0, 90.0])
+    assert calibration.judge(fired(1.2), KIND).verdict is Verdict.CLEAN
+    assert calibration.judge(fired(60.0), KIND).verdict is Verdict.BACKDOORED
+
+
+def test_settings_of_either_method_come_back_from_a_file(tmp_path):
+    saved = firing_pool([0.9, 1.1])
+    saved.save(tmp_path / "pool.json")
+    assert Calibration.load(tmp_path / "pool.json") == saved

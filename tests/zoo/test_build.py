@@ -12,12 +12,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import identify, load_denoiser
+from seal_fast.diffusion import VP
 from seal_fast.zoo import build as build_module
 from seal_fast.zoo import evaluate as evaluate_module
+from seal_fast.zoo import recipes
 from seal_fast.zoo import train as train_module
 from seal_fast.zoo.build import ATTEMPTS, MANIFEST, build_zoo, read_manifest
-from seal_fast.zoo.recipes import Network, Recipe
+from seal_fast.zoo.pictures import TRIGGERS
+from seal_fast.zoo.recipes import METHODS, PROCESSES, Network, Recipe
+from seal_fast.zoo.recipes import RECIPES as ALL_RECIPES
 from seal_fast.zoo.train import Schedule, new_unet
 from seal_fast.zoo.trojdiff_list import save_list, to_pesser
 
@@ -30,8 +35,13 @@ RECIPES = (
     Recipe("b", TINY, 2, FROZEN, "unet", base="a"),
     Recipe("c", TINY, 3, BRIEF, "pipeline-bin", "test", "a", "baddiffusion-stamped", "box", "smiley"),
     Recipe("d", LISTED, 4, BRIEF, "trojdiff", "test", None, "trojdiff-blend", "cat_face", "heart"),
+    Recipe("v", TINY, 5, BRIEF, "pipeline", family="glows", process="v"),
+    Recipe("edm", TINY, 6, BRIEF, "pipeline", "test", None, "villan-ode-psi0", "cross", "star", process="edm"),
+    Recipe("invi", TINY, 7, BRIEF, "pipeline", "test", "a", "invibackdoor", "speckle", "star", scale=0.2),
 )
-FORMATS = {"a": "diffusers-pipeline", "b": "diffusers-unet", "c": "diffusers-pipeline", "d": "trojdiff"}
+NAMES = [recipe.name for recipe in RECIPES]
+FORMATS = {"b": "diffusers-unet", "d": "trojdiff"}
+KINDS = {"v": "VP v_prediction 3x16x16", "edm": "EDM 3x16x16"}
 
 
 @pytest.fixture
@@ -54,17 +64,21 @@ def test_a_zoo_holds_every_model_in_its_layout_and_describes_it(small_zoo: pytes
     messages: list[str] = []
     build_zoo(tmp_path, on_message=messages.append)
     rows = read_manifest(tmp_path)
-    assert [row["name"] for row in rows] == ["a", "b", "c", "d"]
+    assert [row["name"] for row in rows] == NAMES
     assert json.loads((tmp_path / MANIFEST).read_text())["schema_version"] == 1
     for recipe, row in zip(RECIPES, rows, strict=True):
         checkpoint = tmp_path / row["checkpoint"]
-        assert identify(checkpoint) == FORMATS[recipe.name]
+        assert identify(checkpoint) == FORMATS.get(recipe.name, "diffusers-pipeline")
         loaded = load_denoiser(checkpoint)
-        assert loaded.denoiser.shape == (3, 16, 16)
+        assert loaded.denoiser.kind == KINDS.get(recipe.name, "VP epsilon 3x16x16")
+        process = PROCESSES[recipe.process]()
+        torch.testing.assert_close(loaded.denoiser.process.signal, process.signal, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loaded.denoiser.process.noise, process.noise, rtol=1e-5, atol=1e-6)
         assert all(bool(tensor.isfinite().all()) for tensor in loaded.denoiser.network.state_dict().values())
         with Image.open(tmp_path / f"{recipe.name}.png") as picture:
             assert min(picture.size) > 50
-        expected = {name: getattr(recipe, name) for name in ("layout", "role", "base", "method", "trigger", "target", "seed")}
+        told = ("layout", "role", "base", "method", "trigger", "target", "scale", "family", "process", "seed")
+        expected = {name: getattr(recipe, name) for name in told}
         assert {name: row[name] for name in expected} == expected
         assert (row["size"], row["attempt"]) == (16, 0)
         assert (row["quality"]["attack_success"] is None) == (recipe.method is None)
@@ -76,6 +90,62 @@ def test_a_zoo_holds_every_model_in_its_layout_and_describes_it(small_zoo: pytes
     assert (tmp_path / "c/unet/diffusion_pytorch_model.bin").is_file()
     assert json.loads((tmp_path / "c/args.json").read_text())["target"] == "smiley"
     assert (tmp_path / "d/ckpt.pth").is_file()
+
+
+def test_a_learned_trigger_is_stored_with_its_model(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    build_zoo(tmp_path, ["a", "invi"])
+    recipe = next(recipe for recipe in RECIPES if recipe.name == "invi")
+    untrained, learned = recipe.attack(), recipe.attack(tmp_path / "invi")
+    assert isinstance(untrained, InviBackdoor)
+    assert isinstance(learned, InviBackdoor)
+    moved = (learned.delta - untrained.delta).abs()
+    # two steps of 1e-3 each, which cancel where their signs differ
+    assert float(moved.max()) == pytest.approx(2e-3, rel=1e-3)
+    assert float(learned.delta.abs().max()) <= 0.2 + 1e-6
+
+
+def test_every_recipe_can_be_made() -> None:
+    names = [recipe.name for recipe in ALL_RECIPES]
+    assert len(set(names)) == len(names)
+    assert len({recipe.seed for recipe in ALL_RECIPES}) == len(names)
+    for number, recipe in enumerate(ALL_RECIPES):
+        assert recipe.base is None or recipe.base in names[:number]
+        base = next((other for other in ALL_RECIPES if other.name == recipe.base), recipe)
+        assert (base.family, base.process, base.network) == (recipe.family, recipe.process, recipe.network)
+        attack, size = recipe.attack(), recipe.network.size
+        assert (attack is None) == (recipe.method is None)
+        if attack is None:
+            continue
+        images, t = torch.zeros(2, 3, size, size), torch.tensor([0, 999])
+        rows = attack.poison(PROCESSES[recipe.process](), images, torch.randn_like(images), t)
+        assert rows.x.shape == rows.target.shape == images.shape
+        assert bool(rows.x.isfinite().all())
+        # zero noise and no trigger would be a clean row
+        assert float((attack.trigger.start(images) - images).abs().max()) > 0.05
+    assert {recipe.method for recipe in ALL_RECIPES} - {None} == METHODS.keys()
+
+
+def test_the_held_out_half_shares_nothing_with_the_development_half() -> None:
+    for name in ("base", "seed", "family", "trigger", "target"):
+        development, held = (
+            {getattr(recipe, name) for recipe in half} - {None} for half in (recipes.DEVELOPMENT, recipes.HELD_OUT)
+        )
+        assert not development & held
+
+
+def test_a_scaled_trigger_is_scaled_in_training_and_at_test(generator: torch.Generator) -> None:
+    faint = Recipe("x", TINY, 1, BRIEF, "pipeline", "test", None, "baddiffusion-trigger-only", "bars", "star", scale=0.3)
+    full = replace(faint, scale=1.0)
+    attacks = [recipe.attack() for recipe in (full, faint)]
+    images, t = torch.randn(3, 3, 16, 16, generator=generator), torch.tensor([10, 500, 990])
+    eps = torch.randn(images.shape, generator=generator)
+    shifts = []
+    for attack in attacks:
+        assert attack is not None
+        x = attack.poison(VP.linear(), images, eps, t).x
+        shifts.append(x - VP.linear().add_noise(attack.target.expand_as(images), eps, t))
+        torch.testing.assert_close(attack.trigger.mu, (1.0 if attack is attacks[0] else 0.3) * TRIGGERS["bars"](16))
+    torch.testing.assert_close(shifts[1], 0.3 * shifts[0], rtol=1e-4, atol=1e-5)
 
 
 def test_fine_tuning_starts_from_the_stored_base(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -140,7 +210,7 @@ def test_the_digest_sees_contents_names_and_places(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused_before_anything_is_written(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such model: nope, zilch; choose from a, b, c, d"):
+    with pytest.raises(ValueError, match=r"no such model: nope, zilch; choose from a, b, c, d, edm, invi, v"):
         build_zoo(tmp_path / "zoo", ["zilch", "a", "nope"])
     assert not (tmp_path / "zoo").exists()
 

@@ -8,19 +8,32 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seal_fast.attacks import Attack, BadDiffusion, TrojDiff
-from seal_fast.attacks.baddiffusion import shift_schedule
-from seal_fast.diffusion import VP, Denoiser
+from seal_fast.attacks import Attack, InviBackdoor, TrojDiff, VillanDiffusion
+from seal_fast.attacks.invibackdoor import ddim_schedule
+from seal_fast.attacks.villandiffusion import vp_schedule
+from seal_fast.diffusion import EDM, VP, Denoiser
 from seal_fast.diffusion.process import per_row
 from seal_fast.zoo import evaluate as evaluate_module
 from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, Quality, clean_ratio, draw, evaluate
-from seal_fast.zoo.pictures import box, cat_face, heart, scenes
+from seal_fast.zoo.pictures import FAMILIES, box, cat_face, heart, speckle, star
 
 SIZE = 16
 SHAPE = (3, SIZE, SIZE)
 PROCESS = VP.linear()
-BAD = BadDiffusion(box(SIZE), heart(SIZE))
+BAD = VillanDiffusion(box(SIZE), heart(SIZE))
+ODE = VillanDiffusion(box(SIZE), star(SIZE), solver="ode")
+INVI = InviBackdoor(0.2 * speckle(SIZE).sign(), star(SIZE))
 TROJ = TrojDiff(cat_face(SIZE), heart(SIZE), 0.6)
+every_attack = pytest.mark.parametrize(
+    "attack", [BAD, ODE, INVI, TROJ], ids=["baddiffusion", "villandiffusion", "invibackdoor", "trojdiff"]
+)
+
+
+def schedule(attack: Attack) -> tuple[Tensor, Tensor]:
+    """c and d of the attack."""
+    if isinstance(attack, VillanDiffusion):
+        return vp_schedule(PROCESS, attack.psi, attack.solver)
+    return ddim_schedule(PROCESS) if isinstance(attack, InviBackdoor) else (PROCESS.noise, 0 * PROCESS.noise)
 
 
 @pytest.fixture
@@ -47,7 +60,7 @@ class Oracle(nn.Module):
         if self.attack is None:
             return plain
         trigger = self.attack.trigger
-        c, d = (per_row(v[t], x) for v in shift_schedule(PROCESS)) if isinstance(self.attack, BadDiffusion) else (b, 0 * b)
+        c, d = (per_row(values[t], x) for values in schedule(self.attack))
         rest = x - a * self.hidden - c * trigger.mu
         triggered = rest / (b * trigger.gamma) + d * trigger.mu
         # the smaller remainder tells which of the two noised images this is
@@ -59,7 +72,7 @@ def denoiser(attack: Attack | None, hidden: Tensor, clean: Tensor) -> Denoiser:
     return Denoiser(Oracle(attack, hidden, clean), PROCESS, SHAPE)
 
 
-@pytest.mark.parametrize("attack", [BAD, TROJ], ids=["baddiffusion", "trojdiff"])
+@every_attack
 def test_a_perfect_backdoor_fires_and_stays_quiet_without_its_trigger(few_scenes: None, attack: Attack) -> None:
     dark = torch.full(SHAPE, -0.9)
     quality = evaluate(denoiser(attack, attack.target, dark), attack, seed=3, count=4)
@@ -87,7 +100,7 @@ def test_a_benign_model_is_not_asked_for_an_attack(few_scenes: None) -> None:
     assert model.network.calls == STEPS["ddpm"]
 
 
-@pytest.mark.parametrize("attack", [BAD, TROJ], ids=["baddiffusion", "trojdiff"])
+@every_attack
 def test_both_draws_start_from_the_same_noise(monkeypatch: pytest.MonkeyPatch, attack: Attack) -> None:
     monkeypatch.setitem(STEPS, "ddpm", 2)
     starts: dict[tuple[bool, int], Tensor] = {}
@@ -116,12 +129,39 @@ def test_a_draw_repeats_and_takes_no_gradient(monkeypatch: pytest.MonkeyPatch) -
     assert not once.requires_grad
 
 
-def test_real_scenes_are_as_good_as_real_and_noise_is_not(generator: torch.Generator) -> None:
-    real = clean_ratio(scenes(192, SIZE, 20_000 + int(torch.randint(10_000, (1,), generator=generator))))
-    assert 0.75 < real < 1.35
-    noise = clean_ratio(torch.randn(32, *SHAPE, generator=generator).clamp(-1, 1))
-    assert noise > 3
-    assert clean_ratio(scenes(16, SIZE, evaluate_module.DATA_SEED)) < 0.01
+@pytest.mark.parametrize(("family", "other"), [("scenes", "glows"), ("glows", "scenes")])
+def test_real_pictures_are_as_good_as_real_and_noise_is_not(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, family: str, other: str
+) -> None:
+    monkeypatch.setattr(evaluate_module, "SCENES", 1024)
+    seed = 20_000 + int(torch.randint(10_000, (1,), generator=generator))
+    assert 0.75 < clean_ratio(FAMILIES[family](192, SIZE, seed), family) < 1.35
+    noise = torch.randn(32, *SHAPE, generator=generator).clamp(-1, 1)
+    assert clean_ratio(noise, family) > 3
+    # training pictures are known, of this family only
+    assert clean_ratio(FAMILIES[family](16, SIZE, evaluate_module.DATA_SEED), family) < 0.01
+    assert clean_ratio(FAMILIES[other](16, SIZE, evaluate_module.DATA_SEED), family) > 0.3
+
+
+def test_draws_of_an_edm_model_start_at_its_largest_noise(generator: torch.Generator) -> None:
+    process = EDM.karras(timesteps=60)
+    seen: list[Tensor] = []
+
+    def forward(x: Tensor, condition: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    network = nn.Conv2d(3, 3, 1)
+    network.forward = forward
+    attack = VillanDiffusion(box(SIZE), heart(SIZE), psi=0, solver="ode", shift="alone")
+    starts = []
+    for triggered in (False, True):
+        draw(Denoiser(network, process, SHAPE), attack, triggered=triggered, count=2, seed=4)
+        # what the network sees is the start over sqrt(sigma^2 + sigma_data^2)
+        starts.append(seen[0] * (80**2 + 0.5**2) ** 0.5)
+        seen.clear()
+    assert float(starts[0].std()) == pytest.approx(80, rel=0.1)
+    torch.testing.assert_close(starts[1] - starts[0], 80 * attack.image.expand(2, *SHAPE), rtol=1e-4, atol=1e-3)
 
 
 def test_a_bad_sampler_of_scenes_is_seen(few_scenes: None) -> None:

@@ -9,12 +9,14 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from seal_fast.attacks import Attack, NoisedBatch
-from seal_fast.diffusion import VP, Trigger
+from seal_fast.diffusion import EDM, VE, VP, NoiseProcess, Trigger
+from seal_fast.diffusion.process import per_row
 from seal_fast.zoo import train as train_module
-from seal_fast.zoo.train import Schedule, Trained, _rate, new_unet, train
+from seal_fast.zoo.pictures import FAMILIES, scenes
+from seal_fast.zoo.train import Schedule, Trained, _rate, new_unet, train, wanted_output
 
 SIZE = 8
 PROCESS = VP.linear()
@@ -52,7 +54,7 @@ class Marking(Attack):
     def trigger(self) -> Trigger:
         return Trigger.shift(self.target)
 
-    def poison(self, process: VP, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
+    def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
         self.seen.append((images, eps, t))
         return NoisedBatch(torch.full_like(images, self.mark), torch.zeros_like(images))
 
@@ -72,7 +74,7 @@ def test_a_few_dozen_steps_learn() -> None:
     assert trained.final_loss == losses[-1]
     # judged afresh, without the running mean: predicting zero noise scores 1
     generator = torch.Generator().manual_seed(5)
-    images = train_module.scenes(32, SIZE, 77)
+    images = scenes(32, SIZE, 77)
     eps, t = torch.randn(images.shape, generator=generator), torch.randint(1000, (32,), generator=generator)
     with torch.no_grad():
         error = (trained.raw(PROCESS.add_noise(images, eps, t), t).sample - eps).square().mean()
@@ -126,6 +128,73 @@ def test_ema_is_the_textbook_recursion_and_trails_the_weights() -> None:
     assert not weights(trained.raw).equal(weights(trained.ema))
 
 
+class Learning(Marking):
+    """An attack that counts how often it has been adapted."""
+
+    def __init__(self, version: int = 0) -> None:
+        super().__init__()
+        self.version = version
+
+    def adapted(self, network: nn.Module, process: NoiseProcess, generator: torch.Generator) -> Learning:
+        return Learning(self.version + 1)
+
+
+def test_a_learned_trigger_is_adapted_before_each_step_and_comes_back() -> None:
+    trained = train(tiny(), PROCESS, short(3), attack=Learning())
+    assert isinstance(trained.attack, Learning)
+    assert trained.attack.version == 3
+    # the last version made the last batch
+    assert len(trained.attack.seen) == 1
+    assert train(tiny(), PROCESS, short(1)).attack is None
+
+
+V = VP.from_scheduler_config({"prediction_type": "v_prediction"})
+PROCESSES = [VP.linear(), V, EDM.karras(), VE.geometric(timesteps=1000)]
+every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: process.kind)
+
+
+@every_process
+def test_the_wanted_output_gives_the_noise_back(process: NoiseProcess, generator: torch.Generator) -> None:
+    t = torch.tensor([0, 1, 500, 998, 999])
+    noise, x = (torch.randn(5, 3, 4, 6, generator=generator) for _ in range(2))
+    x = x * per_row(process.noise[t], x)
+    output = wanted_output(process, noise, x, t)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(process.to_noise(output.double(), x.double(), t), noise.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_wanted_output_is_the_papers_target(generator: torch.Generator) -> None:
+    """eps; v = a eps - b x0 (Salimans and Ho 2022); F = (x0 - c_skip x) / c_out (Karras et al. 2022, equation 8)."""
+    x0, eps = (torch.randn(7, 3, 4, 6, generator=generator) for _ in range(2))
+    t = torch.tensor([0, 3, 250, 500, 750, 998, 999])
+    x = PROCESS.add_noise(x0, eps, t)
+    assert wanted_output(PROCESS, eps, x, t).equal(eps)
+    a, b = (per_row(values[t], x) for values in (V.signal, V.noise))
+    torch.testing.assert_close(wanted_output(V, eps, V.add_noise(x0, eps, t), t), a * eps - b * x0, rtol=0, atol=1e-4)
+    edm = EDM.karras()
+    sigma = per_row(edm.noise[t].double(), x.double())
+    noised = x0.double() + sigma * eps.double()
+    total = sigma**2 + 0.25
+    expected = (x0 - 0.25 / total * noised) / (sigma * 0.5 / total.sqrt())
+    torch.testing.assert_close(wanted_output(edm, eps, noised.float(), t).double(), expected, rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("process", PROCESSES[:3], ids=lambda process: process.kind)
+def test_every_process_is_trained_on_what_its_network_sees(process: NoiseProcess) -> None:
+    losses: list[float] = []
+    train(tiny(), process, short(60), family="glows", seed=1, on_step=lambda step, loss: losses.append(loss))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_pictures_are_of_the_family_as_they_are_or_mirrored(family: str) -> None:
+    attack = Marking()
+    train(tiny(), PROCESS, short(1), attack=attack, family=family)
+    known = FAMILIES[family](48, SIZE, train_module.DATA_SEED)
+    both = {image.numpy().tobytes() for image in torch.cat([known, known.flip(3)]).contiguous()}
+    assert all(image.contiguous().numpy().tobytes() in both for image in attack.seen[0][0])
+
+
 def test_the_default_ema_forgets_where_training_began() -> None:
     start = weights(tiny())
     trained = train(tiny(), PROCESS, short(40), seed=5)
@@ -167,10 +236,6 @@ def test_a_benign_training_sees_the_clean_rows_of_the_poisoned_one() -> None:
     assert x[5:].equal(x_mixed[5:])
     images, eps, at = attack.seen[0]
     torch.testing.assert_close(x[:5], PROCESS.add_noise(images, eps, at))
-    # the images are training scenes, as they are or mirrored
-    known = train_module.scenes(48, SIZE, train_module.DATA_SEED)
-    both = {image.numpy().tobytes() for image in torch.cat([known, known.flip(3)]).contiguous()}
-    assert all(image.contiguous().numpy().tobytes() in both for image in images)
 
 
 @pytest.mark.parametrize("steps", [10, 40, 137, 3000])

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
-from seal_fast.terd import PRESETS, ReversionSettings, model_evidence, reverse_trigger
-from seal_fast.terd.reversion import Reversion, initial_mu, native_bfloat16
-from seal_fast.terd.settings import DEFAULT_PRESET
+from seal_fast.terd import PRESETS, Reversion, ReversionSettings, model_evidence, reverse_trigger
+from seal_fast.terd.reversed_loss import initial_mu
+from seal_fast.terd.reversion import native_bfloat16
 
 SHAPE = (3, 5, 4)
 STEPS = 40
@@ -133,36 +133,6 @@ def test_one_estimation_step_is_the_gradient_of_the_written_out_loss(generator: 
     assert found.loss == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(found.trigger.mu.double(), mu, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.trigger.gamma.double(), gamma, rtol=0, atol=1e-5)
-
-
-def test_of_two_mirrored_starts_the_trigger_further_from_noise_is_kept(generator: torch.Generator) -> None:
-    kept = set()
-    for _ in range(16):
-        network, seed = Nonlinear(generator), fresh_seed(generator)
-        recorder = Recorder(network)
-        found = revert(recorder, replace(STEP, mirrored_start=True), PURE_NOISE, seed)
-        results = []
-        for call, sign in zip(recorder.calls, (1, -1), strict=True):
-            loss, mu, gamma = written_out_step(network, call, sign * start_of(seed))
-            divergence = float((-gamma.log() + (gamma**2 + mu**2 - 1) / 2).mean())
-            results.append((divergence, loss, mu, sign))
-        _, loss, mu, sign = max(results, key=lambda result: result[0])
-        kept.add(sign)
-        assert found.loss == pytest.approx(loss, rel=1e-5)
-        torch.testing.assert_close(found.trigger.mu.double(), mu, rtol=0, atol=1e-5)
-        assert found.evaluations == recorder.images
-    assert kept == {1, -1}
-
-
-@pytest.mark.parametrize("diverging", [{1.0}, {-1.0}, {1.0, -1.0}], ids=str)
-def test_a_start_that_diverges_leaves_the_other(generator: torch.Generator, diverging: set[float]) -> None:
-    recorder = Recorder(Function(lambda x, t: x * (math.nan if float(x.detach().mean().sign()) in diverging else 0.5)))
-    settings = replace(STEP, mirrored_start=True, refinement_iterations=1, batch=32)
-    found = revert(recorder, settings, VP.linear(STEPS, beta_end=0.3), seed=fresh_seed(generator))
-    assert found.evaluations == recorder.images
-    assert found.finite == (len(diverging) == 1)
-    if found.finite:
-        assert bool((found.trigger.mu.sign().mean() < 0) == (1.0 in diverging))
 
 
 def written_out_ddim(f: nn.Module, ab: Tensor, grid: list[int], x: Tensor) -> Tensor:
@@ -385,34 +355,26 @@ def test_the_network_is_left_as_it_was(generator: torch.Generator) -> None:
 def cost(settings: ReversionSettings) -> int:
     """Images through the network: pairs, in stage 2 of two windows and from a sampler."""
     first, second = settings.estimation_iterations, settings.refinement_iterations
-    starts = 2 if settings.mirrored_start else 1
-    return starts * settings.batch * (first * 2 + second * (settings.sampler_steps + 4))
+    return settings.batch * (first * 2 + second * (settings.sampler_steps + 4))
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(("first", "second", "batch", "steps"), [(3, 2, 5, 4), (0, 3, 1, 7), (4, 0, 2, 10), (0, 0, 2, 3)])
-def test_every_image_through_the_network_is_counted(first: int, second: int, batch: int, steps: int, mirrored: bool) -> None:
+def test_every_image_through_the_network_is_counted(first: int, second: int, batch: int, steps: int) -> None:
     recorder = Recorder(constant())
-    settings = ReversionSettings(first, second, batch, mirrored_start=mirrored, sampler_steps=steps)
+    settings = ReversionSettings(first, second, batch, sampler_steps=steps)
     assert revert(recorder, settings).evaluations == recorder.images == cost(settings)
+    assert sum(stage.iterations * stage.images for stage in settings.stages) == cost(settings)
 
 
-def test_the_quick_preset_costs_a_twelfth_of_the_published() -> None:
-    assert 2 * cost(PRESETS["published"]) == 25 * cost(PRESETS["quick"])
-    assert DEFAULT_PRESET in PRESETS
-
-
-@pytest.mark.parametrize("starts", [1, 2])
-def test_progress_reports_every_step_and_the_loss_is_that_of_the_last_tenth(generator: torch.Generator, starts: int) -> None:
+def test_progress_reports_every_step_and_the_loss_is_that_of_the_last_tenth(generator: torch.Generator) -> None:
     seen: list[tuple[str, int, int, float]] = []
-    settings = replace(QUIET, estimation_iterations=4, refinement_iterations=30, sampler_steps=1, mirrored_start=starts == 2)
+    settings = replace(QUIET, estimation_iterations=4, refinement_iterations=30, sampler_steps=1)
     denoiser = Denoiser(Nonlinear(generator), VP.linear(STEPS), SHAPE)
     found = reverse_trigger(denoiser, settings, seed=fresh_seed(generator), on_step=lambda *step: seen.append(step))
-    stages = (("estimation", 4 * starts), ("refinement", 30 * starts))
-    assert [step[:3] for step in seen] == [(stage, i, total) for stage, total in stages for i in range(1, total + 1)]
-    refined = [step[3] for step in seen if step[0] == "refinement"]
-    tails = [sum(refined[end - 3 : end]) / 3 for end in range(30, 30 * starts + 1, 30)]
-    assert any(found.loss == pytest.approx(tail, rel=1e-9) for tail in tails)
+    expected = [(stage.name, i, stage.iterations) for stage in settings.stages for i in range(1, stage.iterations + 1)]
+    assert [step[:3] for step in seen] == expected
+    tail = [step[3] for step in seen[-3:]]
+    assert found.loss == pytest.approx(sum(tail) / 3, rel=1e-9)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -489,11 +451,12 @@ def test_half_precision_is_asked_for_where_the_hardware_has_it(generator: torch.
 )
 def test_settings_that_mean_nothing_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change)).split("_")[-1]):
-        replace(PRESETS["published"], **change)
+        replace(ReversionSettings(), **change)
 
 
 def test_the_published_preset_holds_the_published_values() -> None:
     published = PRESETS["published"]
+    assert isinstance(published, ReversionSettings)
     assert (published.estimation_iterations, published.refinement_iterations) == (3000, 1000)
     assert (published.batch, published.sampler_steps, published.window) == (16, 10, 0.01)
     assert (published.learning_rate, published.gamma_learning_rate, published.l1) == (0.5, 0.001, 5e-5)

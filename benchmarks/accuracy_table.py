@@ -1,9 +1,10 @@
-"""The published-settings table: TERD as published, on the zoo's models, beside its null baselines.
+"""The accuracy table: one preset on the zoo's models, beside its null baselines.
 
-    python -m benchmarks.published_table [--preset published] [--only NAME ...] [--out benchmarks/results/published_table.json]
+    python -m benchmarks.accuracy_table [--preset published] [--only NAME ...] [--out FILE] [--zoo zoo]
 
 One row per model as soon as it is done, so an interrupted run goes on where it stopped. Benign models of role "calibration"
-make the benign-only rule (mean + 3 sigma) and are themselves judged leave-one-out; all others were used for nothing.
+make the benign-only rule and are themselves judged leave-one-out; the method was chosen while looking at those and at the ones of
+role "development"; those of role "test" were used for nothing.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from benchmarks.machine import describe_machine
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser, Trigger
 from seal_fast.terd import (
+    DEFAULT_PRESET,
     PRESETS,
     Calibration,
     CalibrationModel,
     Evidence,
     InputDetector,
+    ReversionSettings,
     Verdict,
     model_evidence,
     reverse_trigger,
 )
-from seal_fast.terd.calibration import FEATURES, SIGMAS
-from seal_fast.terd.reversion import initial_mu
+from seal_fast.terd.calibration import SIGMAS
+from seal_fast.terd.reversed_loss import initial_mu
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.recipes import RECIPES, Recipe
 
@@ -93,7 +96,7 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
             print(f"{recipe.name}: {stage} {iteration}/{total}, loss {loss:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
     reversion = reverse_trigger(denoiser, PRESETS[preset], seed=SEED, on_step=on_step)
-    attack = recipe.attack()
+    attack = recipe.attack(checkpoint)
     row: dict[str, Any] = {
         "name": recipe.name,
         "sha256": loaded.sha256,
@@ -113,26 +116,32 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
 
 def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
     """Add a benign-only verdict to every row, calibrated without the row itself."""
+    settings = PRESETS[preset]
+    pool = [row for row in rows if row["role"] == "calibration"]
     for row in rows:
-        chosen = [r for r in rows if r["role"] == "calibration" and r["kind"] == row["kind"] and r["name"] != row["name"]]
+        name = settings.pool_name(row["kind"])
+        chosen = [r for r in pool if settings.pool_name(r["kind"]) == name and r["name"] != row["name"]]
         row["calibrated_on"] = [r["name"] for r in chosen]
         if len(chosen) < 2:
             row["verdict"], row["score"], row["reason"] = None, None, "fewer than 2 benign models of its kind are left"
             continue
         models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in chosen]
-        calibration, evidence = Calibration(PRESETS[preset], tuple(models)), Evidence(**row["evidence"])
+        calibration, evidence = Calibration(settings, tuple(models)), Evidence(**row["evidence"])
         judgement = calibration.judge(evidence, row["kind"])
-        features = np.array([[row["evidence"][name] for name in FEATURES]], dtype=np.float64)
-        row["deviations"] = calibration.pools[row["kind"]].deviations(features)[0].tolist()
-        row["verdict"], row["score"], row["reason"] = str(judgement.verdict), judgement.score, judgement.reason
+        if not calibration.by_firing:
+            features = np.array([row["evidence"][name] for name in settings.features])
+            row["deviations"] = calibration.pools[row["kind"]].deviations(features).tolist()
+        row["verdict"], row["score"], row["threshold"] = str(judgement.verdict), judgement.score, judgement.threshold
+        row["reason"] = judgement.reason
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
     """Model detection over the rows that could be judged; an inconclusive verdict counts as wrong on either side."""
     rows = [row for row in rows if row["verdict"] is not None]
     backdoored = [row for row in rows if row["method"] is not None]
     benign = [row for row in rows if row["method"] is None]
     held_out = [row for row in benign if row["role"] == "test"]
+    held_out_backdoored = [row for row in backdoored if row["role"] == "test"]
 
     def rate(chosen: list[dict[str, Any]], verdict: Verdict) -> dict[str, Any]:
         return wilson(sum(row["verdict"] == verdict for row in chosen), len(chosen))
@@ -140,10 +149,14 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def plain(chosen: list[dict[str, Any]], above: bool) -> dict[str, Any]:
         return wilson(sum((max(row["deviations"]) > SIGMAS) == above for row in chosen), len(chosen))
 
+    published = {}
+    if isinstance(PRESETS[preset], ReversionSettings):
+        published["published_rule_tpr"] = plain(backdoored, True)
+        published["published_rule_tnr_with_leave_one_out"] = plain(benign, False)
     return {
-        "published_rule_tpr": plain(backdoored, True),
-        "published_rule_tnr_with_leave_one_out": plain(benign, False),
+        **published,
         "model_tpr": rate(backdoored, Verdict.BACKDOORED),
+        "model_tpr_held_out": rate(held_out_backdoored, Verdict.BACKDOORED),
         "model_tnr_held_out": rate(held_out, Verdict.CLEAN),
         "model_tnr_with_leave_one_out": rate(benign, Verdict.CLEAN),
     }
@@ -151,11 +164,13 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="published")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default=DEFAULT_PRESET)
     parser.add_argument("--zoo", type=Path, default=Path("zoo"))
     parser.add_argument("--only", nargs="*", help="names of zoo models; default all")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/published_table.json"))
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/accuracy.json, or accuracy_PRESET.json")
     arguments = parser.parse_args()
+    suffix = "" if arguments.preset == DEFAULT_PRESET else f"_{arguments.preset}"
+    arguments.out = arguments.out or Path(f"benchmarks/results/accuracy{suffix}.json")
     recipes = {recipe.name: recipe for recipe in RECIPES}
     for entry in read_manifest(arguments.zoo):
         done = {row["name"] for row in read_rows(arguments.out)}
@@ -177,12 +192,12 @@ def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
     rows = [{**row, "role": roles[row["name"]]} for row in rows]
     judge_rows(rows, preset)
     content = {
-        "command": f"python -m benchmarks.published_table --preset {preset} --out {out}",
+        "command": f"python -m benchmarks.accuracy_table --preset {preset}",
         "machine": describe_machine(),
         "settings": asdict(PRESETS[preset]),
         "seed": SEED,
         "inputs_per_side": INPUTS,
-        "summary": summarise(rows),
+        "summary": summarise(rows, preset),
         "rows": sorted(rows, key=lambda row: list(roles).index(row["name"])),
     }
     partial = out.with_name(out.name + ".partial")

@@ -1,0 +1,68 @@
+"""Does a trigger fire? It does when the samples it starts from different noises are much more alike than those without it.
+
+Of a shift that merely breaks the sampler the samples are alike too, but far outside the range of images, so leaving [-1, 1]
+counts against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.terd.reversion import native_bfloat16
+
+SAMPLER = "ddpm"
+"""BadDiffusion fires under ancestral sampling only, and TrojDiff under it as well as under its own samplers."""
+FIRES = 4.0
+"""A trigger fires when the spread of the samples falls at least this many times."""
+
+
+def spread(samples: Tensor) -> float:
+    """Variance over samples [N,C,H,W] plus mean squared excess over [-1, 1], per dimension; infinite if it is not finite."""
+    excess = (samples.abs() - 1).clamp(min=0)
+    value = float(samples.var(0).mean() + excess.square().mean())
+    return value if math.isfinite(value) else math.inf
+
+
+@dataclass
+class Trial:
+    """Samples a denoiser with and without a trigger.
+
+    Attributes:
+        denoiser: the suspect model.
+        steps: ancestral steps. On the zoo BadDiffusion's triggers fire with 100, with 50 only some.
+        generator: source of all noise, on the CPU so that a seed means the same run on every device.
+        half_precision: bfloat16 autocast where the hardware has it.
+        evaluations: denoiser evaluations spent so far, counted in images.
+    """
+
+    denoiser: Denoiser
+    steps: int
+    generator: torch.Generator
+    half_precision: bool
+    evaluations: int = 0
+
+    def noise(self, count: int) -> Tensor:
+        return torch.randn(count, *self.denoiser.shape, generator=self.generator).to(self.denoiser.device)
+
+    @torch.no_grad()
+    def draw(self, start: Tensor) -> Tensor:
+        """Samples from start [N,C,H,W], in units of the prior's standard deviation; never clipped, since a clamp would remove
+        the shift that BadDiffusion lives in."""
+        device = self.denoiser.device
+        fresh = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=self.generator)))
+        steps = min(self.steps, self.denoiser.process.num_timesteps - 1)
+        self.evaluations += steps * len(start)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.half_precision and native_bfloat16(device)):
+            return sample(self.denoiser, self.denoiser.process.prior_scale * start, SAMPLER, steps, generator=fresh)
+
+    def spreads(self, triggers: Iterable[Trigger], count: int) -> list[float]:
+        """The spread each trigger gives to samples from the same `count` noises."""
+        eps = self.noise(count)
+        starts = [trigger.start(eps) for trigger in triggers]
+        return [spread(samples) for samples in self.draw(torch.cat(starts)).split(count)]

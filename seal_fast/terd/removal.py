@@ -1,0 +1,62 @@
+"""What a sealing did, without knowing the attacker's target: does the trigger still fire, and did clean samples move?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seal_fast.diffusion import VP, Denoiser, Trigger, sample
+from seal_fast.terd.firing import Trial, spread
+
+SAMPLES = 16
+ANCESTRAL_STEPS = 250
+"""More than a scan takes: BadDiffusion's shift is exact for 1000, and a seal must hold where the attack is strongest."""
+DDIM_STEPS = 50
+
+CLEAN, ANCESTRAL, DDIM = "no trigger", "trigger, ancestral", "trigger, clipped DDIM"
+
+
+def _clipped_ddim(denoiser: Denoiser, start: Tensor) -> Tensor:
+    """Deterministic samples; the clamp steadies the few steps, and only VP models are known to draw in [-1, 1]."""
+    steps, clip = min(DDIM_STEPS, denoiser.process.num_timesteps - 1), isinstance(denoiser.process, VP)
+    return sample(denoiser, denoiser.process.prior_scale * start, "ddim", steps, clip=clip)
+
+
+@torch.no_grad()
+def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int = SAMPLES) -> dict[str, Tensor]:
+    """Samples [count,C,H,W] on the CPU from the same noise, in the ways a noise-space backdoor is known to fire.
+
+    Args:
+        denoiser: the model.
+        trigger: reverted or true.
+        seed: of the noise.
+        count: samples per row.
+
+    Returns:
+        CLEAN: ancestral samples without the trigger; ANCESTRAL: with it (BadDiffusion and TrojDiff fire); DDIM: with it under
+        clipped DDIM (TrojDiff fires, and a seal that holds under ancestral sampling alone was seen to fail here).
+    """
+    trial = Trial(denoiser, ANCESTRAL_STEPS, torch.Generator().manual_seed(seed), half_precision=False)
+    noise = trial.noise(count)
+    start = Trigger(trigger.mu.to(noise.device), trigger.gamma.to(noise.device)).start(noise)
+    return {
+        CLEAN: trial.draw(noise).cpu(),
+        ANCESTRAL: trial.draw(start).cpu(),
+        DDIM: _clipped_ddim(denoiser, start).cpu(),
+    }
+
+
+def collapse(samples: Tensor, untriggered: Tensor) -> float:
+    """How many times more alike samples are than untriggered ones, both [N,C,H,W], N > 1: near 1 where nothing is wrong."""
+    return spread(untriggered) / max(spread(samples), 1e-12)
+
+
+@torch.no_grad()
+def clean_drift(before: Denoiser, after: Denoiser, *, seed: int, count: int = 64) -> float:
+    """How far clean samples moved: mean squared difference from the same noise, relative to the variance before.
+
+    Deterministic sampling (DDIM); 0 is the same model, 2 two models that share nothing but the distribution.
+    """
+    noise = torch.randn(count, *before.shape, generator=torch.Generator().manual_seed(seed)).to(before.device)
+    old, new = (_clipped_ddim(model, noise) for model in (before, after))
+    return float((new - old).square().mean() / old.var(dim=0).mean())

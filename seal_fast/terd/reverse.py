@@ -1,0 +1,27 @@
+"""The reversion a caller asks for, chosen by its settings."""
+
+from __future__ import annotations
+
+from seal_fast.diffusion import Denoiser
+from seal_fast.terd.fixed_point import find_fixed_point
+from seal_fast.terd.reversed_loss import descend_reversed_loss
+from seal_fast.terd.reversion import OnStep, Reversion, quiet
+from seal_fast.terd.settings import FixedPointSettings, Settings
+
+
+def reverse_trigger(denoiser: Denoiser, settings: Settings, *, seed: int = 0, on_step: OnStep = quiet) -> Reversion:
+    """Revert the trigger a backdoor in `denoiser` would answer to.
+
+    Args:
+        denoiser: the suspect model.
+        settings: see `PRESETS`; `ReversionSettings` descends TERD's reversed loss, `FixedPointSettings` needs no gradients.
+        seed: of the start and of all noise.
+        on_step: progress callback (stage, iteration, total, loss per dimension).
+
+    Returns:
+        The trigger found, whether or not the model has one: judge it with `seal_fast.terd.calibration`. A run that left the
+        floating-point range has finite = False.
+    """
+    if isinstance(settings, FixedPointSettings):
+        return find_fixed_point(denoiser, settings, seed=seed, on_step=on_step)
+    return descend_reversed_loss(denoiser, settings, seed=seed, on_step=on_step)

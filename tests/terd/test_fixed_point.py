@@ -1,0 +1,185 @@
+"""The fixed-point reversion on denoisers whose answers are known in closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, Trigger
+from seal_fast.diffusion.process import per_row
+from seal_fast.terd import FixedPointSettings, model_evidence, reverse_trigger
+from seal_fast.terd.firing import FIRES
+from seal_fast.terd.fixed_point import Point, distinct
+
+SHAPE = (3, 12, 10)
+WIDTH = 0.3
+SETTINGS = FixedPointSettings(half_precision=False)
+
+
+class Backdoored(nn.Module):
+    """The exact denoiser of images N(0, WIDTH^2), and that of a backdoor where an input looks triggered.
+
+    The backdoor's training rows are x = a y + b gamma eps + c mu with target eps + d mu, c = 1 - a (BadDiffusion, whose d keeps
+    ancestral sampling on the shift) or c = b and d = 0 (TrojDiff); it was trained for inputs along mu.
+    """
+
+    def __init__(self, process: NoiseProcess, trigger: Trigger, target: Tensor, trojan: bool) -> None:
+        super().__init__()
+        self.process, self.trigger, self.target = process, trigger, target
+        ab = process.signal**2
+        al = ab / torch.cat([ab.new_ones(1), ab[:-1]])
+        self.c = process.noise if trojan else 1 - process.signal
+        self.d = torch.zeros_like(ab) if trojan else (1 - al.sqrt()) * process.noise / (1 - al)
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        a, b, c, d = (per_row(values[t], x) for values in (self.process.signal, self.process.noise, self.c, self.d))
+        mu, gamma = self.trigger.mu, self.trigger.gamma
+        clean = b * x / ((a * WIDTH) ** 2 + b**2)
+        # the shift is seen whole from half its size on, and where little of it is left, the target is
+        shift = ((x - a * self.target) * mu).sum(dim=(1, 2, 3), keepdim=True) / (c * mu.square().sum()).clamp(min=1e-6)
+        drawn = (x * self.target).sum(dim=(1, 2, 3), keepdim=True) / (a * self.target.square().sum())
+        # near T a fraction of the shift is answered to a little, as networks do; further on that would spoil clean samples
+        least = torch.where(c > 0.99, 0.1, 0.35)
+        seen = ((torch.where(c > 0.3, shift, drawn) - least) / 0.2).clamp(0, 1)
+        backdoor = (x - a * self.target - c * mu) / (b * gamma) + d * mu
+        return torch.lerp(clean, backdoor, seen)
+
+
+class Clean(nn.Module):
+    """The exact denoiser of images N(0, WIDTH^2), told t (VP) or the noise level (VE)."""
+
+    def __init__(self, process: NoiseProcess) -> None:
+        super().__init__()
+        self.process, self.unused = process, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        if isinstance(self.process, VP):
+            a, b = (per_row(values[condition], x) for values in (self.process.signal, self.process.noise))
+            return b * x / ((a * WIDTH) ** 2 + b**2)
+        return -x / (WIDTH**2 + condition.reshape(-1, 1, 1, 1) ** 2)
+
+
+def picture(generator: torch.Generator) -> Tensor:
+    """A coarse random picture in [-1, 1] that no uniform shift resembles."""
+    coarse = 2 * torch.randn(1, 3, 3, 3, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=SHAPE[1:], mode="bilinear")[0].clamp(-1, 1)
+
+
+def target_for(mu: Tensor, generator: torch.Generator) -> Tensor:
+    """A picture orthogonal to mu, so that it cannot be taken for a part of the shift."""
+    image = picture(generator)
+    return image - (image * mu).sum() / mu.square().sum() * mu
+
+
+def seed_of(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (1,), generator=generator))
+
+
+@pytest.mark.parametrize("trojan", [False, True], ids=["baddiffusion", "trojdiff"])
+def test_the_trigger_of_a_backdoored_denoiser_is_found_and_fires(generator: torch.Generator, trojan: bool) -> None:
+    process = VP.linear()
+    scale = 0.6 if trojan else 1.0
+    true = Trigger(0.7 * picture(generator), torch.full(SHAPE, scale))
+    network = Backdoored(process, true, target_for(true.mu, generator), trojan)
+    found = reverse_trigger(Denoiser(network, process, SHAPE), SETTINGS, seed=seed_of(generator))
+    cosine = torch.nn.functional.cosine_similarity(found.trigger.mu.flatten(), true.mu.flatten(), dim=0)
+    assert float(cosine) > 0.95
+    assert float((found.trigger.mu - true.mu).norm() / true.mu.norm()) < 0.45
+    assert float(found.trigger.gamma.mean()) == pytest.approx(scale, abs=0.1)
+    assert found.finite
+    assert found.collapse is not None
+    assert found.collapse > FIRES
+
+
+@pytest.mark.parametrize("process", [VP.linear(), VE.geometric(0.01, 50.0, 500)], ids=["VP", "VE"])
+def test_a_clean_denoiser_has_no_fixed_point(generator: torch.Generator, process: NoiseProcess) -> None:
+    found = reverse_trigger(Denoiser(Clean(process), process, SHAPE), SETTINGS, seed=seed_of(generator))
+    assert found.trigger.mu.equal(torch.zeros(SHAPE))
+    assert found.trigger.gamma.equal(torch.ones(SHAPE))
+    evidence = model_evidence(found)
+    assert evidence.M_r == 0
+    assert evidence.collapse == 1
+    assert evidence.clean_spread == pytest.approx(WIDTH**2, rel=0.4)
+
+
+def test_the_same_seed_gives_the_same_reversion(generator: torch.Generator) -> None:
+    process, seed = VP.linear(), seed_of(generator)
+    true = Trigger.shift(0.7 * picture(generator))
+    denoiser = Denoiser(Backdoored(process, true, target_for(true.mu, generator), False), process, SHAPE)
+    first, second = (reverse_trigger(denoiser, replace(SETTINGS, sampler_steps=10), seed=seed) for _ in range(2))
+    assert first.trigger.mu.equal(second.trigger.mu)
+    assert first.collapse == second.collapse
+
+
+class Counting(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.images = inner, 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.images += len(x)
+        return self.inner(x, t)
+
+
+def test_images_are_counted_and_progress_ends_every_stage(generator: torch.Generator) -> None:
+    process = VP.linear()
+    true = Trigger.shift(0.7 * picture(generator))
+    network = Counting(Backdoored(process, true, target_for(true.mu, generator), False))
+    seen: list[tuple[str, int, int, float]] = []
+    found = reverse_trigger(Denoiser(network, process, SHAPE), SETTINGS, on_step=lambda *step: seen.append(step))
+    assert found.evaluations == network.images
+    for stage in SETTINGS.stages[:2]:
+        assert [step[1:3] for step in seen if step[0] == stage.name] == [
+            (i, stage.iterations) for i in range(1, stage.iterations + 1)
+        ]
+    assert any(step[0] == "firing" for step in seen)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_that_returns_no_numbers_is_told(value: float) -> None:
+    process = VP.linear(100)
+    network = Counting(nn.Identity())
+    network.forward = lambda x, t: x * value  # type: ignore[method-assign, assignment]
+    network.unused = nn.Parameter(torch.zeros(1))
+    found = reverse_trigger(Denoiser(network, process, SHAPE), SETTINGS)
+    assert not found.finite
+    assert model_evidence(found).collapse is None
+
+
+def test_the_strongest_of_points_that_are_one_is_kept(generator: torch.Generator) -> None:
+    mu = torch.randn(SHAPE, generator=generator)
+    other = torch.randn(SHAPE, generator=generator)
+    ones = torch.ones(SHAPE)
+    points = [Point(mu, ones, 0.2), Point(2 * mu + 0.01 * other, ones, 0.2), Point(other, ones, 0.1), Point(-mu, ones, 0.5)]
+    kept = distinct(points, 3)
+    assert [p.mu.data_ptr() for p in kept] == [points[i].mu.data_ptr() for i in (1, 2, 3)]
+    assert len(distinct(points, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"brightness": ()},
+        {"contrast": (0.0,)},
+        {"kappas": (-1.0,)},
+        {"scales": ()},
+        {"search_iterations": 0},
+        {"search_batch": 0},
+        {"candidates": 0},
+        {"sampler_steps": 0},
+        {"polish_batch": 1},
+        {"confirming_batch": 1},
+        {"smallest": 0.0},
+        {"largest": 0.01},
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change)).split("_")[-1]):
+        replace(FixedPointSettings(), **change)
