@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy_table [--preset published] [--only NAME ...] [--out FILE] [--zoo zoo]
 
 One row per model as soon as it is done, so an interrupted run goes on where it stopped. Benign models of role "calibration"
-make the benign-only rule and are themselves judged leave-one-out; the method was chosen while looking at those and at the ones of
-role "development"; those of role "test" were used for nothing.
+make the benign-only rule and are themselves judged leave-one-out; the method was chosen while looking at those and at the ones
+of role "development"; those of role "test" were used for nothing.
 """
 
 from __future__ import annotations

@@ -15,17 +15,19 @@ PAGE = Path("docs/results.md")
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. Models are those of
-`zoo/`, whose attack success was measured (`zoo/manifest.json`). Verdicts need benign models only; each is calibrated without the
-row itself, and is "-" where fewer than two benign models that compare were left. An inconclusive verdict counts as wrong.
+`zoo/`, whose attack success was measured (`zoo/manifest.json`). Verdicts need benign models only; each is calibrated without
+the row itself, and is "-" where fewer than two benign models that compare were left. An inconclusive verdict counts as wrong.
 
 Seconds are those of a machine busy with other work.
 """
 
 NOTES = {
-    "accuracy": """Judged by collapse: how many times more alike the reverted trigger makes the model's samples. The method and its settings were
-developed on the models of role "development" or "calibration"; those of role "test" were used for nothing.
+    "accuracy": """Judged by collapse: how many times more alike the reverted trigger makes the model's samples. The
+method was chosen while looking at the models of role "development" or "calibration"; those of role "test" were used for
+nothing.
 """,
-    "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as Student's prediction interval is.
+    "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
+Student's prediction interval is.
 """,
 }
 
