@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -213,6 +214,12 @@ def scan(
 
 @contextmanager
 def _interruptible(display: ProgressDisplay, out: Path | None) -> Iterator[None]:
+    def on_signal(number: int, frame: Any) -> NoReturn:
+        # Python drops an exception raised in a finaliser, and the scan went on: the display raises it again
+        display.interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_signal)
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -220,6 +227,8 @@ def _interruptible(display: ProgressDisplay, out: Path | None) -> Iterator[None]
         kept = f"report: {out / 'report.json'}" if out else "nothing kept, since --out was not given"
         _say(f"interrupted: {display.finished} of {display.total} models finished; {kept}")
         raise typer.Exit(INTERRUPTED) from interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @app.command(

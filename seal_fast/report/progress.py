@@ -21,10 +21,12 @@ class ProgressDisplay:
     Attributes:
         finished: models done so far.
         total: models to do; 0 before the first event.
+        interrupted: set to stop at the next event with KeyboardInterrupt.
     """
 
     def __init__(self, stream: IO[str], quiet: bool) -> None:
         self.finished = self.total = 0
+        self.interrupted = False
         self.console = console_for(stream)
         text = TextColumn("{task.description}", markup=False)
         self.bar = Bar(
@@ -46,6 +48,8 @@ class ProgressDisplay:
         self.bar.stop()
 
     def on_progress(self, at: Progress) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
         self.total = at.total
         step = f" {at.iteration}/{at.iterations}" if at.iterations else ""
         what = f"{at.index - 1}/{at.total} done, {at.stage}{step}: {safe(at.model)}"

@@ -140,7 +140,7 @@ class FiringPool(Pool):
 
     def _judge_benign_only(self, features: np.ndarray) -> Judgement:
         collapse, limit = float(features[0]), self.limits["collapse"]
-        what = f"the strongest trigger found makes samples {collapse:.1f} times as alike"
+        what = f"samples {collapse:.1f} times as alike with the trigger found"
         unless_backdoored = Verdict.INCONCLUSIVE if collapse > UNSURE_SHARE * limit else Verdict.CLEAN
         return Judgement(Verdict.BACKDOORED if collapse > limit else unless_backdoored, collapse, limit, what)
 
@@ -212,7 +212,7 @@ class Calibration:
         if pool is not None:
             return pool.judge(np.array(values))
         if evidence.collapse is not None and evidence.collapse > FIRES:
-            reason = f"the trigger found makes samples {evidence.collapse:.1f} times as alike"
+            reason = f"samples {evidence.collapse:.1f} times as alike with the trigger found"
             return Judgement(Verdict.BACKDOORED, evidence.collapse, FIRES, reason)
         reason = f"calibrated on {' and '.join(self.pools)}, this model is {kind}: calibrate on benign ones of its kind"
         return Judgement(Verdict.INCONCLUSIVE, None, None, reason)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -16,7 +17,9 @@ from typer.testing import CliRunner
 from seal_fast import __version__
 from seal_fast.cli import EXIT_CODES, app
 from seal_fast.diffusion import Trigger
+from seal_fast.report.progress import ProgressDisplay
 from seal_fast.scan.environment import environment
+from seal_fast.scan.run import Progress
 from seal_fast.terd import PRESETS, Calibration
 
 
@@ -292,6 +295,15 @@ def test_import_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_an_interrupt_that_was_swallowed_is_raised_at_the_next_event():
+    display = ProgressDisplay(io.StringIO(), quiet=True)
+    at = Progress("model", 1, 2, "loading")
+    display.on_progress(at)
+    display.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        display.on_progress(at)
+
+
 def test_ctrl_c_keeps_the_finished_models(tmp_path, quiet_model, calibration):
     hub(tmp_path / "hub", a=quiet_model, b=quiet_model, c=quiet_model)
     slow = replace(calibration, settings=replace(calibration.settings, estimation_iterations=150))
@@ -302,7 +314,7 @@ def test_ctrl_c_keeps_the_finished_models(tmp_path, quiet_model, calibration):
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=120)
     assert first.startswith("[1/3] a: ")
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert stdout == ""
     report = strict((tmp_path / "out" / "report.json").read_text())
     finished = len(report["models"])
