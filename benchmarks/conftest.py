@@ -7,4 +7,5 @@ from typing import Any
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """A result file is published: the host's name is nobody's business."""
-    machine_info.pop("node", None)
+    for private in ("node", "release"):
+        machine_info.pop(private, None)

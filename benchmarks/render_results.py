@@ -104,9 +104,10 @@ def speed_page(content: dict[str, Any]) -> list[str]:
     lines = [
         "## Speed",
         "",
-        "`python -m pytest benchmarks/bench_reversion.py benchmarks/bench_input_detection.py --benchmark-json=...` on",
+        "`make bench` on",
         f"{content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
-        "`benchmarks/published/`, TERD's loop as released.",
+        "`benchmarks/published/`, TERD's loop as released. Shares are of the machine's own measured read bandwidth and float32",
+        "matrix rate.",
         "",
         "| benchmark | median s | figures |",
         "|---|---|---|",
