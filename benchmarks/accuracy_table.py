@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe_machine
+from benchmarks.trigger_picture import save_pair
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser, Trigger
 from seal_fast.terd import (
@@ -41,6 +42,7 @@ from seal_fast.terd.reversed_loss import initial_mu
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.recipes import RECIPES, Recipe
 
+PICTURES = Path("docs/triggers")
 INPUTS = 10_000
 SEED = 0
 """Of every reversion; the inputs use SEED + 1."""
@@ -109,7 +111,10 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
         "evidence": asdict(model_evidence(reversion)),
     }
     if attack is not None:
+        if preset == DEFAULT_PRESET:
+            save_pair(attack.trigger.mu, reversion.trigger.mu, PICTURES / f"{recipe.name}.png")
         row["reverted"] = compare(reversion.trigger, attack.trigger)
+        row["true_trigger_inputs"] = input_rates(attack.trigger, attack.trigger)
         row["baselines"] = {name: compare(trigger, attack.trigger) for name, trigger in baselines(denoiser.shape).items()}
     return row
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path("benchmarks/results")
@@ -32,7 +33,7 @@ Student's prediction interval is.
 }
 
 BASELINES = """Input columns give TPR / TNR over 10,000 triggered and 10,000 clean inputs: detection with the reverted trigger,
-and with triggers that needed no reversion.
+with the true one (the optimum), and with triggers that needed no reversion.
 """
 
 
@@ -89,15 +90,61 @@ def baseline_table(rows: list[dict[str, Any]]) -> list[str]:
     if not backdoored:
         return []
     names = list(backdoored[0]["baselines"])
-    heads = ["inputs, reverted", *(f"inputs, {name} (relative L2, cosine)" for name in names)]
+    heads = ["inputs, reverted", "inputs, true trigger", *(f"inputs, {name} (relative L2, cosine)" for name in names)]
     lines = [BASELINES, "| model | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for row in backdoored:
-        cells = [inputs(row["reverted"])]
+        optimum = {"inputs": row["true_trigger_inputs"]} if "true_trigger_inputs" in row else None
+        cells = [inputs(row["reverted"]), "-" if optimum is None else inputs(optimum)]
         for name in names:
             found = row["baselines"][name]
             cells.append(f"{inputs(found)} ({found['relative_l2']:.2f}, {found['cosine']:.2f})")
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return lines
+
+
+def attack_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Detection and closeness per attack, each model's trigger in a picture."""
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] is not None))
+    lines = [
+        "Per attack. Pictures: the true trigger on the left, the reverted one on the right, mid-grey is 0.",
+        "",
+        "| attack | found | median relative L2 | median cosine | triggers |",
+        "|---|---|---|---|---|",
+    ]
+    for method in methods:
+        of_method = [row for row in rows if row["method"] == method]
+        found = sum(row["verdict"] == "backdoored" for row in of_method)
+        errors, cosines = ([row["reverted"][name] for row in of_method] for name in ("relative_l2", "cosine"))
+        pictures = " ".join(f"![{row['name']}](triggers/{row['name']}.png)" for row in of_method)
+        lines.append(f"| {method} | {found} of {len(of_method)} | {median(errors):.2f} | {median(cosines):.2f} | {pictures} |")
+    return [*lines, ""]
+
+
+def sealing_page(content: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Sealing",
+        "",
+        f"`{content['command']}`: each model is scanned, sealed with its reverted trigger, sampled with the true one",
+        f"({content['samples']} samples), and scanned again. Success with the sampler the attack was built for, and with 50",
+        "clipped DDIM steps. Drift: mean squared change of clean samples over their variance. Settings were chosen on those",
+        "marked *.",
+        "",
+        "| model | own sampler, before | after | DDIM, before | after | clean drift | clean ratio | rescan | training s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        before, after = row["before"], row["after"]
+        cells = [
+            f"{when['triggered'][sampler]['success']['rate']:.2f}"
+            for sampler in ("attack's own", "plain ddim")
+            for when in (before, after)
+        ]
+        mark = " *" if row["settings_chosen_on_it"] else ""
+        lines.append(
+            f"| {row['name']}{mark} | {' | '.join(cells)} | {row['clean_drift']:.2f} | {before['clean_ratio']:.2f}, then "
+            f"{after['clean_ratio']:.2f} | {after['scan']['verdict']} | {row['training_seconds']:.0f} |"
+        )
+    return [*lines, ""]
 
 
 def speed_page(content: dict[str, Any]) -> list[str]:
@@ -124,7 +171,12 @@ def main() -> None:
     for title, name in (("Preset fixed-point, the default", "accuracy"), ("Published settings", "accuracy_published")):
         path = RESULTS / f"{name}.json"
         if path.exists():
-            lines += table_page(title, NOTES[name], json.loads(path.read_text()))
+            content = json.loads(path.read_text())
+            lines += table_page(title, NOTES[name], content)
+            lines += attack_table(content["rows"]) if name == "accuracy" else []
+    sealing = RESULTS / "sealing.json"
+    if sealing.exists():
+        lines += sealing_page(json.loads(sealing.read_text()))
     speed = RESULTS / "speed.json"
     if speed.exists():
         lines += speed_page(json.loads(speed.read_text()))
