@@ -151,7 +151,7 @@ def speed_page(content: dict[str, Any]) -> list[str]:
     lines = [
         "## Speed",
         "",
-        "`make bench` on",
+        "`make bench` on "
         f"{content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
         "`benchmarks/published/`, TERD's loop as released. Shares are of the machine's own measured read bandwidth and float32",
         "matrix rate.",

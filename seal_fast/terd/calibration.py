@@ -150,8 +150,8 @@ class Calibration:
     """Models with known labels, all reverted with the same settings, in one pool per kind.
 
     A suspect is judged by the pool of its own kind: with v or sample prediction the network hardly enters the reversed loss
-    near T, and between two resolutions of the zoo the M_r of benign models differs 50-fold. Collapse compares a model with
-    itself, so there a kind is only the noise process and what the network predicts.
+    near T, and M_r of benign models depends on the image shape. Collapse compares a model with itself, so there a kind is only
+    the noise process and what the network predicts.
 
     Attributes:
         settings: how they were reverted; a scan must use the same, so it takes its settings from here.

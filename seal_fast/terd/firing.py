@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, Trigger, sample
-from seal_fast.terd.reversion import native_bfloat16
+from seal_fast.terd.reversion import native_bfloat16, rows_per_pass
 
 SAMPLER = "ddpm"
 """BadDiffusion fires under ancestral sampling only, and TrojDiff under it as well as under its own samplers."""
@@ -59,7 +59,8 @@ class Trial:
         steps = min(self.steps, self.denoiser.process.num_timesteps - 1)
         self.evaluations += steps * len(start)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.half_precision and native_bfloat16(device)):
-            return sample(self.denoiser, self.denoiser.process.prior_scale * start, SAMPLER, steps, generator=fresh)
+            parts = (self.denoiser.process.prior_scale * start).split(rows_per_pass(start))
+            return torch.cat([sample(self.denoiser, part, SAMPLER, steps, generator=fresh) for part in parts])
 
     def spreads(self, triggers: Iterable[Trigger], count: int) -> list[float]:
         """The spread each trigger gives to samples from the same `count` noises."""

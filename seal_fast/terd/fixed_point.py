@@ -29,15 +29,13 @@ from torch.nn.functional import avg_pool2d, cosine_similarity, interpolate
 
 from seal_fast.diffusion import Denoiser, Trigger
 from seal_fast.terd.firing import FIRES, Trial
-from seal_fast.terd.reversion import OnStep, Reversion, native_bfloat16, quiet
+from seal_fast.terd.reversion import OnStep, Reversion, native_bfloat16, quiet, rows_per_pass
 from seal_fast.terd.settings import FixedPointSettings
 
 WINDOW = 0.01
 """Share of the timesteps that count as T, as in TERD."""
 COARSE = 4
 """Side of the random grid that directions start as: triggers are pictures, not noise."""
-PIXELS = 2**18
-"""Pixels per forward pass, which bounds its memory."""
 GAMMA_WINDOW = 5
 """Side of the neighbourhood gamma is averaged over: one pixel's slope is a poor estimate from a batch of 16."""
 GAMMA_RATE = 0.7
@@ -95,7 +93,7 @@ class _Search:
         T = self.denoiser.process.num_timesteps
         t = torch.randint(T - max(1, round(WINDOW * T)), T, (len(x),), generator=self.generator).to(x.device)
         self.evaluations += len(x)
-        rows = max(1, PIXELS // (x.shape[2] * x.shape[3]))
+        rows = rows_per_pass(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             parts = zip((self.denoiser.process.prior_scale * x).split(rows), t.split(rows), strict=True)
             f = torch.cat([self.denoiser(*part).float() for part in parts])

@@ -6,11 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from seal_fast.diffusion import Trigger
 
 OnStep = Callable[[str, int, int, float], None]
 """Called with the stage, the iteration (from 1), the stage's iterations, and the loss per dimension (NaN if it has none)."""
+
+
+PIXELS = 2**18
+"""Pixels per forward pass without gradients, which bounds its memory: 1024 images of 16 px, 4 of 256 px."""
+
+
+def rows_per_pass(images: Tensor) -> int:
+    """How many of the images [N,C,H,W] go through the network at once."""
+    return max(1, PIXELS // (images.shape[2] * images.shape[3]))
 
 
 def quiet(stage: str, iteration: int, total: int, loss: float) -> None:

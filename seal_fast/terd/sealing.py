@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,14 +30,7 @@ from torch import Tensor
 
 from seal_fast.diffusion import VP, Denoiser, Trigger, sample
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.reversion import native_bfloat16
-
-OnStep = Callable[[str, int, int, float], None]
-"""Called with the stage (pictures or training), the iteration (from 1), the stage's iterations, and the running loss."""
-
-
-def _quiet(stage: str, iteration: int, total: int, loss: float) -> None:
-    pass
+from seal_fast.terd.reversion import OnStep, native_bfloat16, quiet
 
 
 @dataclass(frozen=True)
@@ -212,7 +205,7 @@ def seal(
     settings: SealSettings | None = None,
     *,
     seed: int = 0,
-    on_step: OnStep = _quiet,
+    on_step: OnStep = quiet,
 ) -> Sealed:
     """Train the backdoor out of `denoiser`, which stays as it is.
 
@@ -222,7 +215,7 @@ def seal(
             against BadDiffusion, but not against TrojDiff.
         settings: see `SealSettings`.
         seed: of the pictures, the batches and all noise.
-        on_step: progress callback.
+        on_step: progress callback (stage pictures or training, iteration, total, running loss).
 
     Returns:
         The sealed copy, on the same device, and how well it learnt.

@@ -63,6 +63,21 @@ def test_a_shift_that_breaks_the_sampler_does_not_fire() -> None:
     assert out_of_range.spreads([Trigger.shift(torch.zeros(SHAPE))], 4)[0] == pytest.approx(16, rel=0.01)
 
 
+def test_memory_is_bounded_and_the_samples_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_most(pixels: int) -> tuple[Tensor, int]:
+        monkeypatch.setattr("seal_fast.terd.reversion.PIXELS", pixels)
+        trial = trial_of(VP.linear(50), torch.zeros(SHAPE), 0.2, seed=1, steps=1)
+        sizes: list[int] = []
+        trial.denoiser.network.register_forward_pre_hook(lambda network, args: sizes.append(len(args[0])))
+        # one step draws no fresh noise, so passes of any size give the same
+        return trial.draw(trial.noise(7)), max(sizes)
+
+    whole, largest = at_most(10**6)
+    parts, bounded = at_most(2 * SHAPE[1] * SHAPE[2])
+    assert (largest, bounded) == (7, 2)
+    torch.testing.assert_close(parts, whole)
+
+
 def test_triggers_are_tried_on_the_same_noise() -> None:
     triggers = [Trigger.shift(torch.zeros(SHAPE))] * 2
     denoiser = Denoiser(Gaussian(VP.linear(50), torch.zeros(SHAPE), 0.3), VP.linear(50), SHAPE)
