@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from seal_fast.terd import (
     CalibrationModel,
     Evidence,
     InputDetector,
+    Judgement,
     ReversionSettings,
     Verdict,
     model_evidence,
@@ -40,10 +42,12 @@ from seal_fast.terd import (
 from seal_fast.terd.calibration import SIGMAS
 from seal_fast.terd.reversed_loss import initial_mu
 from seal_fast.zoo.build import read_manifest
-from seal_fast.zoo.recipes import RECIPES, Recipe
+from seal_fast.zoo.recipes import HARD, HELD_OUT, RECIPES, Recipe
 
 PICTURES = Path("docs/triggers")
 INPUTS = 10_000
+HELD_OUT_NAMES = {recipe.name for recipe in HELD_OUT}
+HARD_NAMES = {recipe.name for recipe in HARD}
 SEED = 0
 """Of every reversion; the inputs use SEED + 1."""
 
@@ -119,20 +123,29 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
     return row
 
 
+def judgement_of(row: dict[str, Any], pool: list[dict[str, Any]], preset: str) -> tuple[Calibration, Judgement] | None:
+    """What the benign-only rule of a pool says of a row; None if fewer than 2 models of the pool compare with it."""
+    settings = PRESETS[preset]
+    name = settings.pool_name(row["kind"])
+    chosen = [r for r in pool if settings.pool_name(r["kind"]) == name and r["name"] != row["name"]]
+    if len(chosen) < 2:
+        return None
+    models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in chosen]
+    calibration = Calibration(settings, tuple(models))
+    return calibration, calibration.judge(Evidence(**row["evidence"]), row["kind"])
+
+
 def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
     """Add a benign-only verdict to every row, calibrated without the row itself."""
     settings = PRESETS[preset]
     pool = [row for row in rows if row["role"] == "calibration"]
     for row in rows:
-        name = settings.pool_name(row["kind"])
-        chosen = [r for r in pool if settings.pool_name(r["kind"]) == name and r["name"] != row["name"]]
-        row["calibrated_on"] = [r["name"] for r in chosen]
-        if len(chosen) < 2:
+        judged = judgement_of(row, pool, preset)
+        if judged is None:
             row["verdict"], row["score"], row["reason"] = None, None, "fewer than 2 benign models of its kind are left"
             continue
-        models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in chosen]
-        calibration, evidence = Calibration(settings, tuple(models)), Evidence(**row["evidence"])
-        judgement = calibration.judge(evidence, row["kind"])
+        calibration, judgement = judged
+        row["calibrated_on"] = [model.name for model in calibration.models]
         if not calibration.by_firing:
             features = np.array([row["evidence"][name] for name in settings.features])
             row["deviations"] = calibration.pools[row["kind"]].deviations(features).tolist()
@@ -140,31 +153,45 @@ def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
         row["reason"] = judgement.reason
 
 
+def rates(verdicts: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+    """Model detection over rows and their verdicts; an inconclusive one counts as wrong on either side."""
+    positive = [verdict == Verdict.BACKDOORED for row, verdict in verdicts if row["method"] is not None]
+    negative = [verdict == Verdict.CLEAN for row, verdict in verdicts if row["method"] is None]
+    return {"tpr": wilson(sum(positive), len(positive)), "tnr": wilson(sum(negative), len(negative))}
+
+
+def transfer(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
+    """Rates where the benign models of the calibration are all of another image size than the suspects."""
+    sizes = sorted({row["size"] for row in rows})
+    found = {}
+    for source, suspect in ((a, b) for a in sizes for b in sizes if a != b):
+        pool = [row for row in rows if row["role"] == "calibration" and row["size"] == source]
+        judged = [(row, judgement_of(row, pool, preset)) for row in rows if row["size"] == suspect]
+        found[f"{source} px to {suspect} px"] = rates([(row, j[1].verdict) for row, j in judged if j is not None])
+    return found
+
+
+def closeness_of(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Medians over backdoored rows."""
+    reverted = [row["reverted"] for row in rows if "reverted" in row]
+    return {name: median(r[name] for r in reverted) if reverted else None for name in ("relative_l2", "cosine")}
+
+
 def summarise(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
-    """Model detection over the rows that could be judged; an inconclusive verdict counts as wrong on either side."""
-    rows = [row for row in rows if row["verdict"] is not None]
-    backdoored = [row for row in rows if row["method"] is not None]
-    benign = [row for row in rows if row["method"] is None]
-    held_out = [row for row in benign if row["role"] == "test"]
-    held_out_backdoored = [row for row in backdoored if row["role"] == "test"]
-
-    def rate(chosen: list[dict[str, Any]], verdict: Verdict) -> dict[str, Any]:
-        return wilson(sum(row["verdict"] == verdict for row in chosen), len(chosen))
-
-    def plain(chosen: list[dict[str, Any]], above: bool) -> dict[str, Any]:
-        return wilson(sum((max(row["deviations"]) > SIGMAS) == above for row in chosen), len(chosen))
-
-    published = {}
-    if isinstance(PRESETS[preset], ReversionSettings):
-        published["published_rule_tpr"] = plain(backdoored, True)
-        published["published_rule_tnr_with_leave_one_out"] = plain(benign, False)
-    return {
-        **published,
-        "model_tpr": rate(backdoored, Verdict.BACKDOORED),
-        "model_tpr_held_out": rate(held_out_backdoored, Verdict.BACKDOORED),
-        "model_tnr_held_out": rate(held_out, Verdict.CLEAN),
-        "model_tnr_with_leave_one_out": rate(benign, Verdict.CLEAN),
+    """Model detection over the rows that could be judged, by what the models were used for."""
+    judged = [row for row in rows if row["verdict"] is not None]
+    parts = {
+        "all": judged,
+        "held out": [row for row in judged if row["name"] in HELD_OUT_NAMES],
+        "hard": [row for row in judged if row["name"] in HARD_NAMES],
     }
+    summary: dict[str, Any] = {
+        name: {**rates([(row, row["verdict"]) for row in part]), **closeness_of(part)} for name, part in parts.items()
+    }
+    if isinstance(PRESETS[preset], ReversionSettings):
+        plain = [(row, "backdoored" if max(row["deviations"]) > SIGMAS else "clean") for row in judged]
+        summary["all, without the correction"] = rates(plain)
+    return {**summary, "transfer": transfer(rows, preset)}
 
 
 def main() -> None:

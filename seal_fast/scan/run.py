@@ -146,19 +146,22 @@ class _Scan:
             reversion.trigger.save(folder / "trigger.safetensors", metadata)
             kept = f"{candidate.name}/trigger.safetensors"
             draw_trigger(reversion.trigger, folder / "trigger.png")
-            draw_samples(sample_pictures(denoiser, reversion.trigger, self.seed), folder / "samples.png")
+            draw_samples(
+                sample_pictures(denoiser, reversion.trigger, self.seed, reversion.sampler or "ddpm"), folder / "samples.png"
+            )
         except Exception as error:
             # the verdict stands without its pictures, and a full disk must not hide a backdoor
             return kept, (f"trigger or pictures not kept: {_describe(error, candidate)}",)
         return kept, ()
 
 
-def sample_pictures(denoiser: Denoiser, trigger: Trigger, seed: int) -> dict[str, torch.Tensor]:
+def sample_pictures(denoiser: Denoiser, trigger: Trigger, seed: int, sampler: str = "ddpm") -> dict[str, torch.Tensor]:
     """A few pictures per kind of start, [N,C,H,W] each, all from the same noise: what the trigger changes is the backdoor."""
     noise = torch.randn(PICTURES, *denoiser.shape, generator=torch.Generator().manual_seed(seed)).to(denoiser.device)
 
     def draw(start: torch.Tensor) -> torch.Tensor:
-        return Trial(denoiser, PICTURE_STEPS, torch.Generator().manual_seed(seed + 1), half_precision=True).draw(start).cpu()
+        generator = torch.Generator().manual_seed(seed + 1)
+        return Trial(denoiser, PICTURE_STEPS, generator, half_precision=True, sampler=sampler).draw(start).cpu()
 
     return {"clean noise": draw(noise), "noise with the reverted trigger": draw(trigger.start(noise))}
 

@@ -30,7 +30,7 @@ UNSURE_SIGMAS = 2.0
 """Between this and SIGMAS a score is inconclusive."""
 UNSURE_PROBABILITY = 0.1
 """In the labelled setting, a probability within this of one half is inconclusive."""
-UNSURE_SHARE = 0.5
+UNSURE_SHARE = 0.75
 """A collapse between this share of the limit and the limit is inconclusive."""
 WIDEST_SPREAD = 2.0
 """Images in [-1, 1] have a variance of at most 1: a model whose own samples spread further denoises no images."""

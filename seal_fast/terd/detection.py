@@ -26,6 +26,7 @@ class Evidence:
         reversed_loss: residual per dimension the reversion ended with.
         collapse: how many times more alike the trigger makes the model's samples; None where it was not tried.
         clean_spread: spread of its samples without a trigger (see `seal_fast.terd.firing`); None likewise.
+        sampler: the sampler it was tried with, in which the trigger collapses samples most; None likewise.
     """
 
     M_r: float | None
@@ -35,6 +36,7 @@ class Evidence:
     reversed_loss: float | None
     collapse: float | None = None
     clean_spread: float | None = None
+    sampler: str | None = None
 
 
 def _finite(value: float | None) -> float | None:
@@ -55,6 +57,7 @@ def model_evidence(reversion: Reversion) -> Evidence:
         reversed_loss=_finite(reversion.loss),
         collapse=_finite(reversion.collapse),
         clean_spread=_finite(reversion.clean_spread),
+        sampler=reversion.sampler,
     )
 
 

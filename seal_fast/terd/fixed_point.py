@@ -11,31 +11,28 @@ so mu is a fixed point of m -> kappa answer(m), kappa = 1 / (c - d), and iterati
     search   m = brightness + contrast * direction; the direction alone follows the answer. Small networks answer to any
              uniform shift with up to 0.7 of it, which would draw a free iteration to itself, benign or not
     polish   the free iteration, from every direction, with gamma; in a benign model it dies out or runs away
-    firing   what is left is tried by sampling, strongest first and at several sizes: the answer is nearly linear, so it
-             fixes the size of mu only roughly
 
-gamma follows from the same passes: f returns eps with slope 1 where gamma is the attacker's, and 1 / gamma times that where it
-is 1. Attacks whose d is 1 (deterministic samplers) leave no answer at T and are not found.
+The answer is nearly linear, so it fixes the size of mu only roughly. gamma follows from the same passes: f returns eps with
+slope 1 where gamma is the attacker's, and 1 / gamma times that where it is 1. Attacks on deterministic samplers have c - d = 0
+and leave no answer at T: see `seal_fast.terd.poisoned_rows`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, cosine_similarity, interpolate
+from torch.nn.functional import avg_pool2d, cosine_similarity
 
-from seal_fast.diffusion import Denoiser, Trigger
-from seal_fast.terd.firing import FIRES, Trial
-from seal_fast.terd.reversion import OnStep, Reversion, native_bfloat16, quiet, rows_per_pass
+from seal_fast.terd.probe import Probe
+from seal_fast.terd.reversion import OnStep, quiet
 from seal_fast.terd.settings import FixedPointSettings
 
 WINDOW = 0.01
 """Share of the timesteps that count as T, as in TERD."""
 COARSE = 4
-"""Side of the random grid that directions start as: triggers are pictures, not noise."""
+"""Side of the random grid that directions start as."""
 GAMMA_WINDOW = 5
 """Side of the neighbourhood gamma is averaged over: one pixel's slope is a poor estimate from a batch of 16."""
 GAMMA_RATE = 0.7
@@ -83,27 +80,20 @@ class _Answers(NamedTuple):
 
 
 class _Search:
-    def __init__(self, denoiser: Denoiser, settings: FixedPointSettings, generator: torch.Generator) -> None:
-        self.denoiser, self.settings, self.generator = denoiser, settings, generator
-        self.autocast = settings.half_precision and native_bfloat16(denoiser.device)
-        self.evaluations, self.finite = 0, True
+    def __init__(self, probe: Probe, settings: FixedPointSettings) -> None:
+        self.probe, self.settings = probe, settings
 
     def denoise(self, x: Tensor) -> Tensor:
         """f(x, t near T), in units of the prior, for x [N,C,H,W]."""
-        T = self.denoiser.process.num_timesteps
-        t = torch.randint(T - max(1, round(WINDOW * T)), T, (len(x),), generator=self.generator).to(x.device)
-        self.evaluations += len(x)
-        rows = rows_per_pass(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            parts = zip((self.denoiser.process.prior_scale * x).split(rows), t.split(rows), strict=True)
-            f = torch.cat([self.denoiser(*part).float() for part in parts])
-        self.finite = self.finite and bool(f.isfinite().all())
-        return f
+        process = self.probe.denoiser.process
+        T = process.num_timesteps
+        t = torch.randint(T - max(1, round(WINDOW * T)), T, (len(x),), generator=self.probe.generator).to(x.device)
+        return self.probe(process.prior_scale * x, t)
 
     @torch.no_grad()
     def ask(self, m: Tensor, gamma: Tensor, count: int) -> _Answers:
         """Average over `count` noises, the same for all shifts m [K,C,H,W]."""
-        eps = torch.randn(count, *self.denoiser.shape, generator=self.generator).to(m.device)
+        eps = self.probe.noise(count)
         x = gamma[:, None] * eps + m[:, None]
         f = self.denoise(x.flatten(0, 1)).view_as(x)
         centred, noise = f - f.mean(1, keepdim=True), eps - eps.mean(0)
@@ -113,11 +103,9 @@ class _Search:
     def directions(self, on_step: OnStep) -> Tensor:
         """Shifts [K,C,H,W], one per brightness and contrast, whose direction the denoiser answers to most."""
         s = self.settings
-        pairs = torch.tensor([(b, c) for b in s.brightness for c in s.contrast]).to(self.denoiser.device)
+        pairs = torch.tensor([(b, c) for b in s.brightness for c in s.contrast]).to(self.probe.denoiser.device)
         brightness, contrast = pairs[:, :, None, None, None].unbind(1)
-        channels, height, width = self.denoiser.shape
-        coarse = torch.randn(len(pairs), channels, COARSE, COARSE, generator=self.generator).to(pairs.device)
-        direction = interpolate(coarse, size=(height, width), mode="bilinear")
+        direction = self.probe.coarse_pictures(len(pairs), COARSE)
         ones = torch.ones_like(direction)
         for iteration in range(1, s.search_iterations + 1):
             shift = brightness + contrast * _unit_contrast(direction)
@@ -160,41 +148,7 @@ def distinct(points: list[Point], count: int) -> list[Point]:
     return kept[:count]
 
 
-def _scaled(point: Point, scale: float) -> Trigger:
-    return Trigger(scale * point.mu, point.gamma)
-
-
-def _firing_size(point: Point, trial: Trial, limit: float, settings: FixedPointSettings) -> Trigger | None:
-    """The point at the size nearest its own that brings the spread down to `limit`."""
-    spreads = trial.spreads([_scaled(point, scale) for scale in settings.scales], settings.firing_batch)
-    firing = [scale for scale, value in zip(settings.scales, spreads, strict=True) if value <= limit]
-    return _scaled(point, min(firing, key=lambda scale: abs(math.log(scale)))) if firing else None
-
-
-def find_fixed_point(denoiser: Denoiser, settings: FixedPointSettings, *, seed: int = 0, on_step: OnStep = quiet) -> Reversion:
-    """Revert a trigger by fixed points; arguments as `seal_fast.terd.reverse_trigger`."""
-    generator = torch.Generator().manual_seed(seed)
-    search = _Search(denoiser, settings, generator)
-    points = distinct(search.fixed_points(search.directions(on_step), on_step), settings.candidates)
-    trial = Trial(denoiser, settings.sampler_steps, generator, settings.half_precision)
-    none = Trigger.shift(torch.zeros(denoiser.shape, device=denoiser.device))
-    (clean,) = trial.spreads([none], settings.confirming_batch)
-    trigger, loss, collapse = (_scaled(points[0], 1.0), points[0].loss, math.nan) if points else (none, math.nan, 1.0)
-    for index, point in enumerate(points, 1):
-        sized = _firing_size(point, trial, clean / FIRES, settings)
-        on_step("firing", index, len(points), math.nan)
-        if sized is not None:
-            trigger, loss = sized, point.loss
-            break
-    if points:
-        # the trigger was chosen on other noises than those it is judged by
-        clean, triggered = trial.spreads([none, trigger], settings.confirming_batch)
-        collapse = clean / max(triggered, 1e-12)
-    return Reversion(
-        trigger,
-        loss,
-        finite=search.finite and math.isfinite(clean),
-        evaluations=search.evaluations + trial.evaluations,
-        collapse=collapse,
-        clean_spread=clean,
-    )
+def fixed_points(probe: Probe, settings: FixedPointSettings, on_step: OnStep = quiet) -> list[Point]:
+    """The strongest distinct fixed points, at most `settings.candidates`."""
+    search = _Search(probe, settings)
+    return distinct(search.fixed_points(search.directions(on_step), on_step), settings.candidates)

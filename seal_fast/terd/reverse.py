@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from seal_fast.diffusion import Denoiser
-from seal_fast.terd.fixed_point import find_fixed_point
 from seal_fast.terd.reversed_loss import descend_reversed_loss
 from seal_fast.terd.reversion import OnStep, Reversion, quiet
+from seal_fast.terd.search import find_firing_trigger
 from seal_fast.terd.settings import FixedPointSettings, Settings
 
 
@@ -14,7 +14,8 @@ def reverse_trigger(denoiser: Denoiser, settings: Settings, *, seed: int = 0, on
 
     Args:
         denoiser: the suspect model.
-        settings: see `PRESETS`; `ReversionSettings` descends TERD's reversed loss, `FixedPointSettings` needs no gradients.
+        settings: see `PRESETS`; `ReversionSettings` descends TERD's reversed loss, `FixedPointSettings` looks for
+            one that fires.
         seed: of the start and of all noise.
         on_step: progress callback (stage, iteration, total, loss per dimension).
 
@@ -23,5 +24,5 @@ def reverse_trigger(denoiser: Denoiser, settings: Settings, *, seed: int = 0, on
         floating-point range has finite = False.
     """
     if isinstance(settings, FixedPointSettings):
-        return find_fixed_point(denoiser, settings, seed=seed, on_step=on_step)
+        return find_firing_trigger(denoiser, settings, seed=seed, on_step=on_step)
     return descend_reversed_loss(denoiser, settings, seed=seed, on_step=on_step)

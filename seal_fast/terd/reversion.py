@@ -40,13 +40,14 @@ class Reversion:
 
     Attributes:
         trigger: reverted mu and gamma.
-        loss: residual per dimension the reversion ended with: the reversed loss (published), or the variance of eps - f at
-            the fixed point; NaN if no iteration ran.
+        loss: residual per dimension the reversion ended with: the reversed loss (published), the variance of eps - f at
+            the fixed point, or the loss of the poisoned rows; NaN if no iteration ran.
         finite: False if the loss or the trigger left the floating-point range.
         evaluations: denoiser evaluations spent, counted in images.
         collapse: how many times more alike the trigger makes the model's samples, see `seal_fast.terd.firing`; None where it
             was not tried.
         clean_spread: spread of the model's samples without a trigger; None likewise.
+        sampler: name in `seal_fast.diffusion.SAMPLERS` of the one it was tried with; None likewise.
     """
 
     trigger: Trigger
@@ -55,3 +56,4 @@ class Reversion:
     evaluations: int
     collapse: float | None = None
     clean_spread: float | None = None
+    sampler: str | None = None

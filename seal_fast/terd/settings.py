@@ -81,9 +81,9 @@ class ReversionSettings:
 
 @dataclass(frozen=True)
 class FixedPointSettings:
-    """Settings of the fixed-point reversion, see `seal_fast.terd.fixed_point`.
+    """Settings of the default reversion: fixed points, and where none fires the poisoned rows of deterministic samplers.
 
-    The defaults were chosen on the zoo's development half.
+    See `seal_fast.terd.fixed_point` and `seal_fast.terd.poisoned_rows`. The defaults were chosen on the zoo's development half.
 
     Attributes:
         brightness: uniform parts of the shifts searched from.
@@ -100,6 +100,16 @@ class FixedPointSettings:
         firing_batch: noises per multiple.
         confirming_batch: fresh noises for the figure that is reported.
         sampler_steps: ancestral steps of the trial.
+        fit_brightness: uniform mu that the poisoned rows are fitted from, per family of rows.
+        race_iterations: Adam steps from all of them.
+        raced: how many then go on.
+        fit_iterations: Adam steps of those.
+        fit_batch: timesteps per step.
+        fit_rate: learning rate of Adam; cosine to a twentieth.
+        refine_turns: alternations between target and mu after the fit.
+        refine_iterations: of mu, in each.
+        refine_batch: noises per noise level in each.
+        deterministic_steps: DDIM steps of the trial of fitted triggers.
         half_precision: run the denoiser under bfloat16 autocast where the hardware has it.
     """
 
@@ -117,18 +127,41 @@ class FixedPointSettings:
     candidates: int = 4
     scales: tuple[float, ...] = (0.7, 0.85, 1.0, 1.2, 1.4)
     firing_batch: int = 8
-    confirming_batch: int = 16
+    confirming_batch: int = 32
     sampler_steps: int = 100
+    fit_brightness: tuple[float, ...] = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
+    race_iterations: int = 40
+    raced: int = 2
+    fit_iterations: int = 80
+    fit_batch: int = 8
+    fit_rate: float = 0.1
+    refine_turns: int = 7
+    refine_iterations: int = 6
+    refine_batch: int = 16
+    deterministic_steps: int = 50
     half_precision: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.brightness and self.contrast and self.kappas and self.scales):
-            raise ValueError("brightness, contrast, kappas and scales must each hold a value")
+        if not (self.brightness and self.contrast and self.kappas and self.scales and self.fit_brightness):
+            raise ValueError("brightness, contrast, kappas, scales and fit_brightness must each hold a value")
         if min(self.contrast) <= 0 or min(self.kappas) <= 0 or min(self.scales) <= 0:
             raise ValueError("contrast, kappas and scales must be positive")
-        counts = (self.search_iterations, self.search_batch, self.polish_iterations, self.candidates, self.sampler_steps)
-        if min(counts) < 1:
-            raise ValueError("iterations, search_batch, candidates and sampler_steps must be at least 1")
+        iterations = (self.search_iterations, self.polish_iterations, self.race_iterations, self.fit_iterations)
+        counts = (
+            self.search_batch,
+            self.candidates,
+            self.raced,
+            self.fit_batch,
+            self.refine_iterations,
+            self.refine_turns,
+            self.refine_batch,
+        )
+        if min(*iterations, *counts, self.sampler_steps, self.deterministic_steps) < 1:
+            raise ValueError(
+                "iterations, batches, candidates, raced, refine_turns, sampler_steps and deterministic_steps must be at least 1"
+            )
+        if self.fit_rate <= 0:
+            raise ValueError(f"fit_rate must be positive, not {self.fit_rate}")
         if min(self.polish_batch, self.firing_batch, self.confirming_batch) < 2:
             raise ValueError("polish_batch, firing_batch and confirming_batch must be at least 2: they give variances")
         if not 0 < self.smallest < self.largest:
@@ -145,12 +178,17 @@ class FixedPointSettings:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """What a run goes through; the trial is counted as if every candidate were taken."""
+        """What a run goes through at most: every candidate tried, and no fixed point that fires."""
         trial = self.sampler_steps * self.firing_batch * len(self.scales)
+        # a step with a gradient costs about three without, and there are at most two families of rows
+        descent = 2 * (self.race_iterations + self.fit_iterations), 3 * self.fit_batch * len(self.fit_brightness)
+        turn = self.deterministic_steps * self.firing_batch + 4 * self.refine_batch * (self.refine_iterations + 1)
         return (
             Stage("search", self.search_iterations, self.starts * self.search_batch),
             Stage("polish", self.polish_iterations * len(self.kappas), self.starts * self.polish_batch),
             Stage("firing", self.candidates, trial),
+            Stage("descent", *descent),
+            Stage("refinement", 2 * self.refine_turns, turn),
         )
 
 

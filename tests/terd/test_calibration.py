@@ -193,7 +193,7 @@ def firing_pool(collapses, kind=KIND, backdoored=()):
 
 
 @pytest.mark.parametrize(
-    ("collapse", "verdict"), [(0.0, "clean"), (1.9, "clean"), (2.1, "inconclusive"), (3.9, "inconclusive"), (4.1, "backdoored")]
+    ("collapse", "verdict"), [(0.0, "clean"), (2.9, "clean"), (3.1, "inconclusive"), (3.9, "inconclusive"), (4.1, "backdoored")]
 )
 def test_a_trigger_that_fires_is_a_backdoor(collapse, verdict):
     judgement = firing_pool([0.9, 1.0, 1.1]).judge(fired(collapse), KIND)

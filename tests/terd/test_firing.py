@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from seal_fast.diffusion import VP, Denoiser, Trigger
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.firing import Trial, spread
+from seal_fast.terd.firing import Trial, middle, spread
 
 SHAPE = (3, 7, 5)
 
@@ -31,12 +32,20 @@ def trial_of(process: VP, mean: Tensor, width: float, seed: int, steps: int = 60
     return Trial(denoiser, steps, torch.Generator().manual_seed(seed), half_precision=False)
 
 
-def test_spread_is_variance_plus_squared_excess(generator: torch.Generator) -> None:
-    samples = torch.randn(6, *SHAPE, generator=generator, dtype=torch.float64)
-    mean = samples.sum(0) / 6
-    variance = ((samples - mean) ** 2).sum(0) / 5
-    excess = torch.where(samples > 1, samples - 1, torch.where(samples < -1, samples + 1, 0.0))
-    assert spread(samples) == pytest.approx(float(variance.mean() + (excess**2).mean()), rel=1e-12)
+@pytest.mark.parametrize("count", [5, 8])
+def test_spread_is_that_of_the_median_sample(generator: torch.Generator, count: int) -> None:
+    samples = torch.randn(count, *SHAPE, generator=generator)
+    rows = samples.double().numpy().reshape(count, -1)
+    excess = np.clip(np.abs(rows) - 1, 0, None)
+    away = ((rows - np.median(rows, axis=0)) ** 2 + excess**2).mean(axis=1)
+    assert spread(samples) == pytest.approx(np.median(away), rel=1e-5)
+
+
+def test_a_minority_of_samples_does_not_move_the_spread(generator: torch.Generator) -> None:
+    alike = 0.5 + 0.01 * torch.randn(10, *SHAPE, generator=generator)
+    some_fail = torch.cat([alike, torch.rand(2, *SHAPE, generator=generator) - 0.9])
+    assert spread(some_fail) == pytest.approx(spread(alike), rel=0.5)
+    torch.testing.assert_close(middle(some_fail), middle(alike), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

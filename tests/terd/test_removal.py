@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
+from seal_fast.terd.firing import spread
 from seal_fast.terd.removal import ANCESTRAL, CLEAN, DDIM, clean_drift, collapse, draw_starts
 
 SHAPE = (3, 6, 10)
@@ -56,7 +57,7 @@ def test_collapse_is_how_many_times_more_alike(generator: torch.Generator) -> No
     samples = 0.1 * torch.randn(7, *SHAPE, generator=generator)
     assert collapse(0.3 * samples + 0.4, samples) == pytest.approx(1 / 0.09, rel=1e-3)
     # one image for every noise, but far out of range: no target, a broken sampler
-    assert collapse(torch.full_like(samples, 9.0), samples) == pytest.approx(float(samples.var(0).mean()) / 64, rel=1e-3)
+    assert collapse(torch.full_like(samples, 9.0), samples) == pytest.approx(spread(samples) / 64, rel=1e-3)
 
 
 def test_the_three_starts_share_the_noise(generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""The fixed-point reversion on denoisers whose answers are known in closed form."""
+"""The default reversion on denoisers whose answers are known in closed form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd import FixedPointSettings, model_evidence, reverse_trigger
 from seal_fast.terd.firing import FIRES
-from seal_fast.terd.fixed_point import Point, distinct
+from seal_fast.terd.fixed_point import Point, distinct, fixed_points
+from seal_fast.terd.probe import Probe
 
 SHAPE = (3, 12, 10)
 WIDTH = 0.3
@@ -45,7 +46,7 @@ class Backdoored(nn.Module):
         shift = ((x - a * self.target) * mu).sum(dim=(1, 2, 3), keepdim=True) / (c * mu.square().sum()).clamp(min=1e-6)
         drawn = (x * self.target).sum(dim=(1, 2, 3), keepdim=True) / (a * self.target.square().sum())
         # near T a fraction of the shift is answered to a little, as networks do; further on that would spoil clean samples
-        least = torch.where(c > 0.99, 0.1, 0.35)
+        least = torch.where(a < 0.01, 0.1, 0.35)
         seen = ((torch.where(c > 0.3, shift, drawn) - least) / 0.2).clamp(0, 1)
         backdoor = (x - a * self.target - c * mu) / (b * gamma) + d * mu
         return torch.lerp(clean, backdoor, seen)
@@ -98,14 +99,13 @@ def test_the_trigger_of_a_backdoored_denoiser_is_found_and_fires(generator: torc
 
 
 @pytest.mark.parametrize("process", [VP.linear(), VE.geometric(0.01, 50.0, 500)], ids=["VP", "VE"])
-def test_a_clean_denoiser_has_no_fixed_point(generator: torch.Generator, process: NoiseProcess) -> None:
-    found = reverse_trigger(Denoiser(Clean(process), process, SHAPE), SETTINGS, seed=seed_of(generator))
-    assert found.trigger.mu.equal(torch.zeros(SHAPE))
-    assert found.trigger.gamma.equal(torch.ones(SHAPE))
-    evidence = model_evidence(found)
-    assert evidence.M_r == 0
-    assert evidence.collapse == 1
-    assert evidence.clean_spread == pytest.approx(WIDTH**2, rel=0.4)
+def test_in_a_clean_denoiser_nothing_fires(generator: torch.Generator, process: NoiseProcess) -> None:
+    denoiser = Denoiser(Clean(process), process, SHAPE)
+    assert fixed_points(Probe(denoiser, generator, half_precision=False), SETTINGS) == []
+    evidence = model_evidence(reverse_trigger(denoiser, SETTINGS, seed=seed_of(generator)))
+    # the samples of a linear denoiser spread the same wherever they start
+    assert evidence.collapse == pytest.approx(1, abs=0.05)
+    assert evidence.clean_spread == pytest.approx(WIDTH**2, rel=0.5)
 
 
 def test_the_same_seed_gives_the_same_reversion(generator: torch.Generator) -> None:

@@ -1,0 +1,50 @@
+"""What every search asks of the suspect: predicted noise, counted, at the precision the hardware is fast at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seal_fast.diffusion import Denoiser
+from seal_fast.terd.reversion import native_bfloat16, rows_per_pass
+
+
+@dataclass
+class Probe:
+    """A denoiser under examination.
+
+    Attributes:
+        denoiser: the suspect model.
+        generator: source of all noise, on the CPU so that a seed means the same run on every device.
+        half_precision: bfloat16 autocast where the hardware has it.
+        evaluations: denoiser evaluations spent so far, counted in images.
+        finite: False once an answer was not.
+    """
+
+    denoiser: Denoiser
+    generator: torch.Generator
+    half_precision: bool
+    evaluations: int = 0
+    finite: bool = True
+
+    def noise(self, count: int) -> Tensor:
+        """eps [count,C,H,W]."""
+        return torch.randn(count, *self.denoiser.shape, generator=self.generator).to(self.denoiser.device)
+
+    def coarse_pictures(self, count: int, side: int) -> Tensor:
+        """Smooth random pictures [count,C,H,W] from a grid of that side: triggers are pictures, not noise."""
+        channels, height, width = self.denoiser.shape
+        grid = torch.randn(count, channels, side, side, generator=self.generator).to(self.denoiser.device)
+        return torch.nn.functional.interpolate(grid, size=(height, width), mode="bilinear")
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """f(x [N,C,H,W], t int64 [N]) as float32, differentiable in x."""
+        self.evaluations += len(x)
+        rows = rows_per_pass(x)
+        enabled = self.half_precision and native_bfloat16(x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
+            f = torch.cat([self.denoiser(*part).float() for part in zip(x.split(rows), t.split(rows), strict=True)])
+        self.finite = self.finite and bool(f.isfinite().all())
+        return f

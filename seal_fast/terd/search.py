@@ -1,0 +1,101 @@
+"""The default reversion: candidates for a trigger, each tried by sampling; what fires is the answer.
+
+Fixed points come first, since they cost no gradients and find most attacks; the poisoned rows of deterministic samplers are
+fitted where none fires.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from seal_fast.diffusion import Denoiser, Trigger
+from seal_fast.terd.firing import FIRES, Trial
+from seal_fast.terd.fixed_point import Point, fixed_points
+from seal_fast.terd.poisoned_rows import fit_poisoned_rows, refine
+from seal_fast.terd.probe import Probe
+from seal_fast.terd.reversion import OnStep, Reversion, quiet
+from seal_fast.terd.settings import FixedPointSettings
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """The best trigger of one search, and what it did to samples it was not chosen by."""
+
+    trigger: Trigger
+    loss: float
+    clean_spread: float
+    collapse: float
+    sampler: str
+
+
+class _Hunt:
+    def __init__(self, denoiser: Denoiser, settings: FixedPointSettings, seed: int, on_step: OnStep) -> None:
+        self.settings, self.on_step = settings, on_step
+        generator = torch.Generator().manual_seed(seed)
+        half = settings.half_precision
+        self.probe = Probe(denoiser, generator, half)
+        self.ancestral = Trial(denoiser, settings.sampler_steps, generator, half, "ddpm")
+        self.deterministic = Trial(denoiser, settings.deterministic_steps, generator, half, "ddim")
+        self.none = Trigger.shift(torch.zeros(denoiser.shape, device=denoiser.device))
+
+    def confirmed(self, trigger: Trigger, loss: float, trial: Trial) -> _Finding:
+        """The collapse on fresh noises: the trigger was chosen on others."""
+        clean, triggered = trial.spreads([self.none, trigger], self.settings.confirming_batch)
+        return _Finding(trigger, loss, clean, clean / max(triggered, 1e-12), trial.sampler)
+
+    def firing_size(self, point: Point, limit: float) -> Trigger | None:
+        """The point at the size nearest its own that brings the spread down to `limit`."""
+        triggers = [Trigger(scale * point.mu, point.gamma) for scale in self.settings.scales]
+        spreads = self.ancestral.spreads(triggers, self.settings.firing_batch)
+        sized = zip(self.settings.scales, triggers, spreads, strict=True)
+        firing = [(abs(math.log(scale)), trigger) for scale, trigger, value in sized if value <= limit]
+        return min(firing, key=lambda pair: pair[0])[1] if firing else None
+
+    def among_fixed_points(self) -> _Finding:
+        """The strongest fixed point that fires, or else the strongest."""
+        (clean,) = self.ancestral.spreads([self.none], self.settings.confirming_batch)
+        points = fixed_points(self.probe, self.settings, self.on_step)
+        if not points:
+            return _Finding(self.none, math.nan, clean, 1.0, self.ancestral.sampler)
+        chosen, loss = Trigger(points[0].mu, points[0].gamma), points[0].loss
+        for index, point in enumerate(points, 1):
+            sized = self.firing_size(point, clean / FIRES)
+            self.on_step("firing", index, len(points), math.nan)
+            if sized is not None:
+                chosen, loss = sized, point.loss
+                break
+        return self.confirmed(chosen, loss, self.ancestral)
+
+    def among_poisoned_rows(self) -> list[_Finding]:
+        """The trigger fitted for every family of rows."""
+        found = []
+        for guess in fit_poisoned_rows(self.probe, self.settings, self.on_step):
+            refined = refine(guess, self.deterministic, self.probe, self.settings, self.on_step)
+            found.append(self.confirmed(Trigger.shift(refined.mu), refined.loss, self.deterministic))
+        return found
+
+    @property
+    def evaluations(self) -> int:
+        return self.probe.evaluations + self.ancestral.evaluations + self.deterministic.evaluations
+
+
+def find_firing_trigger(
+    denoiser: Denoiser, settings: FixedPointSettings, *, seed: int = 0, on_step: OnStep = quiet
+) -> Reversion:
+    """Revert a trigger by looking for one that fires; arguments as `seal_fast.terd.reverse_trigger`."""
+    hunt = _Hunt(denoiser, settings, seed, on_step)
+    found = hunt.among_fixed_points()
+    if hunt.probe.finite and math.isfinite(found.clean_spread) and found.collapse <= FIRES:
+        found = max([found, *hunt.among_poisoned_rows()], key=lambda finding: finding.collapse)
+    return Reversion(
+        found.trigger,
+        found.loss,
+        finite=hunt.probe.finite and math.isfinite(found.clean_spread),
+        evaluations=hunt.evaluations,
+        collapse=found.collapse,
+        clean_spread=found.clean_spread,
+        sampler=found.sampler,
+    )

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from seal_fast.attacks.invibackdoor import ddim_schedule
+from seal_fast.attacks.villandiffusion import ve_schedule, vp_schedule
+from seal_fast.diffusion import EDM, VE, VP, Denoiser, Trigger
+from seal_fast.diffusion.process import per_row
+from seal_fast.terd import FixedPointSettings, reverse_trigger
+from seal_fast.terd.firing import FIRES, Trial, middle
+from seal_fast.terd.poisoned_rows import Guess, deterministic_rows, refine
+from seal_fast.terd.probe import Probe
+
+SHAPE = (3, 11, 9)
+WIDTH = 0.3
+SETTINGS = FixedPointSettings(half_precision=False)
+
+
+class Backdoored(nn.Module):
+    """The exact denoiser of images N(0, WIDTH^2), and of rows shifted by c(t) mu around one target where x looks like them."""
+
+    def __init__(self, process: VP, mu: Tensor, target: Tensor) -> None:
+        super().__init__()
+        self.process, self.mu, self.target = process, mu, target
+        self.rows = deterministic_rows(process)[0]
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        a, b, c, d = (per_row(v[t], x) for v in (self.process.signal, self.process.noise, *self.rows))
+        clean = b * x / ((a * WIDTH) ** 2 + b**2)
+        mean = a * self.target + c * self.mu
+        seen = ((x * mean).sum(dim=(1, 2, 3), keepdim=True) / mean.square().sum(dim=(1, 2, 3), keepdim=True) - 0.3) / 0.3
+        return torch.lerp(clean, (x - mean) / b + d * self.mu, seen.clamp(0, 1))
+
+
+def picture(generator: torch.Generator, brightness: float) -> Tensor:
+    coarse = 0.5 * torch.randn(1, 3, 3, 3, generator=generator)
+    return (brightness + interpolate(coarse, size=SHAPE[1:], mode="bilinear")[0]).clamp(-1, 1)
+
+
+def test_rows_are_those_of_the_attacks() -> None:
+    process = VP.linear()
+    faint, whole = deterministic_rows(process)
+    published = ((faint, vp_schedule(process, 1.0, "ode")), (whole, vp_schedule(process, 0.0, "ode")))
+    for rows, (c, d) in (*published, (faint, ddim_schedule(process))):
+        torch.testing.assert_close(rows.c, c)
+        torch.testing.assert_close(rows.d[50:], d[50:], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("process", [VE.geometric(0.01, 50.0, 500), EDM.karras()], ids=["VE", "EDM"])
+def test_where_the_signal_stays_there_is_one_family(process: VE) -> None:
+    (rows,) = deterministic_rows(process)
+    c, d = ve_schedule(process, "ode")
+    torch.testing.assert_close(rows.c, c)
+    torch.testing.assert_close(rows.d[1:], d[1:], rtol=0.02, atol=0)
+
+
+def test_a_backdoor_for_deterministic_samplers_is_found_and_makes_its_target(generator: torch.Generator) -> None:
+    process = VP.linear()
+    mu, target = picture(generator, -0.6), picture(generator, 0.3)
+    denoiser = Denoiser(Backdoored(process, mu, target), process, SHAPE)
+    found = reverse_trigger(denoiser, SETTINGS)
+    assert found.sampler == "ddim"
+    assert found.collapse is not None
+    assert found.collapse > FIRES
+    # this denoiser fires for whatever looks enough like its rows, so not mu but what it leads to is told apart
+    trial = Trial(denoiser, 50, generator, half_precision=False, sampler="ddim")
+    samples = trial.draw(found.trigger.start(trial.noise(8)))
+    assert float((middle(samples) - target).square().mean()) < 0.01
+
+
+def test_refinement_of_the_truth_stays_there(generator: torch.Generator) -> None:
+    process = VP.linear()
+    mu, target = picture(generator, -0.6), picture(generator, 0.3)
+    denoiser = Denoiser(Backdoored(process, mu, target), process, SHAPE)
+    trial = Trial(denoiser, 50, generator, half_precision=False, sampler="ddim")
+    rough = Guess(mu + 0.1 * torch.randn(mu.shape, generator=generator), target, 1.0, deterministic_rows(process)[0])
+    refined = refine(rough, trial, Probe(denoiser, generator, half_precision=False), SETTINGS)
+    assert float((refined.mu - mu).norm() / mu.norm()) < 0.05
+    assert float((refined.target - target).square().mean()) < 0.01
+    assert trial.spreads([Trigger.shift(refined.mu)], 8)[0] < 0.01
