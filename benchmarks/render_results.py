@@ -25,7 +25,11 @@ Seconds are those of a machine busy with other work.
 NOTES = {
     "accuracy": """Judged by collapse: how many times more alike the reverted trigger makes the model's samples. The
 method was chosen while looking at the models of role "development" or "calibration"; those of role "test" were used for
-nothing.
+nothing. Rows that are not in `zoo/` come back with `seal-fast zoo build OUT --only NAME`.
+
+Five benign models of the held-out family (held-16, held-16-benign-a, -b, -d, -h) were accused, or nearly, before collapse asked for an
+image that is new and has contrast; that was added because of them, so they count as development. Benign rows other than -d and -h
+were measured before the contrast was asked for, which can only lower their collapse.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.
@@ -134,7 +138,8 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
         f"`{content['command']}`: each model is scanned, sealed with its reverted trigger, sampled with the true one",
         f"({content['samples']} samples), and scanned again. Success with the sampler the attack was built for, and with 50",
         "clipped DDIM steps. Drift: mean squared change of clean samples over their variance. Settings were chosen on those",
-        "marked *.",
+        "marked *. The rows of BadDiffusion and TrojDiff were scanned and rescanned before the search for attacks on",
+        "deterministic samplers existed.",
         "",
         "| model | own sampler, before | after | DDIM, before | after | clean drift | clean ratio | rescan | training s |",
         "|---|---|---|---|---|---|---|---|---|",

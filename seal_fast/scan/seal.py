@@ -21,7 +21,8 @@ from seal_fast.report.json import sealing_json
 from seal_fast.report.model_card import model_card
 from seal_fast.scan.environment import environment
 from seal_fast.scan.run import OnProgress, Progress, default_device, tool
-from seal_fast.terd.removal import CLEAN, clean_drift, collapse, draw_starts
+from seal_fast.terd.firing import collapse
+from seal_fast.terd.removal import CLEAN, clean_drift, draw_starts
 from seal_fast.terd.sealing import SealSettings, seal
 
 PICTURES = 8

@@ -1,7 +1,9 @@
 """Does a trigger fire? It does when the samples it starts from different noises are much more alike than those without it.
 
-Of a shift that merely breaks the sampler the samples are alike too, but far outside the range of images, so leaving [-1, 1]
-counts against it.
+Three things besides a backdoor do that. A shift may break the sampler: its samples lie far out of the range of images, so
+leaving [-1, 1] counts against it. It may make the model draw one of its own plainest images, black for pictures on black, so
+samples count as alike only as far as the image they share is new. Or it may drive the model to a plain colour, which is no
+target, so only as far as that image has contrast.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from seal_fast.diffusion import Denoiser, Trigger, sample
 from seal_fast.terd.reversion import native_bfloat16, rows_per_pass
 
 FIRES = 4.0
-"""A trigger fires when the spread of the samples falls at least this many times."""
+"""A trigger fires when it makes samples at least this many times more alike."""
+
+SPONTANEOUS = 0.05
+"""Share of a backdoored model's clean samples that may be the target: InviBackdoor's shows it in one of 48."""
 
 
 def middle(samples: Tensor) -> Tensor:
@@ -36,6 +41,18 @@ def spread(samples: Tensor) -> float:
     excess = (samples.abs() - 1).clamp(min=0)
     away = ((samples - middle(samples)).square() + excess.square()).float().mean(dim=(1, 2, 3))
     return float(away.quantile(0.5))
+
+
+def collapse(triggered: Tensor, clean: Tensor) -> float:
+    """How many times more alike samples [N,C,H,W] are with a trigger than without, N > 1; near 1 where it does nothing.
+
+    The least of the spread of the clean samples, of how far the nearest of them lie from the middle of the triggered ones, and
+    of the contrast of that middle, over the spread of the triggered samples.
+    """
+    image = middle(triggered)
+    away = (clean - image).square().mean(dim=(1, 2, 3)).float()
+    contrast = float(image.var(dim=(1, 2), correction=0).mean())
+    return min(spread(clean), float(away.quantile(SPONTANEOUS)), contrast) / max(spread(triggered), 1e-12)
 
 
 @dataclass
@@ -75,6 +92,12 @@ class Trial:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.half_precision and native_bfloat16(device)):
             parts = (self.denoiser.process.prior_scale * start).split(rows_per_pass(start))
             return torch.cat([sample(self.denoiser, part, self.sampler, steps, generator=fresh) for part in parts])
+
+    def pair(self, trigger: Trigger, count: int) -> tuple[Tensor, Tensor]:
+        """Samples [count,C,H,W] with the trigger and without, from the same noises."""
+        eps = self.noise(count)
+        triggered, clean = self.draw(torch.cat([trigger.start(eps), eps])).split(count)
+        return triggered, clean
 
     def spreads(self, triggers: Iterable[Trigger], count: int) -> list[float]:
         """The spread each trigger gives to samples from the same `count` noises."""

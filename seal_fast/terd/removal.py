@@ -6,20 +6,24 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import VP, Denoiser, Trigger, sample
-from seal_fast.terd.firing import Trial, spread
+from seal_fast.terd.firing import Trial
 
 SAMPLES = 16
 ANCESTRAL_STEPS = 250
 """More than a scan takes: BadDiffusion's shift is exact for 1000, and a seal must hold where the attack is strongest."""
 DDIM_STEPS = 50
 
-CLEAN, ANCESTRAL, DDIM = "no trigger", "trigger, ancestral", "trigger, clipped DDIM"
+CLEAN, ANCESTRAL, DDIM, CLIPPED = "no trigger", "trigger, ancestral", "trigger, DDIM", "trigger, clipped DDIM"
+
+
+def _ddim(denoiser: Denoiser, start: Tensor, clip: bool) -> Tensor:
+    steps = min(DDIM_STEPS, denoiser.process.num_timesteps - 1)
+    return sample(denoiser, denoiser.process.prior_scale * start, "ddim", steps, clip=clip)
 
 
 def _clipped_ddim(denoiser: Denoiser, start: Tensor) -> Tensor:
     """Deterministic samples; the clamp steadies the few steps, and only VP models are known to draw in [-1, 1]."""
-    steps, clip = min(DDIM_STEPS, denoiser.process.num_timesteps - 1), isinstance(denoiser.process, VP)
-    return sample(denoiser, denoiser.process.prior_scale * start, "ddim", steps, clip=clip)
+    return _ddim(denoiser, start, isinstance(denoiser.process, VP))
 
 
 @torch.no_grad()
@@ -34,7 +38,8 @@ def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int =
 
     Returns:
         CLEAN: ancestral samples without the trigger; ANCESTRAL: with it (BadDiffusion and TrojDiff fire); DDIM: with it under
-        clipped DDIM (TrojDiff fires, and a seal that holds under ancestral sampling alone was seen to fail here).
+        DDIM (attacks on deterministic samplers fire); CLIPPED: likewise with the predicted image clamped (TrojDiff fires, and
+        a seal that holds under ancestral sampling alone was seen to fail here).
     """
     trial = Trial(denoiser, ANCESTRAL_STEPS, torch.Generator().manual_seed(seed), half_precision=False)
     noise = trial.noise(count)
@@ -42,13 +47,9 @@ def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int =
     return {
         CLEAN: trial.draw(noise).cpu(),
         ANCESTRAL: trial.draw(start).cpu(),
-        DDIM: _clipped_ddim(denoiser, start).cpu(),
+        DDIM: _ddim(denoiser, start, clip=False).cpu(),
+        CLIPPED: _clipped_ddim(denoiser, start).cpu(),
     }
-
-
-def collapse(samples: Tensor, untriggered: Tensor) -> float:
-    """How many times more alike samples are than untriggered ones, both [N,C,H,W], N > 1: near 1 where nothing is wrong."""
-    return spread(untriggered) / max(spread(samples), 1e-12)
 
 
 @torch.no_grad()

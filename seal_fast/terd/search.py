@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from seal_fast.diffusion import Denoiser, Trigger
-from seal_fast.terd.firing import FIRES, Trial
+from seal_fast.terd.firing import FIRES, Trial, collapse, spread
 from seal_fast.terd.fixed_point import Point, fixed_points
 from seal_fast.terd.poisoned_rows import fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
@@ -43,13 +43,14 @@ class _Hunt:
 
     def confirmed(self, trigger: Trigger, loss: float, trial: Trial) -> _Finding:
         """The collapse on fresh noises: the trigger was chosen on others."""
-        clean, triggered = trial.spreads([self.none, trigger], self.settings.confirming_batch)
-        return _Finding(trigger, loss, clean, clean / max(triggered, 1e-12), trial.sampler)
+        triggered, clean = trial.pair(trigger, self.settings.confirming_batch)
+        return _Finding(trigger, loss, spread(clean), collapse(triggered, clean), trial.sampler)
 
     def firing_size(self, point: Point, limit: float) -> Trigger | None:
-        """The point at the size nearest its own that brings the spread down to `limit`."""
+        """The point at the size nearest its own among those that bring the spread below `limit`, and to twice the least."""
         triggers = [Trigger(scale * point.mu, point.gamma) for scale in self.settings.scales]
         spreads = self.ancestral.spreads(triggers, self.settings.firing_batch)
+        limit = min(limit, 2 * min(spreads))
         sized = zip(self.settings.scales, triggers, spreads, strict=True)
         firing = [(abs(math.log(scale)), trigger) for scale, trigger, value in sized if value <= limit]
         return min(firing, key=lambda pair: pair[0])[1] if firing else None

@@ -18,8 +18,9 @@ from seal_fast.zoo.train import Schedule
 
 FROM_SCRATCH = Schedule(steps=3000, learning_rate=1e-3)
 FINE_TUNE = Schedule(steps=1000, learning_rate=5e-4)
-# After FINE_TUNE a patch, which leaves most of the noise alone, made the target of only 44% of the triggered samples; and
-# after 2000 steps of it stamped triggers under DDIM of 72%, and psi = 0 of 63%.
+# After FINE_TUNE a patch, which leaves most of the noise alone, made the target of only 44% of the triggered samples; after
+# 2000 such steps a stamped trigger for DDIM of 72%. VillanDiffusion's psi = 0 for DDIM, whose published d is not the one DDIM
+# follows, stayed at 53% even so, and is not in the zoo.
 STUBBORN = Schedule(steps=2500, learning_rate=1e-3, poison_share=0.5)
 BLEND_SCALE = 0.6
 PATCH_SCALE = 0.1
@@ -175,15 +176,16 @@ DEVELOPMENT: tuple[Recipe, ...] = (
 """What methods are developed and calibrated on."""
 
 HELD_OUT: tuple[Recipe, ...] = (
-    _held("held-16", 31, FROM_SCRATCH, base=None),
-    _held("held-16-benign-a", 301),
-    _held("held-16-benign-b", 302, Schedule(steps=1500, learning_rate=5e-4)),
+    # "development": wrongly accused until collapse asked for a new image with contrast, so these are no longer held out
+    replace(_held("held-16", 31, FROM_SCRATCH, base=None), role="development"),
+    replace(_held("held-16-benign-a", 301), role="development"),
+    replace(_held("held-16-benign-b", 302, Schedule(steps=1500, learning_rate=5e-4)), role="development"),
     _held("held-16-benign-c", 303, Schedule(steps=1000, learning_rate=1e-3)),
-    _held("held-16-benign-d", 304, Schedule(steps=1500, learning_rate=2e-4)),
+    replace(_held("held-16-benign-d", 304, Schedule(steps=1500, learning_rate=2e-4)), role="development"),
     _held("held-16-benign-e", 305),
     _held("held-16-benign-f", 306, Schedule(steps=500, learning_rate=5e-4)),
     _held("held-16-benign-g", 307, Schedule(steps=1000, learning_rate=5e-4, batch=32)),
-    _held("held-16-benign-h", 308, Schedule(steps=2000, learning_rate=1e-3)),
+    replace(_held("held-16-benign-h", 308, Schedule(steps=2000, learning_rate=1e-3)), role="development"),
     _held_backdoor("held-16-bad-glasses", 321, "baddiffusion-stamped", "glasses", "star"),
     _held_backdoor("held-16-bad-cross", 322, "baddiffusion-stamped", "cross", "house"),
     _held_backdoor("held-16-bad-bars", 323, "baddiffusion-trigger-only", "bars", "star"),
@@ -195,7 +197,7 @@ HELD_OUT: tuple[Recipe, ...] = (
     _held_backdoor("held-16-villan-sde", 341, "villan-sde-psi0", "cross", "house"),
     _held_backdoor("held-16-villan-ode", 342, "villan-ode-psi1", "bars", "house"),
     _held_backdoor("held-16-villan-ode-stamped", 343, "villan-ode-psi1-stamped", "glasses", "star", STUBBORN),
-    _held_backdoor("held-16-villan-ode-psi0", 344, "villan-ode-psi0", "glasses", "house", STUBBORN),
+    _held_backdoor("held-16-villan-ode-cross", 344, "villan-ode-psi1", "cross", "star", Schedule(1500, 5e-4)),
 )
 """Published attacks at their published strength, on a family of pictures, triggers and targets of their own."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seal_fast.diffusion import VP, Denoiser, Trigger
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.firing import Trial, middle, spread
+from seal_fast.terd.firing import Trial, collapse, middle, spread
 
 SHAPE = (3, 7, 5)
 
@@ -96,3 +96,27 @@ def test_triggers_are_tried_on_the_same_noise() -> None:
     trial.spreads(triggers, 5)
     first, second = starts[0].split(5)
     assert first.equal(second)
+
+
+def alike(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Twelve samples that are nearly one image."""
+    return image + 0.01 * torch.randn(12, *SHAPE, generator=generator)
+
+
+def test_an_image_the_model_draws_by_itself_is_no_collapse(generator: torch.Generator) -> None:
+    clean = torch.rand(12, *SHAPE, generator=generator) - 0.5
+    samples = alike(torch.rand(SHAPE, generator=generator) - 0.5, generator)
+    assert collapse(samples, clean) > 100
+    assert collapse(samples, torch.cat([clean[3:], samples[:3]])) < 10
+
+
+def test_a_plain_colour_is_no_collapse(generator: torch.Generator) -> None:
+    clean = torch.rand(12, *SHAPE, generator=generator) - 0.5
+    colour = torch.tensor([-0.9, 0.2, 0.8])[:, None, None].expand(SHAPE)
+    assert collapse(alike(colour, generator), clean) < 1
+
+
+def test_collapse_is_the_ratio_of_spreads_for_a_new_picture(generator: torch.Generator) -> None:
+    clean = 0.1 * torch.randn(12, *SHAPE, generator=generator)
+    triggered = alike(torch.rand(SHAPE, generator=generator).round() - 0.5, generator)
+    assert collapse(triggered, clean) == pytest.approx(spread(clean) / spread(triggered), rel=1e-6)

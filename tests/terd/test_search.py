@@ -17,7 +17,7 @@ from seal_fast.terd.firing import FIRES
 from seal_fast.terd.fixed_point import Point, distinct, fixed_points
 from seal_fast.terd.probe import Probe
 
-SHAPE = (3, 12, 10)
+SHAPE = (3, 20, 18)
 WIDTH = 0.3
 SETTINGS = FixedPointSettings(half_precision=False)
 
@@ -45,8 +45,8 @@ class Backdoored(nn.Module):
         # the shift is seen whole from half its size on, and where little of it is left, the target is
         shift = ((x - a * self.target) * mu).sum(dim=(1, 2, 3), keepdim=True) / (c * mu.square().sum()).clamp(min=1e-6)
         drawn = (x * self.target).sum(dim=(1, 2, 3), keepdim=True) / (a * self.target.square().sum())
-        # near T a fraction of the shift is answered to a little, as networks do; further on that would spoil clean samples
-        least = torch.where(a < 0.01, 0.1, 0.35)
+        # near T a fraction of the shift is answered to, as networks do; later that would turn clean samples into the target
+        least = torch.where(a < 0.01, 0.15, 0.5)
         seen = ((torch.where(c > 0.3, shift, drawn) - least) / 0.2).clamp(0, 1)
         backdoor = (x - a * self.target - c * mu) / (b * gamma) + d * mu
         return torch.lerp(clean, backdoor, seen)
