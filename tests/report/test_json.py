@@ -57,6 +57,7 @@ def test_the_contract():
         "reversed_loss": 1.0,
         "collapse": None,
         "clean_spread": None,
+        "sampler": None,
     }
     assert row["error"] is None
     assert row["score"] == 0.5

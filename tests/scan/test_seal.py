@@ -61,7 +61,7 @@ def test_a_sealed_pipeline_with_its_report(model: Path, trigger: Path, tmp_path:
     assert report == json.loads((out / "report.json").read_text())
     assert report["tool"] == {"name": "seal-fast", "version": __version__}
     assert (report["steps"], report["format"], report["config"]["settings"]["steps"]) == (3, "diffusers-pipeline", 3)
-    assert [row["trigger"] for row in report["removal"]] == ["trigger.safetensors"] * 4
+    assert [row["trigger"] for row in report["removal"]] == ["trigger.safetensors"] * 6
     assert all(row["collapse_before"] > 0 and row["collapse_after"] > 0 for row in report["removal"])
     assert report["clean_drift"] > 0
     assert 2**20 < report["peak_memory_bytes"] < 2**36

@@ -48,7 +48,7 @@ def test_there_are_enough_models_of_each_kind() -> None:
     assert len({row["sha256"] for row in rows}) == len(rows)
     # a verdict on a model that helped to set the threshold proves nothing
     assert {row["role"] for row in backdoored} <= {"development", "test"}
-    assert {row["role"] for row in benign} == {"calibration", "test"}
+    assert {row["role"] for row in benign} >= {"calibration", "test"}
 
 
 @every_recipe
