@@ -20,14 +20,15 @@ from seal_fast.terd.reversion import native_bfloat16, rows_per_pass
 
 FIRES = 4.0
 """A trigger fires when it makes samples at least this many times more alike."""
-
 SPONTANEOUS = 0.05
 """Share of a backdoored model's clean samples that may be the target: InviBackdoor's shows it in one of 48."""
 
 
 def middle(samples: Tensor) -> Tensor:
     """Median over samples [N,C,H,W], pixel by pixel: the image of a trigger that fires from most noises, if not from all."""
-    return samples.float().quantile(0.5, dim=0)
+    # torch.quantile of older versions refuses more than 2^24 numbers, which 32 images of 512 px exceed
+    ordered = samples.float().sort(dim=0).values
+    return (ordered[(len(samples) - 1) // 2] + ordered[len(samples) // 2]) / 2
 
 
 def spread(samples: Tensor) -> float:

@@ -31,8 +31,6 @@ from seal_fast.terd.settings import FixedPointSettings
 
 WINDOW = 0.01
 """Share of the timesteps that count as T, as in TERD."""
-COARSE = 4
-"""Side of the random grid that directions start as."""
 GAMMA_WINDOW = 5
 """Side of the neighbourhood gamma is averaged over: one pixel's slope is a poor estimate from a batch of 16."""
 GAMMA_RATE = 0.7
@@ -105,7 +103,7 @@ class _Search:
         s = self.settings
         pairs = torch.tensor([(b, c) for b in s.brightness for c in s.contrast]).to(self.probe.denoiser.device)
         brightness, contrast = pairs[:, :, None, None, None].unbind(1)
-        direction = self.probe.coarse_pictures(len(pairs), COARSE)
+        direction = self.probe.coarse_pictures(len(pairs))
         ones = torch.ones_like(direction)
         for iteration in range(1, s.search_iterations + 1):
             shift = brightness + contrast * _unit_contrast(direction)

@@ -42,7 +42,6 @@ REFINEMENT_SNR = (0.8, 0.5, 0.29, 0.16)
 START_ITERATIONS = 4
 CONTRAST = 0.1
 """Of the starts' random part."""
-COARSE = 4
 RANGE_WEIGHT = 0.1
 """Of the squared excess of y and mu over [-1, 1]: both are pictures. Without it the descent leaves them along the valley."""
 
@@ -120,7 +119,7 @@ class _Fit:
         """mu and y [K,C,H,W], one per brightness."""
         s = self.settings
         brightness = torch.tensor(s.fit_brightness, device=self.probe.denoiser.device)[:, None, None, None]
-        mu = brightness + CONTRAST * self.probe.coarse_pictures(len(s.fit_brightness), COARSE)
+        mu = brightness + CONTRAST * self.probe.coarse_pictures(len(s.fit_brightness))
         target = torch.zeros_like(mu)
         t = torch.full((s.fit_batch,), _at(self.process, START_SNR))
         for _ in range(START_ITERATIONS):
@@ -130,19 +129,19 @@ class _Fit:
     def descend(self, mu: Tensor, target: Tensor, iterations: int, on_iteration: Callable[[float], None]) -> list[Guess]:
         """Adam on every pair mu, target [K,C,H,W], best first."""
         s = self.settings
-        contrast = (target - mu).requires_grad_()
+        difference = (target - mu).requires_grad_()
         mu = mu.clone().requires_grad_()
-        optimiser = torch.optim.Adam([mu, contrast], lr=s.fit_rate)
+        optimiser = torch.optim.Adam([mu, difference], lr=s.fit_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, 0.05 * s.fit_rate)
         for _ in range(iterations):
-            loss = self.ask(mu, contrast + mu, self.stratified(s.fit_batch)).loss
+            loss = self.ask(mu, difference + mu, self.stratified(s.fit_batch)).loss
             # the logarithm lets every start go at its own pace
-            objective = (loss + RANGE_WEIGHT * (_excess(contrast + mu) + _excess(mu))).log().sum()
-            mu.grad, contrast.grad = torch.autograd.grad(objective, [mu, contrast])
+            objective = (loss + RANGE_WEIGHT * (_excess(difference + mu) + _excess(mu))).log().sum()
+            mu.grad, difference.grad = torch.autograd.grad(objective, [mu, difference])
             optimiser.step()
             schedule.step()
             on_iteration(float(loss.detach().mean()))
-        pairs = zip(mu.detach(), (contrast + mu).detach(), strict=True)
+        pairs = zip(mu.detach(), (difference + mu).detach(), strict=True)
         return sorted((Guess(m, y, self.loss(m, y), self.rows) for m, y in pairs), key=lambda guess: guess.relative_loss)
 
     def best(self, on_iteration: Callable[[float], None]) -> Guess:
@@ -180,16 +179,21 @@ def fit_poisoned_rows(probe: Probe, settings: FixedPointSettings, on_step: OnSte
     return [_Fit(probe, rows, settings).best(on_iteration) for rows in families]
 
 
-def refine(guess: Guess, trial: Trial, probe: Probe, settings: FixedPointSettings, on_step: OnStep = quiet) -> Guess:
+def refine(
+    guess: Guess, trial: Trial, probe: Probe, settings: FixedPointSettings, on_turn: Callable[[float], None] = lambda loss: None
+) -> Guess:
     """The guess of least loss on the way of alternating between y and mu, sampled in `trial`."""
     fit = _Fit(probe, guess.rows, settings)
     best, mu = guess._replace(loss=math.inf), guess.mu
-    for turn in range(1, settings.refine_turns + 1):
+    for _ in range(settings.refine_turns):
         samples = trial.draw(Trigger.shift(mu).start(trial.noise(settings.firing_batch)))
         target = middle(samples).clamp(-1, 1)
+        if not target.isfinite().all():
+            # the guess broke the sampler, which says nothing against the model
+            break
         loss = fit.loss(mu, target)
         if loss < best.loss:
             best = Guess(mu, target, loss, guess.rows)
         mu = fit.answered(mu, target)
-        on_step("refinement", turn, settings.refine_turns, loss)
+        on_turn(loss)
     return best

@@ -10,6 +10,9 @@ from torch import Tensor
 from seal_fast.diffusion import Denoiser
 from seal_fast.terd.reversion import native_bfloat16, rows_per_pass
 
+COARSE = 4
+"""Side of the random grid that starts are made from: triggers are pictures, not noise."""
+
 
 @dataclass
 class Probe:
@@ -33,10 +36,10 @@ class Probe:
         """eps [count,C,H,W]."""
         return torch.randn(count, *self.denoiser.shape, generator=self.generator).to(self.denoiser.device)
 
-    def coarse_pictures(self, count: int, side: int) -> Tensor:
-        """Smooth random pictures [count,C,H,W] from a grid of that side: triggers are pictures, not noise."""
+    def coarse_pictures(self, count: int) -> Tensor:
+        """Smooth random pictures [count,C,H,W]."""
         channels, height, width = self.denoiser.shape
-        grid = torch.randn(count, channels, side, side, generator=self.generator).to(self.denoiser.device)
+        grid = torch.randn(count, channels, COARSE, COARSE, generator=self.generator).to(self.denoiser.device)
         return torch.nn.functional.interpolate(grid, size=(height, width), mode="bilinear")
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

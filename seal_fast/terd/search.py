@@ -6,6 +6,7 @@ fitted where none fires.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -72,11 +73,14 @@ class _Hunt:
 
     def among_poisoned_rows(self) -> list[_Finding]:
         """The trigger fitted for every family of rows."""
-        found = []
-        for guess in fit_poisoned_rows(self.probe, self.settings, self.on_step):
-            refined = refine(guess, self.deterministic, self.probe, self.settings, self.on_step)
-            found.append(self.confirmed(Trigger.shift(refined.mu), refined.loss, self.deterministic))
-        return found
+        guesses = fit_poisoned_rows(self.probe, self.settings, self.on_step)
+        turn, turns = itertools.count(1), len(guesses) * self.settings.refine_turns
+
+        def on_turn(loss: float) -> None:
+            self.on_step("refinement", next(turn), turns, loss)
+
+        refined = [refine(guess, self.deterministic, self.probe, self.settings, on_turn) for guess in guesses]
+        return [self.confirmed(Trigger.shift(guess.mu), guess.loss, self.deterministic) for guess in refined]
 
     @property
     def evaluations(self) -> int:

@@ -141,6 +141,15 @@ def test_images_are_counted_and_progress_ends_every_stage(generator: torch.Gener
     assert any(step[0] == "firing" for step in seen)
 
 
+def test_where_nothing_fires_progress_goes_through_both_searches_once() -> None:
+    process = VP.linear()
+    seen: list[tuple[str, int, int, float]] = []
+    reverse_trigger(Denoiser(Clean(process), process, SHAPE), SETTINGS, on_step=lambda *step: seen.append(step))
+    for stage in (s for s in SETTINGS.stages if s.name != "firing"):
+        steps = [(iteration, total) for name, iteration, total, _ in seen if name == stage.name]
+        assert steps == [(i, stage.iterations) for i in range(1, stage.iterations + 1)]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_network_that_returns_no_numbers_is_told(value: float) -> None:
     process = VP.linear(100)
@@ -173,6 +182,12 @@ def test_the_strongest_of_points_that_are_one_is_kept(generator: torch.Generator
         {"search_batch": 0},
         {"candidates": 0},
         {"sampler_steps": 0},
+        {"fit_brightness": ()},
+        {"race_iterations": 0},
+        {"raced": 0},
+        {"fit_rate": 0.0},
+        {"refine_turns": 0},
+        {"deterministic_steps": 0},
         {"polish_batch": 1},
         {"confirming_batch": 1},
         {"smallest": 0.0},
