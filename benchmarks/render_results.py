@@ -29,7 +29,7 @@ nothing. Rows that are not in `zoo/` come back with `seal-fast zoo build OUT --o
 
 Five benign models of the held-out family (held-16, held-16-benign-a, -b, -d, -h) were accused, or nearly, before collapse
 asked for an image that is new and has contrast; that was added because of them, so they count as development. Rows other than
--d, -h and held-16-bad-cross were measured before contrast was asked for, which can only lower their collapse; the targets of the
+-d, -h and held-16-bad-cross were measured before contrast was asked for, which can only lower their collapse; targets of the
 other models found have more contrast than their clean samples spread, so that it changes nothing there.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
