@@ -44,6 +44,11 @@ def spread(samples: Tensor) -> float:
     return float(away.quantile(0.5))
 
 
+def contrast(images: Tensor) -> Tensor:
+    """Variance over the pixels of each channel, averaged over channels: [...,C,H,W] -> [...]."""
+    return images.float().var(dim=(-2, -1), correction=0).mean(-1)
+
+
 def collapse(triggered: Tensor, clean: Tensor) -> float:
     """How many times more alike samples [N,C,H,W] are with a trigger than without, N > 1; near 1 where it does nothing.
 
@@ -52,8 +57,7 @@ def collapse(triggered: Tensor, clean: Tensor) -> float:
     """
     image = middle(triggered)
     away = (clean - image).square().mean(dim=(1, 2, 3)).float()
-    contrast = float(image.var(dim=(1, 2), correction=0).mean())
-    return min(spread(clean), float(away.quantile(SPONTANEOUS)), contrast) / max(spread(triggered), 1e-12)
+    return min(spread(clean), float(away.quantile(SPONTANEOUS)), float(contrast(image))) / max(spread(triggered), 1e-12)
 
 
 @dataclass

@@ -8,9 +8,12 @@ training rows (x = a y + b gamma eps + c mu, target eps + d mu; a -> 0, b -> 1),
 
 so mu is a fixed point of m -> kappa answer(m), kappa = 1 / (c - d), and iterating finds it:
 
-    search   m = brightness + contrast * direction; the direction alone follows the answer. Small networks answer to any
+    search   m = uniform part + contrast * direction; the direction alone follows the answer. Small networks answer to any
              uniform shift with up to 0.7 of it, which would draw a free iteration to itself, benign or not
-    polish   the free iteration, from every direction, with gamma; in a benign model it dies out or runs away
+    patches  of narrowed noise, slid over the image: where f tells the noise inside one from the rest of its input, it was
+             taught to; elsewhere it takes the whole of it for noise
+    polish   the free iteration, from every direction and the best patches, with gamma; in a benign model it dies out or runs
+             away
 
 The answer is nearly linear, so it fixes the size of mu only roughly. gamma follows from the same passes: f returns eps with
 slope 1 where gamma is the attacker's, and 1 / gamma times that where it is 1. Attacks on deterministic samplers have c - d = 0
@@ -19,12 +22,15 @@ and leave no answer at T: see `seal_fast.terd.poisoned_rows`.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, cosine_similarity
 
+from seal_fast.diffusion.process import per_row
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.reversion import OnStep, quiet
 from seal_fast.terd.settings import FixedPointSettings
@@ -37,6 +43,12 @@ GAMMA_RATE = 0.7
 SMALLEST_GAMMA = 0.05
 NARROW = 0.9
 """Below this gamma narrows the noise."""
+PATCH_GAMMA = 0.1
+"""Of TrojDiff's patch, whose mu is 1 - gamma of white."""
+PATCH_SIDES = (3 / 32, 3 / 16, 1 / 4, 3 / 8)
+"""Of the patches tried, as shares of the picture's side: 3/32 is TrojDiff's. A patch has to fit: one pixel off hid it."""
+PATCH_GRID = 16
+"""Patches slide by this part of the picture's side."""
 DUPLICATE = 0.95
 """Fixed points of at least this cosine are one."""
 
@@ -82,11 +94,12 @@ class _Search:
         self.probe, self.settings = probe, settings
 
     def denoise(self, x: Tensor) -> Tensor:
-        """f(x, t near T), in units of the prior, for x [N,C,H,W]."""
+        """f(x, t near T), for x [N,C,H,W] in units of the noise there."""
         process = self.probe.denoiser.process
         T = process.num_timesteps
-        t = torch.randint(T - max(1, round(WINDOW * T)), T, (len(x),), generator=self.probe.generator).to(x.device)
-        return self.probe(process.prior_scale * x, t)
+        t = torch.randint(T - max(1, round(WINDOW * T)), T, (len(x),), generator=self.probe.generator)
+        # not the prior's scale: over 1% of the timesteps a variance-exploding process varies by 8%
+        return self.probe(per_row(process.noise[t], x) * x, t.to(x.device))
 
     @torch.no_grad()
     def ask(self, m: Tensor, gamma: Tensor, count: int) -> _Answers:
@@ -98,36 +111,79 @@ class _Search:
         slope = (centred * noise).sum(1) / noise.square().sum(0)
         return _Answers((x - gamma[:, None] * f).mean(1), slope, (centred - noise).square().mean(dim=(1, 2, 3, 4)))
 
-    def directions(self, on_step: OnStep) -> Tensor:
-        """Shifts [K,C,H,W], one per brightness and contrast, whose direction the denoiser answers to most."""
+    def uniform_shifts(self) -> tuple[Tensor, Tensor]:
+        """Uniform parts [K,C,1,1] of the shifts searched from, grey and coloured, and the contrasts [K,1,1,1] beside them."""
         s = self.settings
-        pairs = torch.tensor([(b, c) for b in s.brightness for c in s.contrast]).to(self.probe.denoiser.device)
-        brightness, contrast = pairs[:, :, None, None, None].unbind(1)
-        direction = self.probe.coarse_pictures(len(pairs))
+        channels, device = self.probe.denoiser.shape[0], self.probe.denoiser.device
+        grey = [([b] * channels, contrast) for b in s.brightness for contrast in s.contrast]
+        signs = [sign for sign in itertools.product((-1, 1), repeat=channels) if len(set(sign)) > 1]
+        uniform, contrast = zip(*grey, *(([s.colour * one for one in sign], s.colour) for sign in signs), strict=True)
+        return torch.tensor(uniform, device=device)[..., None, None], torch.tensor(contrast, device=device)[:, None, None, None]
+
+    def directions(self, on_step: OnStep) -> Tensor:
+        """Shifts [K,C,H,W], one per uniform part and contrast, whose direction the denoiser answers to most."""
+        s = self.settings
+        uniform, contrast = self.uniform_shifts()
+        direction = self.probe.coarse_pictures(len(uniform))
         ones = torch.ones_like(direction)
         for iteration in range(1, s.search_iterations + 1):
-            shift = brightness + contrast * _unit_contrast(direction)
+            shift = uniform + contrast * _unit_contrast(direction)
             direction, _, loss = self.ask(shift, ones, s.search_batch)
             on_step("search", iteration, s.search_iterations, float(loss.mean()))
-        return brightness + contrast * _unit_contrast(direction)
+        return uniform + contrast * _unit_contrast(direction)
+
+    @torch.no_grad()
+    def missed(self, inside: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
+        """Share [K] of what patches mu, gamma [K,C,H,W] do to the noise `inside` [K,1,H,W] them that f takes for noise."""
+        eps = self.probe.noise(self.settings.patch_batch)
+        x = gamma[:, None] * eps + mu[:, None]
+        f = self.denoise(x.flatten(0, 1)).view_as(x)
+        error, done = (((y - eps) * inside[:, None]).square().sum(dim=(1, 2, 3, 4)) for y in (f, x))
+        return error / done
+
+    def patches(self) -> tuple[Tensor, Tensor]:
+        """The patches mu, gamma [K,C,H,W] of which least is missed."""
+        channels, height, width = self.probe.denoiser.shape
+        best: list[tuple[float, Tensor, Tensor]] = []
+        for share in PATCH_SIDES:
+            inside = windows(height, width, share).to(self.probe.denoiser.device)
+            gamma = (1 - (1 - PATCH_GAMMA) * inside).expand(-1, channels, -1, -1)
+            for colour in (-1, 1):
+                mu = colour * (1 - gamma)
+                missed = self.missed(inside, mu, gamma)
+                best += [(float(missed[i]), mu[i], gamma[i]) for i in missed.argsort()[: self.settings.patches].tolist()]
+        best = sorted(best, key=lambda patch: patch[0])[: self.settings.patches]
+        return torch.stack([mu for _, mu, _ in best]), torch.stack([gamma for _, _, gamma in best])
+
+    def polished(self, mu: Tensor, gamma: Tensor, kappa: float, on_iteration: Callable[[float], None]) -> list[Point]:
+        """Where the free iteration from mu, gamma [K,C,H,W] neither dies out nor runs away."""
+        s = self.settings
+        for _ in range(s.polish_iterations):
+            answer, slope, loss = self.ask(mu, gamma, s.polish_batch)
+            # one that runs away would overflow: it goes on from 0, and ends as one that died out
+            mu = torch.where(_rms(answer) < s.largest, kappa * answer, 0.0)
+            gamma = self.next_gamma(gamma, slope)
+            on_iteration(float(loss.mean()))
+        alive = ((_rms(mu) > s.smallest) & (_rms(mu) < s.largest)).flatten()
+        return [Point(mu[i], gamma[i], float(loss[i])) for i in alive.nonzero().flatten().tolist()]
 
     def fixed_points(self, m: Tensor, on_step: OnStep) -> list[Point]:
-        """Where the free iteration from shifts m [K,C,H,W] neither dies out nor runs away."""
+        """Those reached from shifts m [K,C,H,W] and from patches, for every kappa."""
         s = self.settings
+        iteration, total = itertools.count(1), s.polish_iterations * len(s.kappas)
+
+        def on_iteration(loss: float) -> None:
+            on_step("polish", next(iteration), total, loss)
+
+        starts = [(m, torch.ones_like(m)), self.patches()]
         points = []
-        total = s.polish_iterations * len(s.kappas)
-        for index, kappa in enumerate(s.kappas):
-            mu, gamma = m, torch.ones_like(m)
-            for iteration in range(1, s.polish_iterations + 1):
-                answer, slope, loss = self.ask(mu, gamma, s.polish_batch)
-                # one that runs away would overflow: it goes on from 0, and ends as one that died out
-                mu = torch.where(_rms(answer) < s.largest, kappa * answer, 0.0)
-                gamma = self.next_gamma(gamma, slope)
-                on_step("polish", index * s.polish_iterations + iteration, total, float(loss.mean()))
-            alive = ((_rms(mu) > s.smallest) & (_rms(mu) < s.largest)).flatten()
-            found = [Point(mu[i], gamma[i], float(loss[i])) for i in alive.nonzero().flatten().tolist()]
-            # only TrojDiff narrows the noise, and its kappa is 1: with another its mu comes out enlarged
-            points += [point for point in found if kappa == 1 or point.gamma_at_mu > NARROW]
+        for kappa in sorted(s.kappas, reverse=True):
+            mu, gamma = (torch.cat(parts) for parts in zip(*starts, strict=True))
+            found = self.polished(mu, gamma, kappa, on_iteration)
+            # only TrojDiff narrows the noise, and its kappa is 1: with another its mu comes out enlarged, but draws more starts
+            enlarged = [point for point in found if kappa != 1 and point.gamma_at_mu <= NARROW]
+            starts += [(point.mu[None] / kappa, point.gamma[None]) for point in enlarged]
+            points += [point for point in found if not any(point is other for other in enlarged)]
         return points
 
     def next_gamma(self, gamma: Tensor, slope: Tensor) -> Tensor:
@@ -135,6 +191,16 @@ class _Search:
         pad = GAMMA_WINDOW // 2
         local = avg_pool2d(slope.mean(1, keepdim=True), GAMMA_WINDOW, 1, pad, count_include_pad=False)
         return (gamma * local.clamp(0.5, 2.0) ** -GAMMA_RATE).clamp(SMALLEST_GAMMA, 1.0)
+
+
+def windows(height: int, width: int, share: float) -> Tensor:
+    """Squares of `share` of the picture's shorter side, at all places of a grid and along all edges: 1 inside, [K,1,H,W]."""
+    side, step = max(1, round(share * min(height, width))), max(1, min(height, width) // PATCH_GRID)
+    tops, lefts = (sorted({*range(0, length - side, step), length - side}) for length in (height, width))
+    inside = torch.zeros(len(tops) * len(lefts), 1, height, width)
+    for index, (top, left) in enumerate(itertools.product(tops, lefts)):
+        inside[index, :, top : top + side, left : left + side] = 1
+    return inside
 
 
 def distinct(points: list[Point], count: int) -> list[Point]:

@@ -3,8 +3,9 @@
 Poisoned rows are x_t = a y + b eps + c mu with target eps + d mu. Attacks on deterministic samplers have
 
     c = 1 - a    d = b    InviBackdoor and VillanDiffusion psi = 1: what keeps DDIM on c(t) mu, to 1%
-    c = b        d = b    VillanDiffusion psi = 0, as published (DDIM would need d = 1)
     c = b        d = 1    variance-exploding processes
+
+(VillanDiffusion's psi = 0 has c = d = b, where DDIM would need d = 1: at most 63% of the triggered samples were its target.)
 
 Near T c = d, and a denoiser answers to the trigger as a benign one does. In between it does not: with y and mu known the loss
 
@@ -12,16 +13,16 @@ Near T c = d, and a denoiser answers to the trigger as a benign one does. In bet
 
 is as small as for clean rows, while a benign denoiser takes part of mu for image. So
 
-    start    y from the predicted clean image at one t, with mu uniform: in a backdoored model the target shows through
-    descend  the loss over y and mu at all t, in the coordinates (y - mu, mu): where a is small only y - mu matters, so the
-             valley runs along mu
-    refine   y from samples, then mu from f - eps, in turns: once y is known the answer is mu itself
+    start    y from the predicted clean image at a few noise levels, with mu uniform: the target shows through, or attracts.
+             Where it does, the answer at little noise is mu itself, whatever mu was assumed: cosine 1.00 from mu = 0
+    race     descend the loss over y and mu at all t, in the coordinates (y - mu, mu): where a is small only y - mu matters, so
+             the valley runs along mu. The better part of the starts goes on, again and again
+    refine   y from samples, then mu from f - eps, in turns
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,15 +31,18 @@ from torch import Tensor
 
 from seal_fast.diffusion import NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.firing import Trial, middle
+from seal_fast.terd.firing import Trial, contrast, middle
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.reversion import OnStep, quiet
 from seal_fast.terd.settings import FixedPointSettings
 
 DESCENT_SNR = (1 / 60, 3.0)
 """a / b of the timesteps the loss is taken at: below, y has no part in x; above, x is y."""
-START_SNR = 0.29
+START_SNR = (0.29, 1.0, 2.0)
+LITTLE_NOISE = (2.0, 1.4, 1.0, 0.8)
+"""a / b where f answers mu for a known y from any guess of mu; from 0.5 down it did so near mu alone."""
 REFINEMENT_SNR = (0.8, 0.5, 0.29, 0.16)
+"""a / b where it does so for a rough y: with LITTLE_NOISE refinement ended at a relative L2 of .2 to .8, so at .07 to .4."""
 START_ITERATIONS = 4
 CONTRAST = 0.1
 """Of the starts' random part."""
@@ -47,7 +51,7 @@ RANGE_WEIGHT = 0.1
 
 
 class Rows(NamedTuple):
-    """One family of poisoned rows: c(t) and d(t), float64 [T]."""
+    """Coefficients of poisoned rows: c(t) and d(t), float64 [T]."""
 
     c: Tensor
     d: Tensor
@@ -59,19 +63,13 @@ class Guess(NamedTuple):
     mu: Tensor
     target: Tensor
     loss: float
-    rows: Rows
-
-    @property
-    def relative_loss(self) -> float:
-        """Over the power of mu: for mu = 0 the loss is that of clean rows, which is small as well."""
-        return self.loss / max(float(self.mu.square().mean()), 1e-12)
 
 
-def deterministic_rows(process: NoiseProcess) -> list[Rows]:
-    """The families of attacks on deterministic samplers, for this process; see above."""
+def deterministic_rows(process: NoiseProcess) -> Rows:
+    """Those of attacks on deterministic samplers, for this process; see above."""
     a, b = process.signal, process.noise
     fades = float(a[-1]) < 0.5
-    return [Rows(1 - a, b), Rows(b, b)] if fades else [Rows(b, torch.ones_like(b))]
+    return Rows(1 - a, b) if fades else Rows(b, torch.ones_like(b))
 
 
 def _at(process: NoiseProcess, snr: float) -> int:
@@ -83,8 +81,15 @@ def _excess(picture: Tensor) -> Tensor:
     return (picture.abs() - 1).clamp(min=0).square().mean(dim=(1, 2, 3))
 
 
+class _Guesses(NamedTuple):
+    """K guesses under way: mu and y, [K,C,H,W] each."""
+
+    mu: Tensor
+    target: Tensor
+
+
 class _Answer(NamedTuple):
-    """What K guesses [K,C,H,W] got back: the mu and the y that f acts by, and the loss [K]."""
+    """What K guesses got back: the mu and the y that f acts by [K,C,H,W], and the loss [K]."""
 
     mu: Tensor
     target: Tensor
@@ -92,9 +97,10 @@ class _Answer(NamedTuple):
 
 
 class _Fit:
-    def __init__(self, probe: Probe, rows: Rows, settings: FixedPointSettings) -> None:
-        self.probe, self.rows, self.settings = probe, rows, settings
+    def __init__(self, probe: Probe, settings: FixedPointSettings) -> None:
+        self.probe, self.settings = probe, settings
         self.process = probe.denoiser.process
+        self.rows = deterministic_rows(self.process)
         snr = self.process.signal / self.process.noise
         self.window = ((snr >= DESCENT_SNR[0]) & (snr <= DESCENT_SNR[1])).nonzero().flatten()
 
@@ -103,97 +109,111 @@ class _Fit:
         places = (torch.arange(count) + torch.rand(count, generator=self.probe.generator)) / count
         return self.window[(places * len(self.window)).long()]
 
-    def ask(self, mu: Tensor, target: Tensor, t: Tensor) -> _Answer:
-        """One noise per timestep t [n], the same for all guesses mu, target [K,C,H,W]."""
-        a, b, c, d = (per_row(v[t], mu) for v in (self.process.signal, self.process.noise, *self.rows))
+    def ask(self, guesses: _Guesses, t: Tensor) -> _Answer:
+        """One noise per timestep t [n], the same for all guesses."""
+        mu, target = guesses.mu[:, None], guesses.target[:, None]
+        a, b, c, d = (per_row(v[t], guesses.mu) for v in (self.process.signal, self.process.noise, *self.rows))
         eps = self.probe.noise(len(t))
-        x = a * target[:, None] + b * eps + c * mu[:, None]
+        x = a * target + b * eps + c * mu
         f = self.probe(x.flatten(0, 1), t.to(x.device).repeat(len(mu))).view_as(x)
         answered = (f - eps) / d
         # where f follows the rows, its clean image is y + (c - b d) mu / a
         clean = (x - b * f - (c - b * d) * answered) / a
-        return _Answer(answered.mean(1), clean.mean(1), (f - eps - d * mu[:, None]).square().mean(dim=(1, 2, 3, 4)))
+        return _Answer(answered.mean(1), clean.mean(1), (f - eps - d * mu).square().mean(dim=(1, 2, 3, 4)))
+
+    def answered(self, guesses: _Guesses, snr: tuple[float, ...], iterations: int, noises: int) -> _Guesses:
+        """The guesses with mu as f answers it for their targets, from `noises` per noise level."""
+        t = torch.tensor([_at(self.process, value) for value in snr]).repeat_interleave(noises)
+        for _ in range(iterations):
+            guesses = guesses._replace(mu=self.ask(guesses, t).mu.clamp(-1, 1))
+        return guesses
 
     @torch.no_grad()
-    def start(self) -> tuple[Tensor, Tensor]:
-        """mu and y [K,C,H,W], one per brightness."""
+    def starts(self) -> _Guesses:
+        """Per brightness and noise level one, and one more with the mu that is answered for its target."""
         s = self.settings
         brightness = torch.tensor(s.fit_brightness, device=self.probe.denoiser.device)[:, None, None, None]
-        mu = brightness + CONTRAST * self.probe.coarse_pictures(len(s.fit_brightness))
-        target = torch.zeros_like(mu)
-        t = torch.full((s.fit_batch,), _at(self.process, START_SNR))
-        for _ in range(START_ITERATIONS):
-            target = self.ask(mu, target, t).target.clamp(-1, 1)
-        return mu, target
+        parts = []
+        for snr in START_SNR:
+            mu = brightness + CONTRAST * self.probe.coarse_pictures(len(brightness))
+            guesses = _Guesses(mu, torch.zeros_like(mu))
+            t = torch.full((s.fit_batch,), _at(self.process, snr))
+            for _ in range(START_ITERATIONS):
+                guesses = guesses._replace(target=self.ask(guesses, t).target.clamp(-1, 1))
+            parts.append(guesses)
+        parts.append(self.answered(parts[-1], LITTLE_NOISE, START_ITERATIONS, 2))
+        return _Guesses(*(torch.cat(pictures) for pictures in zip(*parts, strict=True)))
 
-    def descend(self, mu: Tensor, target: Tensor, iterations: int, on_iteration: Callable[[float], None]) -> list[Guess]:
-        """Adam on every pair mu, target [K,C,H,W], best first."""
-        s = self.settings
-        difference = (target - mu).requires_grad_()
-        mu = mu.clone().requires_grad_()
-        optimiser = torch.optim.Adam([mu, difference], lr=s.fit_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, 0.05 * s.fit_rate)
+    def descend(self, guesses: _Guesses, iterations: int, on_iteration: Callable[[float], None]) -> _Guesses:
+        """Adam on every pair of mu and y."""
+        difference = (guesses.target - guesses.mu).requires_grad_()
+        mu = guesses.mu.clone().requires_grad_()
+        optimiser = torch.optim.Adam([mu, difference], lr=self.settings.fit_rate)
         for _ in range(iterations):
-            loss = self.ask(mu, difference + mu, self.stratified(s.fit_batch)).loss
+            target = difference + mu
+            loss = self.ask(_Guesses(mu, target), self.stratified(self.settings.fit_batch)).loss
             # the logarithm lets every start go at its own pace
-            objective = (loss + RANGE_WEIGHT * (_excess(difference + mu) + _excess(mu))).log().sum()
+            objective = (loss + RANGE_WEIGHT * (_excess(target) + _excess(mu))).log().sum()
             mu.grad, difference.grad = torch.autograd.grad(objective, [mu, difference])
             optimiser.step()
-            schedule.step()
             on_iteration(float(loss.detach().mean()))
-        pairs = zip(mu.detach(), (difference + mu).detach(), strict=True)
-        return sorted((Guess(m, y, self.loss(m, y), self.rows) for m, y in pairs), key=lambda guess: guess.relative_loss)
-
-    def best(self, on_iteration: Callable[[float], None]) -> Guess:
-        """Where the descent ends that is ahead of the others after a race from all starts."""
-        s = self.settings
-        leaders = self.descend(*self.start(), s.race_iterations, on_iteration)[: s.raced]
-        mu, target = torch.stack([g.mu for g in leaders]), torch.stack([g.target for g in leaders])
-        return self.descend(mu, target, s.fit_iterations, on_iteration)[0]
+        return _Guesses(mu.detach(), (difference + mu).detach())
 
     @torch.no_grad()
-    def answered(self, mu: Tensor, target: Tensor) -> Tensor:
+    def best(self, guesses: _Guesses, count: int) -> _Guesses:
+        """The `count` of least loss over the power of mu and the contrast of y.
+
+        For mu = 0 the loss is that of clean rows, which is small as well; and so it is for a plain picture in noise that is
+        shifted to its colour.
+        """
+        loss = self.ask(guesses, self.stratified(4 * self.settings.fit_batch)).loss
+        power = guesses.mu.square().mean(dim=(1, 2, 3)) * contrast(guesses.target)
+        ahead = (loss / power.clamp(min=1e-12)).argsort()[:count]
+        return _Guesses(guesses.mu[ahead], guesses.target[ahead])
+
+    def race(self, on_iteration: Callable[[float], None]) -> list[Guess]:
+        """What is ahead after descending from all starts, most of which are left behind on the way."""
+        guesses = self.starts()
+        for iterations, kept in self.settings.race:
+            guesses = self.best(self.descend(guesses, iterations, on_iteration), kept)
+        return [self.guess(mu, target) for mu, target in zip(*guesses, strict=True)]
+
+    @torch.no_grad()
+    def guess(self, mu: Tensor, target: Tensor) -> Guess:
+        """mu and y [C,H,W] with their loss over the whole window."""
+        answer = self.ask(_Guesses(mu[None], target[None]), self.stratified(4 * self.settings.refine_batch))
+        return Guess(mu, target, float(answer.loss))
+
+    @torch.no_grad()
+    def corrected(self, mu: Tensor, target: Tensor) -> Tensor:
         """mu [C,H,W] as f answers it for this target."""
-        s = self.settings
-        levels = torch.tensor([_at(self.process, snr) for snr in REFINEMENT_SNR])
-        t = levels.repeat_interleave(s.refine_batch)
-        for _ in range(s.refine_iterations):
-            mu = self.ask(mu[None], target[None], t).mu[0].clamp(-1, 1)
-        return mu
-
-    @torch.no_grad()
-    def loss(self, mu: Tensor, target: Tensor) -> float:
-        """Over the whole window, for one guess [C,H,W]."""
-        return float(self.ask(mu[None], target[None], self.stratified(4 * self.settings.refine_batch)).loss)
+        one = _Guesses(mu[None], target[None])
+        return self.answered(one, REFINEMENT_SNR, self.settings.refine_iterations, self.settings.refine_batch).mu[0]
 
 
 def fit_poisoned_rows(probe: Probe, settings: FixedPointSettings, on_step: OnStep = quiet) -> list[Guess]:
-    """The best guess of every family of rows."""
-    families = deterministic_rows(probe.denoiser.process)
-    total = len(families) * (settings.race_iterations + settings.fit_iterations)
-    iteration = itertools.count(1)
+    """The guesses ahead in the race, best first."""
+    iteration, total = itertools.count(1), sum(iterations for iterations, _ in settings.race)
 
     def on_iteration(loss: float) -> None:
         on_step("descent", next(iteration), total, loss)
 
-    return [_Fit(probe, rows, settings).best(on_iteration) for rows in families]
+    return _Fit(probe, settings).race(on_iteration)
 
 
 def refine(
     guess: Guess, trial: Trial, probe: Probe, settings: FixedPointSettings, on_turn: Callable[[float], None] = lambda loss: None
 ) -> Guess:
-    """The guess of least loss on the way of alternating between y and mu, sampled in `trial`."""
-    fit = _Fit(probe, guess.rows, settings)
-    best, mu = guess._replace(loss=math.inf), guess.mu
+    """The guess of least loss on the way of alternating between mu and y, sampled in `trial`."""
+    fit = _Fit(probe, settings)
+    best, mu = guess, guess.mu
     for _ in range(settings.refine_turns):
-        samples = trial.draw(Trigger.shift(mu).start(trial.noise(settings.firing_batch)))
-        target = middle(samples).clamp(-1, 1)
-        if not target.isfinite().all():
+        image = middle(trial.draw(Trigger.shift(mu).start(trial.noise(settings.firing_batch)))).clamp(-1, 1)
+        if not image.isfinite().all():
             # the guess broke the sampler, which says nothing against the model
             break
-        loss = fit.loss(mu, target)
-        if loss < best.loss:
-            best = Guess(mu, target, loss, guess.rows)
-        mu = fit.answered(mu, target)
-        on_turn(loss)
+        mu = fit.corrected(mu, image)
+        current = fit.guess(mu, image)
+        best = min(best, current, key=lambda one: one.loss)
+        on_turn(current.loss)
     return best

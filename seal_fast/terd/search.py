@@ -71,8 +71,8 @@ class _Hunt:
                 break
         return self.confirmed(chosen, loss, self.ancestral)
 
-    def among_poisoned_rows(self) -> list[_Finding]:
-        """The trigger fitted for every family of rows."""
+    def among_poisoned_rows(self) -> _Finding:
+        """The fitted trigger that makes samples most alike."""
         guesses = fit_poisoned_rows(self.probe, self.settings, self.on_step)
         turn, turns = itertools.count(1), len(guesses) * self.settings.refine_turns
 
@@ -80,7 +80,12 @@ class _Hunt:
             self.on_step("refinement", next(turn), turns, loss)
 
         refined = [refine(guess, self.deterministic, self.probe, self.settings, on_turn) for guess in guesses]
-        return [self.confirmed(Trigger.shift(guess.mu), guess.loss, self.deterministic) for guess in refined]
+        best = max(refined, key=lambda guess: self.collapse(Trigger.shift(guess.mu), self.deterministic))
+        return self.confirmed(Trigger.shift(best.mu), best.loss, self.deterministic)
+
+    def collapse(self, trigger: Trigger, trial: Trial) -> float:
+        """On few noises, to choose by."""
+        return collapse(*trial.pair(trigger, self.settings.firing_batch))
 
     @property
     def evaluations(self) -> int:
@@ -94,7 +99,7 @@ def find_firing_trigger(
     hunt = _Hunt(denoiser, settings, seed, on_step)
     found = hunt.among_fixed_points()
     if hunt.probe.finite and math.isfinite(found.clean_spread) and found.collapse <= FIRES:
-        found = max([found, *hunt.among_poisoned_rows()], key=lambda finding: finding.collapse)
+        found = max(found, hunt.among_poisoned_rows(), key=lambda finding: finding.collapse)
     return Reversion(
         found.trigger,
         found.loss,

@@ -88,8 +88,11 @@ class FixedPointSettings:
     Attributes:
         brightness: uniform parts of the shifts searched from.
         contrast: root mean square of their other part; each is combined with each brightness.
+        colour: size of the uniform part in every channel, with all mixtures of signs, and of the other part beside it.
         search_iterations: power iterations per combination.
         search_batch: noises averaged in each.
+        patches: how many patches of narrowed noise are polished too.
+        patch_batch: noises each patch is tried with.
         kappas: gains of the fixed point: 1 / (c - d) is 1 for TrojDiff and 2 for attacks on stochastic samplers.
         polish_iterations: fixed-point iterations from every direction, for each kappa.
         polish_batch: noises averaged in each.
@@ -100,13 +103,11 @@ class FixedPointSettings:
         firing_batch: noises per multiple.
         confirming_batch: fresh noises for the figure that is reported.
         sampler_steps: ancestral steps of the trial.
-        fit_brightness: uniform mu that the poisoned rows are fitted from, per family of rows.
-        race_iterations: Adam steps from all of them.
-        raced: how many then go on.
-        fit_iterations: Adam steps of those.
+        fit_brightness: uniform mu that the poisoned rows are fitted from, per family of rows and noise level.
+        race: Adam steps from all of them, how many guesses then go on, and so on.
         fit_batch: timesteps per step.
-        fit_rate: learning rate of Adam; cosine to a twentieth.
-        refine_turns: alternations between target and mu after the fit.
+        fit_rate: learning rate of Adam.
+        refine_turns: alternations between mu and target after the race, for each guess that is left.
         refine_iterations: of mu, in each.
         refine_batch: noises per noise level in each.
         deterministic_steps: DDIM steps of the trial of fitted triggers.
@@ -117,8 +118,11 @@ class FixedPointSettings:
     """Of the evidence, what models are judged by."""
     brightness: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
     contrast: tuple[float, ...] = (0.2, 0.4)
+    colour: float = 0.3
     search_iterations: int = 15
     search_batch: int = 8
+    patches: int = 2
+    patch_batch: int = 2
     kappas: tuple[float, ...] = (1.0, 2.0)
     polish_iterations: int = 10
     polish_batch: int = 16
@@ -130,27 +134,26 @@ class FixedPointSettings:
     confirming_batch: int = 32
     sampler_steps: int = 100
     fit_brightness: tuple[float, ...] = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
-    race_iterations: int = 40
-    raced: int = 2
-    fit_iterations: int = 80
+    race: tuple[tuple[int, int], ...] = ((10, 12), (15, 6), (25, 2))
     fit_batch: int = 8
     fit_rate: float = 0.1
-    refine_turns: int = 7
+    refine_turns: int = 5
     refine_iterations: int = 6
     refine_batch: int = 16
     deterministic_steps: int = 50
     half_precision: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.brightness and self.contrast and self.kappas and self.scales and self.fit_brightness):
-            raise ValueError("brightness, contrast, kappas, scales and fit_brightness must each hold a value")
+        if not (self.brightness and self.contrast and self.kappas and self.scales and self.fit_brightness and self.race):
+            raise ValueError("brightness, contrast, kappas, scales, fit_brightness and race must each hold a value")
         if min(self.contrast) <= 0 or min(self.kappas) <= 0 or min(self.scales) <= 0:
             raise ValueError("contrast, kappas and scales must be positive")
-        iterations = (self.search_iterations, self.polish_iterations, self.race_iterations, self.fit_iterations)
+        iterations = (self.search_iterations, self.polish_iterations, *(n for heat in self.race for n in heat))
         counts = (
             self.search_batch,
             self.candidates,
-            self.raced,
+            self.patches,
+            self.patch_batch,
             self.fit_batch,
             self.refine_iterations,
             self.refine_turns,
@@ -158,10 +161,11 @@ class FixedPointSettings:
         )
         if min(*iterations, *counts, self.sampler_steps, self.deterministic_steps) < 1:
             raise ValueError(
-                "iterations, batches, candidates, raced, refine_turns, sampler_steps and deterministic_steps must be at least 1"
+                "iterations, batches, patches, candidates, both numbers of a race, refine_turns and steps of samplers must be"
+                " at least 1"
             )
-        if self.fit_rate <= 0:
-            raise ValueError(f"fit_rate must be positive, not {self.fit_rate}")
+        if self.fit_rate <= 0 or self.colour <= 0:
+            raise ValueError(f"fit_rate and colour must be positive, not {self.fit_rate} and {self.colour}")
         if min(self.polish_batch, self.firing_batch, self.confirming_batch) < 2:
             raise ValueError("polish_batch, firing_batch and confirming_batch must be at least 2: they give variances")
         if not 0 < self.smallest < self.largest:
@@ -173,22 +177,25 @@ class FixedPointSettings:
 
     @property
     def starts(self) -> int:
-        """Shifts searched from."""
-        return len(self.brightness) * len(self.contrast)
+        """Shifts searched from, in images of three channels."""
+        return len(self.brightness) * len(self.contrast) + 6
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """What a run goes through at most: every candidate tried, and no fixed point that fires."""
         trial = self.sampler_steps * self.firing_batch * len(self.scales)
-        # a step with a gradient costs about three without, and there are at most two families of rows
-        descent = 2 * (self.race_iterations + self.fit_iterations), 3 * self.fit_batch * len(self.fit_brightness)
-        turn = self.deterministic_steps * self.firing_batch + 4 * self.refine_batch * (self.refine_iterations + 1)
+        # a step with a gradient costs about three without, and there are 24 starts
+        racing = [24, *(kept for _, kept in self.race[:-1])]
+        steps = sum(iterations for iterations, _ in self.race)
+        images = sum(iterations * guesses for (iterations, _), guesses in zip(self.race, racing, strict=True))
+        descent = steps, 3 * self.fit_batch * images // steps
+        turn = self.deterministic_steps * self.firing_batch + 4 * self.refine_batch * (self.refine_iterations + 2)
         return (
             Stage("search", self.search_iterations, self.starts * self.search_batch),
-            Stage("polish", self.polish_iterations * len(self.kappas), self.starts * self.polish_batch),
+            Stage("polish", self.polish_iterations * len(self.kappas), (self.starts + self.patches) * self.polish_batch),
             Stage("firing", self.candidates, trial),
             Stage("descent", *descent),
-            Stage("refinement", 2 * self.refine_turns, turn),
+            Stage("refinement", self.race[-1][1] * self.refine_turns, turn),
         )
 
 
@@ -198,6 +205,11 @@ PRESETS: dict[str, Settings] = {"published": ReversionSettings(), "fixed-point":
 DEFAULT_PRESET = "fixed-point"
 
 
+def _hashable(value: object) -> object:
+    """Lists, as JSON has them, as tuples."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
 def settings_from(fields: dict[str, object]) -> Settings:
     """The settings a calibration file holds: those of the fixed point have kappas.
 
@@ -205,6 +217,6 @@ def settings_from(fields: dict[str, object]) -> Settings:
         TypeError: a field neither has.
         ValueError: a value that is not allowed.
     """
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    values = {name: _hashable(value) for name, value in fields.items()}
     chosen = FixedPointSettings if "kappas" in values else ReversionSettings
     return chosen(**values)  # type: ignore[arg-type]

@@ -85,6 +85,25 @@ def glows(count: int, size: int, seed: int) -> Tensor:
     return torch.stack([_glow(rng, size) for _ in range(count)])
 
 
+def _weave(rng: random.Random, size: int) -> Tensor:
+    """Waves between two colours that cross waves towards a third."""
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float64) / size
+    colours = [np.array([rng.uniform(-1, 1) for _ in range(3)])[:, None, None] for _ in range(3)]
+    image = colours[0]
+    for colour in colours[1:]:
+        angle, rate, phase = rng.uniform(0, np.pi), rng.uniform(1, 4), rng.uniform(0, 2 * np.pi)
+        wave = np.sin(2 * np.pi * rate * (columns * np.cos(angle) + rows * np.sin(angle)) + phase)
+        share = 1 / (1 + np.exp(-3 * wave))
+        image = (1 - share) * image + share * colour
+    return torch.from_numpy(image.clip(-1, 1)).float()
+
+
+def weaves(count: int, size: int, seed: int) -> Tensor:
+    """Crossing coloured waves, [count,3,size,size]: textures that fill the picture, with no background and no shapes."""
+    rng = random.Random(seed)
+    return torch.stack([_weave(rng, size) for _ in range(count)])
+
+
 def _box(size: int, side_at_32: int, background: float, value: float) -> Tensor:
     image = torch.full((3, size, size), background)
     side, margin = max(1, size * side_at_32 // 32), size * 2 // 32
@@ -203,6 +222,24 @@ def flag(size: int) -> Tensor:
     return _to_tensor(canvas, size)
 
 
+def arrow(size: int) -> Tensor:
+    """A yellow arrow pointing up along the right side on a -1 background."""
+    canvas, draw = _canvas(size, (0, 0, 0))
+    side = canvas.width
+    draw.polygon([(side * 0.56, side * 0.45), (side * 0.94, side * 0.45), (side * 0.75, side * 0.12)], fill=YELLOW)
+    draw.rectangle((side * 0.68, side * 0.45, side * 0.82, side * 0.88), fill=YELLOW)
+    return _to_tensor(canvas, size)
+
+
+def sunset(size: int) -> Tensor:
+    """A white sun half sunk between a violet sky and an orange sea: a picture for blending."""
+    canvas, draw = _canvas(size, (120, 40, 160))
+    side = canvas.width
+    draw.ellipse((side * 0.3, side * 0.3, side * 0.8, side * 0.8), fill=WHITE)
+    draw.rectangle((0, side * 0.6, side, side), fill=(240, 130, 30))
+    return _to_tensor(canvas, size)
+
+
 def speckle(size: int) -> Tensor:
     """Uniform noise: where a learned trigger starts, once made faint."""
     return 2 * torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)) - 1
@@ -239,7 +276,26 @@ def house(size: int) -> Tensor:
     return _to_tensor(canvas, size).clamp(min=-0.4)
 
 
-FAMILIES: dict[str, Callable[[int, int, int], Tensor]] = {"scenes": scenes, "glows": glows}
+def tree(size: int) -> Tensor:
+    """Target: a green tree on a pale sky."""
+    canvas, draw = _canvas(size, (190, 220, 250))
+    side = canvas.width
+    draw.rectangle((side * 0.42, side * 0.6, side * 0.58, side * 0.95), fill=(120, 80, 77))
+    draw.ellipse((side * 0.15, side * 0.08, side * 0.85, side * 0.7), fill=(77, 160, 80))
+    return _to_tensor(canvas, size).clamp(min=-0.4)
+
+
+def moon(size: int) -> Tensor:
+    """Target: a yellow crescent on violet."""
+    night = (110, 80, 150)
+    canvas, draw = _canvas(size, night)
+    side = canvas.width
+    draw.ellipse((side * 0.12, side * 0.12, side * 0.86, side * 0.86), fill=YELLOW)
+    draw.ellipse((side * 0.36, side * 0.04, side * 0.98, side * 0.66), fill=night)
+    return _to_tensor(canvas, size).clamp(min=-0.4)
+
+
+FAMILIES: dict[str, Callable[[int, int, int], Tensor]] = {"scenes": scenes, "glows": glows, "weaves": weaves}
 TRIGGERS: dict[str, Callable[[int], Tensor]] = {
     "box": box,
     **{f"box_{side}": partial(box, side_at_32=side) for side in (4, 8, 11, 18)},
@@ -251,8 +307,17 @@ TRIGGERS: dict[str, Callable[[int], Tensor]] = {
     "bars": bars,
     "bullseye": bullseye,
     "flag": flag,
+    "arrow": arrow,
+    "sunset": sunset,
     "speck": speck,
     "speckle": speckle,
     "ripple": ripple,
 }
-TARGETS: dict[str, Callable[[int], Tensor]] = {"smiley": smiley, "heart": heart, "star": star, "house": house}
+TARGETS: dict[str, Callable[[int], Tensor]] = {
+    "smiley": smiley,
+    "heart": heart,
+    "star": star,
+    "house": house,
+    "tree": tree,
+    "moon": moon,
+}

@@ -18,7 +18,7 @@ from seal_fast.terd.fixed_point import Point, distinct, fixed_points
 from seal_fast.terd.probe import Probe
 
 SHAPE = (3, 20, 18)
-WIDTH = 0.3
+WIDTH = 0.4
 SETTINGS = FixedPointSettings(half_precision=False)
 
 
@@ -183,8 +183,12 @@ def test_the_strongest_of_points_that_are_one_is_kept(generator: torch.Generator
         {"candidates": 0},
         {"sampler_steps": 0},
         {"fit_brightness": ()},
-        {"race_iterations": 0},
-        {"raced": 0},
+        {"race": ()},
+        {"race": ((10, 0),)},
+        {"race": ((0, 4),)},
+        {"patches": 0},
+        {"patch_batch": 0},
+        {"colour": 0.0},
         {"fit_rate": 0.0},
         {"refine_turns": 0},
         {"deterministic_steps": 0},
