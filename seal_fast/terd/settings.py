@@ -96,7 +96,7 @@ class FixedPointSettings:
         kappas: gains of the fixed point: 1 / (c - d) is 1 for TrojDiff and 2 for attacks on stochastic samplers.
         polish_iterations: fixed-point iterations from every direction, for each kappa.
         polish_batch: noises averaged in each.
-        smallest: fixed points of a smaller root mean square have died out.
+        smallest: fixed points of a smaller root mean square have died out; what is left of a patch in noise reaches 0.022.
         largest: those of a greater one have run away; published triggers are pictures in [-1, 1].
         candidates: distinct fixed points that are tried by sampling.
         scales: multiples of its mu that each is tried at.
@@ -126,7 +126,7 @@ class FixedPointSettings:
     kappas: tuple[float, ...] = (1.0, 2.0)
     polish_iterations: int = 10
     polish_batch: int = 16
-    smallest: float = 0.02
+    smallest: float = 0.03
     largest: float = 1.2
     candidates: int = 4
     scales: tuple[float, ...] = (0.7, 0.85, 1.0, 1.2, 1.4)
