@@ -31,6 +31,7 @@ from seal_fast.terd import (
     shipped_calibration,
 )
 from seal_fast.terd.firing import Trial
+from seal_fast.terd.probe import Probe
 
 PICTURES = 4
 PICTURE_STEPS = 100
@@ -161,7 +162,7 @@ def sample_pictures(denoiser: Denoiser, trigger: Trigger, seed: int, sampler: st
 
     def draw(start: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed + 1)
-        return Trial(denoiser, PICTURE_STEPS, generator, half_precision=True, sampler=sampler).draw(start).cpu()
+        return Trial(Probe(denoiser, generator, half_precision=True), sampler, PICTURE_STEPS).draw(start).cpu()
 
     return {"clean noise": draw(noise), "noise with the reverted trigger": draw(trigger.start(noise))}
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import Denoiser, Trigger, sample
-from seal_fast.terd.reversion import native_bfloat16, rows_per_pass
+from seal_fast.diffusion import Trigger, sample
+from seal_fast.terd.probe import Probe
+from seal_fast.terd.reversion import rows_per_pass
 
 FIRES = 4.0
 """A trigger fires when it makes samples at least this many times more alike."""
@@ -60,7 +61,7 @@ def collapse(triggered: Tensor, clean: Tensor) -> float:
     return min(spread(clean), float(away.quantile(SPONTANEOUS)), float(contrast(image))) / max(spread(triggered), 1e-12)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
     """Samples a denoiser with and without a trigger.
 
@@ -68,44 +69,35 @@ class Trial:
     deterministic samplers only under those.
 
     Attributes:
-        denoiser: the suspect model.
-        steps: of the sampler. On the zoo BadDiffusion's triggers fire with 100 ancestral steps, with 50 only some.
-        generator: source of all noise, on the CPU so that a seed means the same run on every device.
-        half_precision: bfloat16 autocast where the hardware has it.
+        probe: the suspect model.
         sampler: name in `seal_fast.diffusion.SAMPLERS`.
-        evaluations: denoiser evaluations spent so far, counted in images.
+        steps: of the sampler. On the zoo BadDiffusion's triggers fire with 100 ancestral steps, with 50 only some.
     """
 
-    denoiser: Denoiser
+    probe: Probe
+    sampler: str
     steps: int
-    generator: torch.Generator
-    half_precision: bool
-    sampler: str = "ddpm"
-    evaluations: int = 0
-
-    def noise(self, count: int) -> Tensor:
-        return torch.randn(count, *self.denoiser.shape, generator=self.generator).to(self.denoiser.device)
 
     @torch.no_grad()
     def draw(self, start: Tensor) -> Tensor:
         """Samples from start [N,C,H,W], in units of the prior's standard deviation; never clipped, since a clamp would remove
         the shift that BadDiffusion lives in."""
-        device = self.denoiser.device
-        fresh = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=self.generator)))
-        steps = min(self.steps, self.denoiser.process.num_timesteps - 1)
-        self.evaluations += steps * len(start)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.half_precision and native_bfloat16(device)):
-            parts = (self.denoiser.process.prior_scale * start).split(rows_per_pass(start))
-            return torch.cat([sample(self.denoiser, part, self.sampler, steps, generator=fresh) for part in parts])
+        denoiser = self.probe.denoiser
+        fresh = torch.Generator(denoiser.device).manual_seed(int(torch.randint(2**31, (), generator=self.probe.generator)))
+        steps = min(self.steps, denoiser.process.num_timesteps - 1)
+        self.probe.evaluations += steps * len(start)
+        with self.probe.precision():
+            parts = (denoiser.process.prior_scale * start).split(rows_per_pass(start))
+            return torch.cat([sample(denoiser, part, self.sampler, steps, generator=fresh) for part in parts])
 
     def pair(self, trigger: Trigger, count: int) -> tuple[Tensor, Tensor]:
         """Samples [count,C,H,W] with the trigger and without, from the same noises."""
-        eps = self.noise(count)
+        eps = self.probe.noise(count)
         triggered, clean = self.draw(torch.cat([trigger.start(eps), eps])).split(count)
         return triggered, clean
 
     def spreads(self, triggers: Iterable[Trigger], count: int) -> list[float]:
         """The spread each trigger gives to samples from the same `count` noises."""
-        eps = self.noise(count)
+        eps = self.probe.noise(count)
         starts = [trigger.start(eps) for trigger in triggers]
         return [spread(samples) for samples in self.draw(torch.cat(starts)).split(count)]

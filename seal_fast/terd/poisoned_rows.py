@@ -103,6 +103,8 @@ class _Fit:
         self.rows = deterministic_rows(self.process)
         snr = self.process.signal / self.process.noise
         self.window = ((snr >= DESCENT_SNR[0]) & (snr <= DESCENT_SNR[1])).nonzero().flatten()
+        if not len(self.window):
+            raise ValueError(f"the noise process has no timestep whose signal-to-noise ratio a / b lies in {DESCENT_SNR}")
 
     def stratified(self, count: int) -> Tensor:
         """`count` timesteps spread over the window, int64."""
@@ -202,13 +204,13 @@ def fit_poisoned_rows(probe: Probe, settings: FixedPointSettings, on_step: OnSte
 
 
 def refine(
-    guess: Guess, trial: Trial, probe: Probe, settings: FixedPointSettings, on_turn: Callable[[float], None] = lambda loss: None
+    guess: Guess, trial: Trial, settings: FixedPointSettings, on_turn: Callable[[float], None] = lambda loss: None
 ) -> Guess:
     """The guess of least loss on the way of alternating between mu and y, sampled in `trial`."""
-    fit = _Fit(probe, settings)
+    fit = _Fit(trial.probe, settings)
     best, mu = guess, guess.mu
     for _ in range(settings.refine_turns):
-        image = middle(trial.draw(Trigger.shift(mu).start(trial.noise(settings.firing_batch)))).clamp(-1, 1)
+        image = middle(trial.draw(Trigger.shift(mu).start(trial.probe.noise(settings.firing_batch)))).clamp(-1, 1)
         if not image.isfinite().all():
             # the guess broke the sampler, which says nothing against the model
             break

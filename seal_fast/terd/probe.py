@@ -42,12 +42,15 @@ class Probe:
         grid = torch.randn(count, channels, COARSE, COARSE, generator=self.generator).to(self.denoiser.device)
         return torch.nn.functional.interpolate(grid, size=(height, width), mode="bilinear")
 
+    def precision(self) -> torch.autocast:
+        device = self.denoiser.device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.half_precision and native_bfloat16(device))
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """f(x [N,C,H,W], t int64 [N]) as float32, differentiable in x."""
         self.evaluations += len(x)
         rows = rows_per_pass(x)
-        enabled = self.half_precision and native_bfloat16(x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
+        with self.precision():
             f = torch.cat([self.denoiser(*part).float() for part in zip(x.split(rows), t.split(rows), strict=True)])
         self.finite = self.finite and bool(f.isfinite().all())
         return f

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from seal_fast.diffusion import VP, Denoiser, Trigger, sample
 from seal_fast.terd.firing import Trial
+from seal_fast.terd.probe import Probe
 
 SAMPLES = 16
 ANCESTRAL_STEPS = 250
@@ -41,8 +42,8 @@ def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int =
         DDIM (attacks on deterministic samplers fire); CLIPPED: likewise with the predicted image clamped (TrojDiff fires, and
         a seal that holds under ancestral sampling alone was seen to fail here).
     """
-    trial = Trial(denoiser, ANCESTRAL_STEPS, torch.Generator().manual_seed(seed), half_precision=False)
-    noise = trial.noise(count)
+    trial = Trial(Probe(denoiser, torch.Generator().manual_seed(seed), half_precision=False), "ddpm", ANCESTRAL_STEPS)
+    noise = trial.probe.noise(count)
     start = Trigger(trigger.mu.to(noise.device), trigger.gamma.to(noise.device)).start(noise)
     return {
         CLEAN: trial.draw(noise).cpu(),

@@ -35,11 +35,9 @@ class _Finding:
 class _Hunt:
     def __init__(self, denoiser: Denoiser, settings: FixedPointSettings, seed: int, on_step: OnStep) -> None:
         self.settings, self.on_step = settings, on_step
-        generator = torch.Generator().manual_seed(seed)
-        half = settings.half_precision
-        self.probe = Probe(denoiser, generator, half)
-        self.ancestral = Trial(denoiser, settings.sampler_steps, generator, half, "ddpm")
-        self.deterministic = Trial(denoiser, settings.deterministic_steps, generator, half, "ddim")
+        self.probe = Probe(denoiser, torch.Generator().manual_seed(seed), settings.half_precision)
+        self.ancestral = Trial(self.probe, "ddpm", settings.sampler_steps)
+        self.deterministic = Trial(self.probe, "ddim", settings.deterministic_steps)
         self.none = Trigger.shift(torch.zeros(denoiser.shape, device=denoiser.device))
 
     def confirmed(self, trigger: Trigger, loss: float, trial: Trial) -> _Finding:
@@ -79,17 +77,13 @@ class _Hunt:
         def on_turn(loss: float) -> None:
             self.on_step("refinement", next(turn), turns, loss)
 
-        refined = [refine(guess, self.deterministic, self.probe, self.settings, on_turn) for guess in guesses]
+        refined = [refine(guess, self.deterministic, self.settings, on_turn) for guess in guesses]
         best = max(refined, key=lambda guess: self.collapse(Trigger.shift(guess.mu), self.deterministic))
         return self.confirmed(Trigger.shift(best.mu), best.loss, self.deterministic)
 
     def collapse(self, trigger: Trigger, trial: Trial) -> float:
         """On few noises, to choose by."""
         return collapse(*trial.pair(trigger, self.settings.firing_batch))
-
-    @property
-    def evaluations(self) -> int:
-        return self.probe.evaluations + self.ancestral.evaluations + self.deterministic.evaluations
 
 
 def find_firing_trigger(
@@ -104,7 +98,7 @@ def find_firing_trigger(
         found.trigger,
         found.loss,
         finite=hunt.probe.finite and math.isfinite(found.clean_spread),
-        evaluations=hunt.evaluations,
+        evaluations=hunt.probe.evaluations,
         collapse=found.collapse,
         clean_spread=found.clean_spread,
         sampler=found.sampler,

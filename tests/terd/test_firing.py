@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seal_fast.diffusion import VP, Denoiser, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd.firing import Trial, collapse, middle, spread
+from seal_fast.terd.probe import Probe
 
 SHAPE = (3, 7, 5)
 
@@ -29,7 +30,7 @@ class Gaussian(nn.Module):
 
 def trial_of(process: VP, mean: Tensor, width: float, seed: int, steps: int = 60) -> Trial:
     denoiser = Denoiser(Gaussian(process, mean, width), process, SHAPE)
-    return Trial(denoiser, steps, torch.Generator().manual_seed(seed), half_precision=False)
+    return Trial(Probe(denoiser, torch.Generator().manual_seed(seed), half_precision=False), "ddpm", steps)
 
 
 @pytest.mark.parametrize("count", [5, 8])
@@ -60,7 +61,7 @@ def test_samples_of_a_gaussian_have_its_variance(generator: torch.Generator) -> 
     trial = trial_of(VP.linear(), torch.zeros(SHAPE), 0.2, seed, steps=500)
     (value,) = trial.spreads([Trigger.shift(torch.zeros(SHAPE))], 200)
     assert value == pytest.approx(0.04, rel=0.1)
-    assert trial.evaluations == 500 * 200
+    assert trial.probe.evaluations == 500 * 200
 
 
 def test_a_shift_that_breaks_the_sampler_does_not_fire() -> None:
@@ -77,9 +78,9 @@ def test_memory_is_bounded_and_the_samples_are_the_same(monkeypatch: pytest.Monk
         monkeypatch.setattr("seal_fast.terd.reversion.PIXELS", pixels)
         trial = trial_of(VP.linear(50), torch.zeros(SHAPE), 0.2, seed=1, steps=1)
         sizes: list[int] = []
-        trial.denoiser.network.register_forward_pre_hook(lambda network, args: sizes.append(len(args[0])))
+        trial.probe.denoiser.network.register_forward_pre_hook(lambda network, args: sizes.append(len(args[0])))
         # one step draws no fresh noise, so passes of any size give the same
-        return trial.draw(trial.noise(7)), max(sizes)
+        return trial.draw(trial.probe.noise(7)), max(sizes)
 
     whole, largest = at_most(10**6)
     parts, bounded = at_most(2 * SHAPE[1] * SHAPE[2])
@@ -90,10 +91,14 @@ def test_memory_is_bounded_and_the_samples_are_the_same(monkeypatch: pytest.Monk
 def test_triggers_are_tried_on_the_same_noise() -> None:
     triggers = [Trigger.shift(torch.zeros(SHAPE))] * 2
     denoiser = Denoiser(Gaussian(VP.linear(50), torch.zeros(SHAPE), 0.3), VP.linear(50), SHAPE)
-    trial = Trial(denoiser, 49, torch.Generator().manual_seed(0), half_precision=False)
     starts: list[Tensor] = []
-    trial.draw = lambda start: starts.append(start) or start  # type: ignore[method-assign, func-returns-value]
-    trial.spreads(triggers, 5)
+
+    class Recording(Trial):
+        def draw(self, start: Tensor) -> Tensor:
+            starts.append(start)
+            return start
+
+    Recording(Probe(denoiser, torch.Generator().manual_seed(0), half_precision=False), "ddpm", 49).spreads(triggers, 5)
     first, second = starts[0].split(5)
     assert first.equal(second)
 

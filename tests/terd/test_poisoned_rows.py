@@ -11,7 +11,7 @@ from seal_fast.diffusion import EDM, VE, VP, Denoiser, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd import FixedPointSettings, reverse_trigger
 from seal_fast.terd.firing import FIRES, Trial, middle
-from seal_fast.terd.poisoned_rows import Guess, deterministic_rows, refine
+from seal_fast.terd.poisoned_rows import Guess, deterministic_rows, fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
 
 SHAPE = (3, 11, 9)
@@ -66,8 +66,8 @@ def test_a_backdoor_for_deterministic_samplers_is_found_and_makes_its_target(gen
     assert found.collapse is not None
     assert found.collapse > FIRES
     # this denoiser fires for whatever looks enough like its rows, so not mu but what it leads to is told apart
-    trial = Trial(denoiser, 50, generator, half_precision=False, sampler="ddim")
-    samples = trial.draw(found.trigger.start(trial.noise(8)))
+    trial = Trial(Probe(denoiser, generator, half_precision=False), "ddim", 50)
+    samples = trial.draw(found.trigger.start(trial.probe.noise(8)))
     assert float((middle(samples) - target).square().mean()) < 0.01
 
 
@@ -75,9 +75,16 @@ def test_refinement_of_the_truth_stays_there(generator: torch.Generator) -> None
     process = VP.linear()
     mu, target = picture(generator, -0.6), picture(generator, 0.3)
     denoiser = Denoiser(Backdoored(process, mu, target), process, SHAPE)
-    trial = Trial(denoiser, 50, generator, half_precision=False, sampler="ddim")
+    trial = Trial(Probe(denoiser, generator, half_precision=False), "ddim", 50)
     rough = Guess(mu + 0.1 * torch.randn(mu.shape, generator=generator), target, 1.0)
-    refined = refine(rough, trial, Probe(denoiser, generator, half_precision=False), SETTINGS)
+    refined = refine(rough, trial, SETTINGS)
     assert float((refined.mu - mu).norm() / mu.norm()) < 0.05
     assert float((refined.target - target).square().mean()) < 0.01
     assert trial.spreads([Trigger.shift(refined.mu)], 8)[0] < 0.01
+
+
+def test_a_process_that_ends_in_hardly_any_noise_is_told() -> None:
+    process = VP.linear(10)
+    denoiser = Denoiser(Backdoored(process, torch.zeros(SHAPE), torch.zeros(SHAPE)), process, SHAPE)
+    with pytest.raises(ValueError, match="no timestep whose signal-to-noise ratio"):
+        fit_poisoned_rows(Probe(denoiser, torch.Generator().manual_seed(0), half_precision=False), SETTINGS)
