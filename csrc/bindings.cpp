@@ -2,11 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/cross_attention.h"
 #include "cpu/gaussian.h"
 #include "cpu/isa.h"
 
@@ -56,6 +58,52 @@ void define(py::module_& m, const std::string& suffix) {
           "rows"_a, "triggers"_a, "dims"_a, "threads"_a, "isa"_a = best);
 }
 
+// Address and the strides of batch, head and row, all in one tuple; 0 for a tensor that is absent.
+using HeadsTuple = std::array<int64_t, 4>;
+// batches, heads, queries, keys, dims, tokens
+using ShapeTuple = std::array<int64_t, 6>;
+
+template <class T>
+Heads<T> heads(const HeadsTuple& x) {
+    return {at<T>(static_cast<uintptr_t>(x[0])), x[1], x[2], x[3]};
+}
+
+AttentionShape attention_shape(const ShapeTuple& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+
+int64_t attention_workspace(const ShapeTuple& shape, bool backward, int threads) {
+    return baseline::cross_attention_workspace(attention_shape(shape), backward, threads);
+}
+
+template <class T>
+void attention_forward(const ShapeTuple& shape, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, uintptr_t tokens,
+                       double scale, const HeadsTuple& out, uintptr_t maps, uintptr_t workspace, int threads, int isa) {
+    const AttentionForward<T> call{attention_shape(shape), heads<const T>(q),  heads<const T>(k), heads<const T>(v),
+                                   at<const int64_t>(tokens), scale, heads<T>(out), at<float>(maps)};
+    SEAL_SELECT(checked(isa), cross_attention_forward<T>)(call, at<float>(workspace), threads);
+}
+
+template <class T>
+void attention_backward(const ShapeTuple& shape, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, uintptr_t tokens,
+                        double scale, const HeadsTuple& out_grad, uintptr_t maps_grad, const HeadsTuple& q_grad,
+                        const HeadsTuple& k_grad, const HeadsTuple& v_grad, uintptr_t workspace, int threads, int isa) {
+    const AttentionBackward<T> call{attention_shape(shape), heads<const T>(q), heads<const T>(k), heads<const T>(v),
+                                    at<const int64_t>(tokens), scale, heads<const T>(out_grad), at<const float>(maps_grad),
+                                    heads<T>(q_grad), heads<T>(k_grad), heads<T>(v_grad)};
+    SEAL_SELECT(checked(isa), cross_attention_backward<T>)(call, at<float>(workspace), threads);
+}
+
+template <class T>
+void define_cross_attention(py::module_& m, const std::string& suffix) {
+    using namespace py::literals;
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    const int best = best_isa();
+    m.def(("cross_attention_forward_" + suffix).c_str(), &attention_forward<T>, unlocked, "shape"_a, "q"_a, "k"_a, "v"_a,
+          "tokens"_a, "scale"_a, "out"_a, "maps"_a, "workspace"_a, "threads"_a, "isa"_a = best);
+    m.def(("cross_attention_backward_" + suffix).c_str(), &attention_backward<T>, unlocked, "shape"_a, "q"_a, "k"_a, "v"_a,
+          "tokens"_a, "scale"_a, "out_grad"_a, "maps_grad"_a, "q_grad"_a, "k_grad"_a, "v_grad"_a, "workspace"_a, "threads"_a,
+          "isa"_a = best);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -63,4 +111,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("isa_levels", &isa_levels, "Instruction set levels this processor runs, slowest first; kernels take an index into it.");
     define<float>(m, "f32");
     define<double>(m, "f64");
+    m.def("cross_attention_workspace", &attention_workspace, "Floats that both directions' workspace must hold.");
+    define_cross_attention<float>(m, "f32");
+    define_cross_attention<Bfloat16>(m, "bf16");
+    define_cross_attention<Float16>(m, "f16");
 }

@@ -1,5 +1,6 @@
 """Public face of every kernel: differentiable functions that run on the fastest implementation this machine has."""
 
+from seal_fast.ops.cross_attention import cross_attention
 from seal_fast.ops.dispatch import OpStatus, explain
 from seal_fast.ops.gaussian import (
     GAMMA_FLOOR,
@@ -16,6 +17,7 @@ __all__ = [
     "GaussianKlStats",
     "OpStatus",
     "Standardisation",
+    "cross_attention",
     "explain",
     "gaussian_kl_stats",
     "gaussian_log_ratio",

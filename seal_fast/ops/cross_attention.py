@@ -1,0 +1,263 @@
+"""Cross-attention that also returns its maps: what each text token is looked at from each place of the image.
+
+With P = softmax(scale q k^T) over the N keys, per batch and head,
+
+    out = P v                        maps[b,t,m] = mean over heads of P[b,h,m,tokens[t]]
+
+and, for gradients dO of out and dA of maps (dA scattered to its tokens, zero elsewhere),
+
+    G = dO v^T + dA / H              dS = P (G - rowsum(P G))
+    dq = scale dS k                  dk = scale dS^T q                  dv = P^T dO
+
+The average over heads is what prompt-to-prompt (Hertz et al., ICLR 2023) edits and what SKD-CAG (arXiv 2508.18235) compares.
+The kernels recompute P in the backward pass, a few queries at a time, so no [B,H,M,N] is ever stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from seal_fast.ops import native
+from seal_fast.ops.dispatch import Implementation, Op
+
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def reference_cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """See `cross_attention`. Half precision is computed in float32."""
+    p = _probabilities(q, k, scale)
+    maps = _select(p.mean(1), tokens).transpose(1, 2).contiguous()
+    return _like(q, p @ v.to(p.dtype)), maps
+
+
+def reference_cross_attention_backward(
+    out_grad: Tensor | None,
+    maps_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor | None,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each empty unless `needs` asks for it. A gradient that is None counts as zero."""
+    p = _probabilities(q, k, scale)
+    q_grad, k_grad, v_grad = (x.new_empty(0) for x in (q, k, v))
+    if needs[0] or needs[1]:
+        g = torch.zeros_like(p) if out_grad is None else out_grad.to(p.dtype) @ v.to(p.dtype).transpose(2, 3)
+        if maps_grad is not None:
+            g = g + _scatter(maps_grad.transpose(1, 2) / q.shape[1], tokens, k.shape[2])[:, None]
+        logit_grad = scale * p * (g - (p * g).sum(3, keepdim=True))
+        q_grad = _like(q, logit_grad @ k.to(p.dtype)) if needs[0] else q_grad
+        k_grad = _like(k, logit_grad.transpose(2, 3) @ q.to(p.dtype)) if needs[1] else k_grad
+    if needs[2]:
+        v_grad = _empty(v).zero_() if out_grad is None else _like(v, p.transpose(2, 3) @ out_grad.to(p.dtype))
+    return q_grad, k_grad, v_grad
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    dtype = _maps_dtype(q)
+    return torch.softmax(scale * (q.to(dtype) @ k.to(dtype).transpose(2, 3)), dim=3)
+
+
+def _maps_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Shape and dtype of x [B,H,M,D], in the memory order [B,M,H,D]: the next step joins the heads, then without a copy."""
+    batches, heads, rows, dims = x.shape
+    return x.new_empty(batches, rows, heads, dims).transpose(1, 2)
+
+
+def _like(x: Tensor, values: Tensor) -> Tensor:
+    return _empty(x).copy_(values)
+
+
+def _select(maps: Tensor, tokens: Tensor | None) -> Tensor:
+    return maps if tokens is None else maps.index_select(2, _in_range(tokens, maps.shape[2]))
+
+
+def _scatter(grad: Tensor, tokens: Tensor | None, keys: int) -> Tensor:
+    if tokens is None:
+        return grad
+    return grad.new_zeros(*grad.shape[:2], keys).index_add_(2, _in_range(tokens, keys), grad)
+
+
+def _in_range(tokens: Tensor, keys: int) -> Tensor:
+    """Raises ValueError unless all tokens are keys. On a GPU that would wait for it; there the indexing itself checks."""
+    if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < keys:
+        raise ValueError(f"tokens must lie in 0 ... {keys - 1}, not {tokens.tolist()}")
+    return tokens
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    count = k.shape[2] if tokens is None else tokens.shape[0]
+    return _empty(q), q.new_empty(q.shape[0], count, q.shape[2], dtype=_maps_dtype(q))
+
+
+def _fake_backward(
+    out_grad: Tensor | None,
+    maps_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor | None,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    return tuple(_empty(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=True))
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _heads(x: Tensor | None) -> tuple[int, ...]:
+    """Address and strides as the kernels take them; all zero for a tensor that is absent."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _shape(q: Tensor, k: Tensor, tokens: Tensor | None) -> tuple[int, ...]:
+    return (*q.shape[:3], k.shape[2], q.shape[3], k.shape[2] if tokens is None else len(tokens))
+
+
+def _workspace(shape: tuple[int, ...], backward: bool, threads: int) -> Tensor:
+    return torch.empty(native.CPU.module.cross_attention_workspace(shape, backward, threads), dtype=torch.float32)
+
+
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    shape, threads = _shape(q, k, tokens), torch.get_num_threads()
+    out, maps = _empty(q), q.new_empty(shape[0], shape[5], shape[2], dtype=torch.float32)
+    workspace = _workspace(shape, False, threads)
+    launch = getattr(native.CPU.module, f"cross_attention_forward_{_SUFFIXES[q.dtype]}")
+    inputs = shape, _heads(q), _heads(k), _heads(v), _address(tokens), scale
+    launch(*inputs, _heads(out), _address(maps), _address(workspace), threads)
+    return out, maps
+
+
+def _backward_cpu(
+    out_grad: Tensor | None,
+    maps_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor | None,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    out_grad = None if out_grad is None else _dense_rows(out_grad)
+    maps_grad = None if maps_grad is None else maps_grad.contiguous()
+    grads = [_empty(x) if need else None for x, need in zip((q, k, v), needs, strict=True)]
+    if q.numel() == 0 or (out_grad is None and maps_grad is None):
+        return tuple(x.new_empty(0) if grad is None else grad.zero_() for x, grad in zip((q, k, v), grads, strict=True))
+    if out_grad is None and grads[2] is not None:
+        grads[2].zero_()
+    shape, threads = _shape(q, k, tokens), torch.get_num_threads()
+    workspace = _workspace(shape, True, threads)
+    launch = getattr(native.CPU.module, f"cross_attention_backward_{_SUFFIXES[q.dtype]}")
+    inputs = shape, _heads(q), _heads(k), _heads(v), _address(tokens), scale
+    outputs = _heads(grads[0]), _heads(grads[1]), _heads(None if out_grad is None else grads[2])
+    launch(*inputs, _heads(out_grad), _address(maps_grad), *outputs, _address(workspace), threads)
+    return tuple(x.new_empty(0) if grad is None else grad for x, grad in zip((q, k, v), grads, strict=True))
+
+
+def _cpu_missing() -> str | None:
+    return native.CPU.reason
+
+
+def _refuse_float64(*args: Any) -> str | None:
+    double = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+    return "its kernels have no float64" if double else None
+
+
+forward_op = Op(
+    "cross_attention(Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale) -> (Tensor, Tensor)",
+    [
+        Implementation("cpu", _forward_cpu, "cpu", _cpu_missing, _refuse_float64),
+        Implementation("reference", reference_cross_attention),
+    ],
+    fake=_fake,
+)
+backward_op = Op(
+    "cross_attention_backward(Tensor? out_grad, Tensor? maps_grad, Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor)",
+    [
+        Implementation("cpu", _backward_cpu, "cpu", _cpu_missing, _refuse_float64),
+        Implementation("reference", reference_cross_attention_backward),
+    ],
+    fake=_fake_backward,
+)
+
+
+class _CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, tokens)
+        ctx.scale = scale
+        return forward_op(q, k, v, tokens, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor | None, maps_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if out_grad is None and maps_grad is None:
+            return (None,) * 5
+        q, k, v, tokens = ctx.saved_tensors
+        # maps do not depend on v
+        needs = [*ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and out_grad is not None]
+        grads = backward_op(out_grad, maps_grad, q, k, v, tokens, ctx.scale, needs)
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None) -> None:
+    have = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if any(x.ndim != 4 for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be [batches, heads, rows, dimensions]: {have}")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q must be [B,H,M,D], k and v [B,H,N,D] with the same B, H and D: {have}")
+    if 0 in (q.shape[1], q.shape[3], k.shape[2]):
+        raise ValueError(f"there must be a head, a dimension and a key: {have}")
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one floating point dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, not {q.device}, {k.device}, {v.device}")
+    if tokens is not None and (tokens.dtype != torch.int64 or tokens.ndim != 1 or tokens.device != q.device):
+        raise ValueError(f"tokens must be int64 [T] on {q.device}, not {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}")
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention and its head-averaged maps, differentiable through both.
+
+    Args:
+        q: queries [B,H,M,D]: float32, bfloat16, float16 or float64. Any strides; what is copied least has dense rows, such as
+            a view of [B,M,H*D].
+        k: keys [B,H,N,D], dtype and device of q.
+        v: values [B,H,N,D], likewise.
+        tokens: int64 [T], the keys whose maps are wanted, in any order, repeats allowed; None for all N.
+        scale: factor on q k^T; None for 1 / sqrt(D).
+
+    Returns:
+        out [B,H,M,D] in the dtype of q, and maps [B,T,M], the attention that each place pays to each token, averaged over
+        heads: float32, or float64 for float64 inputs. Differentiable once in q, k and v; gradients that nobody needs are not
+        computed. Sums are float32 for half precision. out lies in memory as [B,M,H,D].
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match, or a token that is not a key (on a GPU the indexing fails).
+    """
+    _check(q, k, v, tokens)
+    return _CrossAttention.apply(q, k, v, tokens, q.shape[3] ** -0.5 if scale is None else scale)
