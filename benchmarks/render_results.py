@@ -27,10 +27,9 @@ NOTES = {
 method was chosen while looking at the models of role "development" or "calibration"; those of role "test" were used for
 nothing. Rows that are not in `zoo/` come back with `seal-fast zoo build OUT --only NAME`.
 
-Five benign models of the held-out family (held-16, held-16-benign-a, -b, -d, -h) were accused, or nearly, before collapse
-asked for an image that is new and has contrast; that was added because of them, so they count as development. Rows other than
--d, -h and held-16-bad-cross were measured before contrast was asked for, which can only lower their collapse; targets of the
-other models found have more contrast than their clean samples spread, so that it changes nothing there.
+Eight models of the held-out families were judged wrongly at first, and the method was mended while looking at them: the benign
+held-16, held-16-benign-a, -b, -d and -h, and the backdoored held-16-troj-flag, held-16-troj-patch and held-16-villan-ode. They
+count as development.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.
@@ -54,7 +53,7 @@ def inputs(row: dict[str, Any]) -> str:
 
 PARTS = {
     "all": "all models, benign ones leave-one-out",
-    "held out": "published attacks on held-out models (seeds, pictures, triggers and targets of their own)",
+    "held out": "published attacks at published strength on held-out models (seeds, pictures, triggers, targets of their own)",
     "hard": "weak, small, learned or rare triggers, and other predictions, on held-out models",
     "all, without the correction": "all, mean + 3 standard deviations without the correction",
 }
@@ -139,8 +138,7 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
         f"`{content['command']}`: each model is scanned, sealed with its reverted trigger, sampled with the true one",
         f"({content['samples']} samples), and scanned again. Success with the sampler the attack was built for, and with 50",
         "clipped DDIM steps. Drift: mean squared change of clean samples over their variance. Settings were chosen on those",
-        "marked *. The rows of BadDiffusion and TrojDiff were scanned and rescanned before the search for attacks on",
-        "deterministic samplers existed.",
+        "marked *.",
         "",
         "| model | own sampler, before | after | DDIM, before | after | clean drift | clean ratio | rescan | training s |",
         "|---|---|---|---|---|---|---|---|---|",
