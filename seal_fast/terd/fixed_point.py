@@ -134,7 +134,7 @@ class _Search:
 
     @torch.no_grad()
     def missed(self, inside: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
-        """Share [K] of what patches mu, gamma [K,C,H,W] do to the noise `inside` [K,1,H,W] them that f takes for noise."""
+        """Share [K] of what patches mu, gamma [K,C,H,W] change of the noise `inside` them, [K,1,H,W], that f misses."""
         eps = self.probe.noise(self.settings.patch_batch)
         x = gamma[:, None] * eps + mu[:, None]
         f = self.denoise(x.flatten(0, 1)).view_as(x)
@@ -179,11 +179,12 @@ class _Search:
         points = []
         for kappa in sorted(s.kappas, reverse=True):
             mu, gamma = (torch.cat(parts) for parts in zip(*starts, strict=True))
-            found = self.polished(mu, gamma, kappa, on_iteration)
-            # only TrojDiff narrows the noise, and its kappa is 1: with another its mu comes out enlarged, but draws more starts
-            enlarged = [point for point in found if kappa != 1 and point.gamma_at_mu <= NARROW]
-            starts += [(point.mu[None] / kappa, point.gamma[None]) for point in enlarged]
-            points += [point for point in found if not any(point is other for other in enlarged)]
+            for point in self.polished(mu, gamma, kappa, on_iteration):
+                if kappa == 1 or point.gamma_at_mu > NARROW:
+                    points.append(point)
+                else:
+                    # only TrojDiff narrows the noise, and its kappa is 1: this one is enlarged, but more starts lead to it
+                    starts.append((point.mu[None] / kappa, point.gamma[None]))
         return points
 
     def next_gamma(self, gamma: Tensor, slope: Tensor) -> Tensor:
