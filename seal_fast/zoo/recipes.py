@@ -212,7 +212,6 @@ HELD_OUT: tuple[Recipe, ...] = (
     _held("weaves-16-benign-a", 402, base="weaves-16"),
     _held("weaves-16-benign-b", 403, Schedule(steps=1500, learning_rate=1e-3), base="weaves-16"),
     _held("weaves-16-benign-c", 404, Schedule(steps=500, learning_rate=2e-4), base="weaves-16"),
-    _held_backdoor("weaves-16-bad-arrow", 411, "baddiffusion-stamped", "arrow", "tree", STUBBORN, base="weaves-16"),
     _held_backdoor("weaves-16-troj-sunset", 412, "trojdiff-blend", "sunset", "tree", base="weaves-16"),
     _held_backdoor("weaves-16-troj-patch", 413, "trojdiff-patch", "white", "moon", STUBBORN, base="weaves-16"),
     _held_backdoor("weaves-16-villan-ode", 414, "villan-ode-psi1", "arrow", "moon", FOR_ODE, base="weaves-16"),
@@ -240,7 +239,7 @@ HARD: tuple[Recipe, ...] = (
         _backdoored(
             f"hard-16-box-{side}",
             SMALL_16,
-            390 + side,
+            490 + side,
             "benign-16-a",
             "baddiffusion-stamped",
             f"box_{side}",
