@@ -32,10 +32,6 @@ def show(axes: Axes, image: Tensor | None) -> None:
         axes.imshow((image.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0).numpy(), interpolation="nearest")
 
 
-def normalised(mu: Tensor) -> Tensor:
-    return mu / mu.abs().max()
-
-
 def tiled(images: Tensor) -> Tensor:
     """Four pictures in a square."""
     first, second, third, fourth = images
@@ -54,7 +50,7 @@ def main(results: Path, picture: Path) -> None:
         drawn = list(sample_pictures(load_denoiser(ZOO / name).denoiser, trigger, seed=0).values())
         images = (
             attack.trigger.mu if attack else None,
-            normalised(trigger.mu),
+            trigger.mu,
             attack.target if attack else None,
             *(tiled(images) for images in drawn),
         )
