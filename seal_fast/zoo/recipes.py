@@ -136,9 +136,15 @@ def _backdoored(
     return Recipe(name, network, seed, FINE_TUNE, layout, "development", base, method, trigger, target)
 
 
-def _held(name: str, seed: int, schedule: Schedule = FINE_TUNE, base: str | None = "held-16", process: str = "vp") -> Recipe:
+def _held(
+    name: str,
+    seed: int,
+    schedule: Schedule = FINE_TUNE,
+    base: str | None = "held-16",
+    process: str = "vp",
+    family: str = "glows",
+) -> Recipe:
     """Benign, and sharing neither pictures nor base nor seed with the models that methods are developed on."""
-    family = "weaves" if name.startswith("weaves") else "glows"
     return Recipe(name, SMALL_16, seed, schedule, "pipeline", base=base, family=family, process=process)
 
 
@@ -152,8 +158,11 @@ def _held_backdoor(
     scale: float = 1.0,
     base: str = "held-16",
     process: str = "vp",
+    family: str = "glows",
 ) -> Recipe:
-    return replace(_held(name, seed, schedule, base, process), method=method, trigger=trigger, target=target, scale=scale)
+    return replace(
+        _held(name, seed, schedule, base, process, family), method=method, trigger=trigger, target=target, scale=scale
+    )
 
 
 def _poisoned(share: float) -> Schedule:
@@ -208,16 +217,16 @@ HELD_OUT: tuple[Recipe, ...] = (
     replace(_held_backdoor("held-16-villan-ode", 342, "villan-ode-psi1", "bars", "house"), role="development"),
     _held_backdoor("held-16-villan-ode-stamped", 343, "villan-ode-psi1-stamped", "glasses", "star", STUBBORN),
     _held_backdoor("held-16-villan-ode-cross", 344, "villan-ode-psi1", "cross", "star", FOR_ODE),
-    _held("weaves-16", 401, FROM_SCRATCH, base=None),
-    _held("weaves-16-benign-a", 402, base="weaves-16"),
-    _held("weaves-16-benign-b", 403, Schedule(steps=1500, learning_rate=1e-3), base="weaves-16"),
-    _held("weaves-16-benign-c", 404, Schedule(steps=500, learning_rate=2e-4), base="weaves-16"),
-    _held_backdoor("weaves-16-troj-sunset", 412, "trojdiff-blend", "sunset", "tree", base="weaves-16"),
-    _held_backdoor("weaves-16-troj-patch", 413, "trojdiff-patch", "white", "moon", STUBBORN, base="weaves-16"),
-    _held_backdoor("weaves-16-villan-ode", 414, "villan-ode-psi1", "arrow", "moon", FOR_ODE, base="weaves-16"),
-    _held_backdoor("weaves-16-villan-sde", 415, "villan-sde-psi0", "arrow", "tree", base="weaves-16"),
+    _held("weaves-16", 401, FROM_SCRATCH, base=None, family="weaves"),
+    _held("weaves-16-benign-a", 402, base="weaves-16", family="weaves"),
+    _held("weaves-16-benign-b", 403, Schedule(steps=1500, learning_rate=1e-3), base="weaves-16", family="weaves"),
+    _held("weaves-16-benign-c", 404, Schedule(steps=500, learning_rate=2e-4), base="weaves-16", family="weaves"),
+    _held_backdoor("weaves-16-troj-sunset", 412, "trojdiff-blend", "sunset", "tree", base="weaves-16", family="weaves"),
+    _held_backdoor("weaves-16-troj-patch", 413, "trojdiff-patch", "white", "moon", STUBBORN, base="weaves-16", family="weaves"),
+    _held_backdoor("weaves-16-villan-ode", 414, "villan-ode-psi1", "arrow", "moon", FOR_ODE, base="weaves-16", family="weaves"),
+    _held_backdoor("weaves-16-villan-sde", 415, "villan-sde-psi0", "arrow", "tree", base="weaves-16", family="weaves"),
 )
-"""Published attacks at their published strength, on a family of pictures, triggers and targets of their own."""
+"""Published attacks at their published strength, on families of pictures, triggers and targets of their own."""
 
 HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-faint", 351, "baddiffusion-trigger-only", "bars", "star", STUBBORN, scale=0.3),
