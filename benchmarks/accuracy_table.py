@@ -209,6 +209,7 @@ def main() -> None:
         if entry["name"] in done or (arguments.only and entry["name"] not in arguments.only):
             continue
         row = measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.preset)
+        row["attack_success"] = entry["quality"]["attack_success"]
         # read again: another process may be filling the same table
         write(arguments.out, arguments.preset, [*read_rows(arguments.out), row])
     # rows may have been added by another process since they were last judged together

@@ -15,9 +15,10 @@ PAGE = Path("docs/results.md")
 
 INTRODUCTION = """# Results
 
-Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. Models are those of
-`zoo/`, whose attack success was measured (`zoo/manifest.json`). Verdicts need benign models only; each is calibrated without
-the row itself, and is "-" where fewer than two benign models that compare were left. An inconclusive verdict counts as wrong.
+Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. The attack success of
+every backdoored model was measured before (`zoo/manifest.json`, and per attack below). Verdicts need benign models only; each is
+calibrated without the row itself, and is "-" where fewer than two benign models that compare were left. An inconclusive verdict
+counts as wrong.
 
 Seconds are those of a machine busy with other work.
 """
@@ -119,15 +120,16 @@ def attack_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "Per attack. Pictures: the true trigger on the left, the reverted one on the right, mid-grey is 0.",
         "",
-        "| attack | found | median relative L2 | median cosine | triggers |",
-        "|---|---|---|---|---|",
+        "| attack | found | lowest attack success | median relative L2 | median cosine | triggers |",
+        "|---|---|---|---|---|---|",
     ]
     for method in methods:
         of_method = [row for row in rows if row["method"] == method]
         found = sum(row["verdict"] == "backdoored" for row in of_method)
         errors, cosines = ([row["reverted"][name] for row in of_method] for name in ("relative_l2", "cosine"))
         pictures = " ".join(f"![{row['name']}](triggers/{row['name']}.png)" for row in of_method)
-        lines.append(f"| {method} | {found} of {len(of_method)} | {median(errors):.2f} | {median(cosines):.2f} | {pictures} |")
+        figures = f"{min(row['attack_success'] for row in of_method):.2f} | {median(errors):.2f} | {median(cosines):.2f}"
+        lines.append(f"| {method} | {found} of {len(of_method)} | {figures} | {pictures} |")
     return [*lines, ""]
 
 
