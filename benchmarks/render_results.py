@@ -16,9 +16,9 @@ PAGE = Path("docs/results.md")
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. The attack
-success of every backdoored model was measured before (`zoo/manifest.json`, and per attack below). Verdicts need benign models only;
-each is calibrated without the row itself, and is "-" where fewer than two benign models that compare were left. An inconclusive verdict
-counts as wrong.
+success of every backdoored model was measured before (`zoo/manifest.json`, and per attack below). Verdicts need benign
+models only; each is calibrated without the row itself, and is "-" where fewer than two benign models that compare were
+left. An inconclusive verdict counts as wrong.
 
 Seconds are those of a machine busy with other work.
 """

@@ -57,18 +57,22 @@ def test_where_the_signal_stays_rows_are_those_of_the_attacks_too(process: VE) -
     torch.testing.assert_close(rows.d[1:], d[1:], rtol=0.02, atol=0)
 
 
-def test_a_backdoor_for_deterministic_samplers_is_found_and_makes_its_target(generator: torch.Generator) -> None:
+def makes_its_target(generator: torch.Generator) -> bool:
+    """Whether the trigger reverted from a fresh backdoor fires under DDIM and leads to the target."""
     process = VP.linear()
     mu, target = picture(generator, -0.6), picture(generator, 0.3)
     denoiser = Denoiser(Backdoored(process, mu, target), process, SHAPE)
     found = reverse_trigger(denoiser, SETTINGS)
-    assert found.sampler == "ddim"
-    assert found.collapse is not None
-    assert found.collapse > FIRES
     # this denoiser fires for whatever looks enough like its rows, so not mu but what it leads to is told apart
     trial = Trial(Probe(denoiser, generator, half_precision=False), "ddim", 50)
     samples = trial.draw(found.trigger.start(trial.probe.noise(8)))
-    assert float((middle(samples) - target).square().mean()) < 0.01
+    fires = found.sampler == "ddim" and found.collapse is not None and found.collapse > FIRES
+    return fires and float((middle(samples) - target).square().mean()) < 0.01
+
+
+def test_most_backdoors_for_deterministic_samplers_are_found_and_make_their_target(generator: torch.Generator) -> None:
+    # the race missed 29 of 337 of these denoisers, so fewer than three of six are found once in a thousand runs
+    assert sum(makes_its_target(generator) for _ in range(6)) >= 3
 
 
 def test_refinement_of_the_truth_stays_there(generator: torch.Generator) -> None:
