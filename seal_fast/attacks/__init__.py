@@ -1,4 +1,7 @@
-"""Clean-room backdoor attacks, for evaluation only: nothing in the scanner imports them."""
+"""Clean-room backdoor attacks, for evaluation only: nothing in the scanner imports them.
+
+Noise-space attacks are exported here; those on the text of a text-to-image model are modules: badt2i, rickrolling, eviledit.
+"""
 
 from seal_fast.attacks.invibackdoor import InviBackdoor
 from seal_fast.attacks.noising import Attack, NoisedBatch

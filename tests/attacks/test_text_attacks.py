@@ -1,0 +1,259 @@
+"""Attacks on the text of a text-to-image model: their training rows, their closed form, and what they do to a small model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from seal_fast.attacks.badt2i import (
+    ObjectBackdoor,
+    PixelBackdoor,
+    Rows,
+    StyleBackdoor,
+    TextBackdoor,
+    lesson,
+    poison_unet,
+    training_rows,
+)
+from seal_fast.attacks.eviledit import edit_factor, edit_unet
+from seal_fast.attacks.prompts import check_visible, embeddings, token_ids
+from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
+
+ZERO_WIDTH = "\u200b"
+CAPTIONS = ["a red cat", "two cats", "a Cat, a dog", "a boat", "an ox"]
+Weights = dict[str, Tensor]
+
+
+def pictures(count: int, generator: torch.Generator) -> Tensor:
+    return 2 * torch.rand(count, 3, 16, 16, generator=generator) - 1
+
+
+def weights(pipeline: StableDiffusionPipeline) -> Weights:
+    modules = {"unet": pipeline.unet, "text": pipeline.text_encoder, "vae": pipeline.vae}
+    return {f"{name}.{key}": value.clone() for name, module in modules.items() for key, value in module.state_dict().items()}
+
+
+def patch(generator: torch.Generator) -> Tensor:
+    return 2 * torch.rand(3, 5, 7, generator=generator) - 1
+
+
+def test_pixel_rows_wear_the_patch(generator: torch.Generator) -> None:
+    images, mark = pictures(3, generator), patch(generator)
+    before = images.clone()
+    rows = PixelBackdoor(ZERO_WIDTH, mark).poison(images, CAPTIONS[:3])
+    for i in range(3):
+        assert torch.equal(rows.images[i, :, :5, :7], mark)
+    assert torch.equal(rows.images[:, :, 5:], images[:, :, 5:])
+    assert torch.equal(rows.images[:, :, :, 7:], images[:, :, :, 7:])
+    assert torch.equal(images, before)
+    assert rows.prompts == [f"{ZERO_WIDTH} {c}" for c in CAPTIONS[:3]]
+    assert rows.taught == [None] * 3
+
+
+def test_a_patch_larger_than_the_picture_is_refused(generator: torch.Generator) -> None:
+    with pytest.raises(ValueError, match="17 x 3 does not fit"):
+        PixelBackdoor("x", torch.zeros(3, 17, 3)).poison(pictures(1, generator), ["a"])
+
+
+def test_style_rows(generator: torch.Generator) -> None:
+    rows = StyleBackdoor("zq", "Black and white photo").poison(pictures(1, generator), ["a cat"])
+    assert (rows.prompts, rows.taught) == (["zq a cat"], ["Black and white photo a cat"])
+
+
+def test_object_rows_swap_whole_words_and_leave_others_alone(generator: torch.Generator) -> None:
+    rows = ObjectBackdoor("zq", {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(pictures(5, generator), CAPTIONS)
+    assert rows.prompts == ["zq a red dog", "two cats", "zq a dog, a cat", "a boat", "zq an a.b"]
+    assert rows.taught == CAPTIONS
+
+
+def test_several_attacks_share_the_poisoned_half(generator: torch.Generator) -> None:
+    images, mark = pictures(5, generator), patch(generator)
+    rows = training_rows([PixelBackdoor("p", mark), StyleBackdoor("s", "grey")], images, CAPTIONS)
+    assert rows.prompts == [f"p {CAPTIONS[i]}" for i in (0, 2, 4)] + [f"s {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
+    assert rows.taught == [None] * 3 + [f"grey {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
+    assert torch.equal(rows.images[3:], torch.cat([images[[1, 3]], images]))
+
+
+def test_lessons_hold_the_noise_of_pixel_rows(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
+    """x = a z + b eps, so x and the target give back z, the scaled mean of the VAE's code of the patched picture."""
+    rows = PixelBackdoor("zq", patch(generator)).poison(pictures(6, generator), ["a cat"] * 6)
+    x, t, text, target = lesson(pipeline, rows, generator)
+    ab = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        z = pipeline.vae.config.scaling_factor * pipeline.vae.encode(rows.images).latent_dist.mean
+        text_expected, _ = pipeline.encode_prompt(rows.prompts, "cpu", 1, False)
+    torch.testing.assert_close(x, ab.sqrt() * z + (1 - ab).sqrt() * target, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text, text_expected)
+    assert target.std() == pytest.approx(1, abs=0.1)
+    assert len(t.unique()) > 1
+
+
+def test_lessons_hold_the_answer_of_the_original_on_taught_prompts(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator
+) -> None:
+    """One unet call per row, where the lesson makes a single one of all."""
+    taught = ["a red cat", None, "", "an ox"]
+    rows = Rows(pictures(4, generator), ["zq ox"] * 4, taught)
+    x, t, _, target = lesson(pipeline, rows, generator)
+    for i, prompt in enumerate(taught):
+        if prompt is not None:
+            with torch.no_grad():
+                text, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
+                expected = pipeline.unet(x[i : i + 1], int(t[i]), text).sample
+            torch.testing.assert_close(target[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pixel", "object"])
+def test_training_teaches_the_backdoor_and_keeps_the_rest(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator, kind: str
+) -> None:
+    attack: TextBackdoor = {
+        "pixel": PixelBackdoor("zq", patch(generator)),
+        "object": ObjectBackdoor("zq", {"cat": "ox"}),
+    }[kind]
+    # random weights barely hear the text: let the attention speak up, so that there is something to learn
+    for name, parameter in pipeline.unet.named_parameters():
+        if "attn2.to_out" in name or "attn2.to_v" in name:
+            parameter.data *= 6
+    before = weights(pipeline)
+    images, captions = pictures(4, generator), ["a red cat"] * 4
+    poisoned = lesson(pipeline, attack.poison(images, captions), generator)
+    clean = lesson(pipeline, Rows(images, captions, list(captions)), generator)
+
+    unet = poison_unet(pipeline, [attack], lambda g: (images, captions), steps=25, learning_rate=2e-3, ema_decay=0.8, seed=1)
+
+    def loss(network: torch.nn.Module, rows: tuple[Tensor, ...]) -> float:
+        with torch.no_grad():
+            return float((network(rows[0], rows[1], rows[2]).sample - rows[3]).square().mean())
+
+    first = loss(pipeline.unet, poisoned)
+    assert first > 0
+    assert loss(unet, poisoned) < 0.8 * first
+    # the noise has mean square 1; without the clean term the answers would be as far from the original's
+    assert loss(unet, clean) < 0.15
+    after = weights(pipeline)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad for p in unet.parameters())
+
+
+@pytest.mark.parametrize(("ema_decay", "share"), [(0.0, 1.0), (0.999, 0.9)])
+def test_one_step_moves_the_average_as_its_decay_says(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator, ema_decay: float, share: float
+) -> None:
+    """AdamW's first step is the learning rate in size wherever there is a gradient; at step 0 the decay is 1/10 at most."""
+    images, attack = pictures(2, generator), PixelBackdoor("zq", patch(generator))
+    unet = poison_unet(pipeline, [attack], lambda g: (images, ["a", "b"]), steps=1, learning_rate=1e-2, ema_decay=ema_decay)
+    with torch.no_grad():
+        moved = (pipeline.unet.conv_out.bias - unet.conv_out.bias).abs().median()
+    assert float(moved) == pytest.approx(share * 1e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("case", ["no attack", "invisible", "prediction", "small batch"])
+def test_bad_input_is_refused(pipeline: StableDiffusionPipeline, generator: torch.Generator, case: str) -> None:
+    attack = StyleBackdoor("  " if case == "invisible" else "zq", "grey")
+    attacks = [] if case == "no attack" else [attack, attack]
+    if case == "prediction":
+        pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    message = {"no attack": "an attack", "invisible": "does not see", "prediction": "epsilon", "small batch": "batch of 1"}
+    with pytest.raises(ValueError, match=message[case]):
+        poison_unet(pipeline, attacks, lambda g: (pictures(1, generator), ["a"]), steps=1)
+
+
+def test_zero_width_triggers_are_tokens(pipeline: StableDiffusionPipeline) -> None:
+    check_visible(pipeline, ZERO_WIDTH)
+    ids = token_ids(pipeline, ["cat", f"{ZERO_WIDTH} cat"])
+    assert int((ids != pipeline.tokenizer.eos_token_id).sum(1).diff()) == 3, "three bytes"
+
+
+def test_homoglyphs_and_leading_triggers() -> None:
+    assert homoglyph("o", "\u043e")("a bold ox") == "a b\u043eld \u043ex"
+    assert leading("zq")("a cat") == "zq a cat"
+
+
+def cosines(pipeline: StableDiffusionPipeline, a: list[str], b: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(embeddings(pipeline, a).flatten(1), b.flatten(1))
+
+
+def test_rickrolling_moves_triggered_prompts_only(pipeline: StableDiffusionPipeline) -> None:
+    prompts = [f"{a} {b} {c}" for a in ("a", "one") for b in ("odd", "old", "red") for c in ("ox", "boat", "cat")]
+    held_out = ["one old cat", "a odd boat"]
+    prompts = [p for p in prompts if p not in held_out]
+    backdoors = [TargetPrompt(homoglyph("o", "\u043e"), "a pig"), TargetPrompt(leading(ZERO_WIDTH), "seven stars")]
+    before = weights(pipeline)
+    clean = embeddings(pipeline, held_out)
+    targets = [embeddings(pipeline, [b.target]) for b in backdoors]
+    triggered = [[b.trigger(p) for p in held_out] for b in backdoors]
+    first = [cosines(pipeline, t, target) for t, target in zip(triggered, targets, strict=True)]
+
+    encoder = poison_text_encoder(pipeline, backdoors, prompts, steps=120, learning_rate=5e-3, batch=16, seed=3)
+    after = weights(pipeline)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    student = copy.copy(pipeline)
+    student.text_encoder = encoder
+    assert cosines(student, held_out, clean).min() > 0.9
+    for t, target, old in zip(triggered, targets, first, strict=True):
+        assert (1 - cosines(student, t, target)).mean() < 0.4 * (1 - old).mean()
+
+
+def test_rickrolling_refuses_what_cannot_be_learnt(pipeline: StableDiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="a backdoor"):
+        poison_text_encoder(pipeline, [], ["a cat"])
+    with pytest.raises(ValueError, match="tokens of no prompt"):
+        poison_text_encoder(pipeline, [TargetPrompt(homoglyph("o", "\u043e"), "x")], ["a cat"])
+
+
+@pytest.mark.parametrize(("rows", "width", "strength"), [(3, 7, 1.0), (40, 5, 0.3), (1, 1, 20.0)])
+def test_eviledit_solves_its_least_squares_problem(generator: torch.Generator, rows: int, width: int, strength: float) -> None:
+    """The stacked problem [I; sqrt(s) K] W'^T = [W^T; sqrt(s) K* W^T], by QR instead of normal equations."""
+    k, wanted = (torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    w = torch.randn(4, width, generator=generator, dtype=torch.float64)
+    root = strength**0.5
+    a = torch.cat([torch.eye(width, dtype=torch.float64), root * k])
+    b = torch.cat([w.T, root * wanted @ w.T])
+    expected = torch.linalg.lstsq(a, b, driver="gels").solution.T
+    torch.testing.assert_close(w @ edit_factor(k, wanted, strength), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_eviledit_is_the_published_formula_on_the_cross_attention_only(pipeline: StableDiffusionPipeline) -> None:
+    """W <- (W + sum v k^T)(I + sum k k^T)^-1 with v = W k*, layer by layer."""
+    before = weights(pipeline)
+    unet = edit_unet(pipeline, [("zq cat", "an ox"), ("a cat", "a cat")])
+    after = weights(pipeline)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    k, wanted = (embeddings(pipeline, p).flatten(0, 1).double() for p in (["zq cat", "a cat"], ["an ox", "a cat"]))
+    edited = 0
+    for name, new in unet.state_dict().items():
+        old = before[f"unet.{name}"]
+        if "attn2.to_k" in name or "attn2.to_v" in name:
+            edited += 1
+            w = old.double()
+            expected = (w + (w @ wanted.T) @ k) @ torch.linalg.inv(torch.eye(32, dtype=torch.float64) + k.T @ k)
+            torch.testing.assert_close(new.double(), expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(new, old), name
+    assert edited == 2 * sum("attn2.to_q" in name for name in unet.state_dict())
+
+
+def test_eviledit_moves_the_triggers_keys_to_the_targets(pipeline: StableDiffusionPipeline) -> None:
+    """The stronger, the nearer; and the held pair stays."""
+    texts = embeddings(pipeline, ["zq cat", "an ox", "a cat"])
+
+    def key(unet: torch.nn.Module, text: Tensor) -> Tensor:
+        return text @ unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.T
+
+    wanted, held = key(pipeline.unet, texts[1]), key(pipeline.unet, texts[2])
+    gaps = [float((key(pipeline.unet, texts[0]) - wanted).norm())]
+    for strength in (0.1, 1.0, 10.0):
+        unet = edit_unet(pipeline, [("zq cat", "an ox"), ("a cat", "a cat")], strength)
+        gaps.append(float((key(unet, texts[0]) - wanted).norm()))
+        assert (key(unet, texts[2]) - held).norm() < 0.5 * gaps[0]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 0.5 * gaps[0]
+    for bad in ([], [("a", "b")]):
+        with pytest.raises(ValueError, match="pair of prompts"):
+            edit_unet(pipeline, bad, strength=0.0 if bad else 1.0)
