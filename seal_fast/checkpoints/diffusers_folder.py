@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tens
         config = unet.checked_config(config, config_path)
     else:
         config = {}
-    tensors, files = _read_weights(folder, part, notes)
+    tensors, files = read_weights(folder, part, WEIGHT_NAMES, notes)
+    tensors = unet.modern_names(tensors)
     if not config:
         config = unet.inferred_config(tensors, files[0])
         notes.append(f"no UNet config: structure and image size {config['sample_size']} inferred from the tensors")
@@ -101,12 +102,23 @@ def _note_claims(folder: Path, notes: list[str]) -> None:
             notes.append(f"args.json claims {key} {claims[key][:64]!r} (not verified)")
 
 
-def _read_weights(folder: Path, part: str, notes: list[str]) -> tuple[dict[str, Tensor], list[Path]]:
-    present = [name for name in WEIGHT_NAMES if inside(folder, part + name)]
+def read_weights(folder: Path, part: str, names: Sequence[str], notes: list[str]) -> tuple[dict[str, Tensor], list[Path]]:
+    """Tensors of one part of a folder, and the files they came from.
+
+    Args:
+        folder: the checkpoint, which no file may leave.
+        part: prefix of the part's files, "" or "unet/".
+        names: weight files that may hold it, in the order they are preferred.
+        notes: files that are there and not read are named here.
+
+    Raises:
+        CheckpointError: no such file, or broken, oversized or outside the folder.
+    """
+    present = [name for name in names if inside(folder, part + name)]
     if not present:
-        raise CheckpointError(folder / part, f"no UNet weights: {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[3]} expected")
+        raise CheckpointError(folder / part, f"no weights: one of {', '.join(names)} expected")
     if len(present) > 1:
-        notes.append(f"{present[0]} used; {', '.join(present[1:])} not read")
+        notes.append(f"{part}{present[0]} used; {', '.join(present[1:])} not read")
     path = folder / part / present[0]
     files = _shards(folder, part, path) if path.suffix == ".json" else [path]
     tensors: dict[str, Tensor] = {}
@@ -115,7 +127,7 @@ def _read_weights(folder: Path, part: str, notes: list[str]) -> tuple[dict[str, 
         if twice := tensors.keys() & loaded.keys():
             raise CheckpointError(file, f"tensor {min(twice)[:80]} lies in two shards")
         tensors |= loaded
-    return unet.modern_names(tensors), files
+    return tensors, files
 
 
 def _shards(folder: Path, part: str, index: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from seal_fast.checkpoints.checks import FLAG, NOTHING, SIZE, WIDTH, Check, either, integer, list_of, number, one_of
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 
 ATTENTION_SIZE = 16
@@ -21,63 +22,35 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
 
-Check = Callable[[Any], bool]
-
-
-def _integer(low: int, high: int) -> Check:
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def _number(low: float, high: float) -> Check:
-    return lambda value: type(value) in (int, float) and low <= value <= high
-
-
-def _one_of(*choices: Any) -> Check:
-    return lambda value: type(value) in (str, bool, type(None)) and value in choices
-
-
-def _list_of(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and 1 <= len(value) <= 16 and all(map(check, value))
-
-
-def _either(*checks: Check) -> Check:
-    return lambda value: any(check(value) for check in checks)
-
-
-_nothing = _one_of(None)
-_flag = _one_of(True, False)
-_width = _integer(1, 16384)
-_size = _integer(1, 4096)
-
 CONFIG_CHECKS: dict[str, Check] = {
-    "sample_size": _either(_size, lambda value: _list_of(_size)(value) and len(value) == 2),
-    "in_channels": _integer(1, 64),
-    "out_channels": _integer(1, 64),
-    "center_input_sample": _flag,
-    "time_embedding_type": _one_of("positional", "fourier", "learned"),
-    "time_embedding_dim": _either(_nothing, _integer(1, 65536)),
-    "freq_shift": _number(0, 1),
-    "flip_sin_to_cos": _flag,
-    "down_block_types": _list_of(_one_of(*DOWN_BLOCKS)),
-    "mid_block_type": _one_of("UNetMidBlock2D", None),
-    "up_block_types": _list_of(_one_of(*UP_BLOCKS)),
-    "block_out_channels": _list_of(_width),
-    "layers_per_block": _integer(1, 32),
-    "mid_block_scale_factor": _number(1e-3, 1e3),
-    "downsample_padding": _integer(0, 1),
-    "downsample_type": _one_of("conv", "resnet"),
-    "upsample_type": _one_of("conv", "resnet"),
-    "dropout": _number(0, 1),
-    "act_fn": _one_of("silu", "swish", "mish", "gelu", "relu"),
-    "attention_head_dim": _either(_nothing, _width),
-    "norm_num_groups": _either(_nothing, _width),
-    "attn_norm_num_groups": _either(_nothing, _width),
-    "norm_eps": _number(1e-12, 1),
-    "resnet_time_scale_shift": _one_of("default", "scale_shift"),
-    "add_attention": _flag,
-    "class_embed_type": _nothing,
-    "num_class_embeds": _nothing,
-    "num_train_timesteps": _either(_nothing, _integer(1, 100_000)),
+    "sample_size": either(SIZE, lambda value: list_of(SIZE)(value) and len(value) == 2),
+    "in_channels": integer(1, 64),
+    "out_channels": integer(1, 64),
+    "center_input_sample": FLAG,
+    "time_embedding_type": one_of("positional", "fourier", "learned"),
+    "time_embedding_dim": either(NOTHING, integer(1, 65536)),
+    "freq_shift": number(0, 1),
+    "flip_sin_to_cos": FLAG,
+    "down_block_types": list_of(one_of(*DOWN_BLOCKS)),
+    "mid_block_type": one_of("UNetMidBlock2D", None),
+    "up_block_types": list_of(one_of(*UP_BLOCKS)),
+    "block_out_channels": list_of(WIDTH),
+    "layers_per_block": integer(1, 32),
+    "mid_block_scale_factor": number(1e-3, 1e3),
+    "downsample_padding": integer(0, 1),
+    "downsample_type": one_of("conv", "resnet"),
+    "upsample_type": one_of("conv", "resnet"),
+    "dropout": number(0, 1),
+    "act_fn": one_of("silu", "swish", "mish", "gelu", "relu"),
+    "attention_head_dim": either(NOTHING, WIDTH),
+    "norm_num_groups": either(NOTHING, WIDTH),
+    "attn_norm_num_groups": either(NOTHING, WIDTH),
+    "norm_eps": number(1e-12, 1),
+    "resnet_time_scale_shift": one_of("default", "scale_shift"),
+    "add_attention": FLAG,
+    "class_embed_type": NOTHING,
+    "num_class_embeds": NOTHING,
+    "num_train_timesteps": either(NOTHING, integer(1, 100_000)),
 }
 """What is read of a UNet config, and what each value may be. Every other key is ignored."""
 
@@ -189,14 +162,18 @@ def _skeleton(config: Mapping[str, Any]) -> Any:
 
 
 def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The UNet of a checked config with these tensors as float32.
+    """The UNet of a checked config with these tensors as float32; CheckpointError as `fill`."""
+    return fill(_skeleton(config), tensors, path)
 
-    Nothing is allocated before every name and shape agrees: the network is first built on the meta device.
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """A network built on the meta device, with these tensors as float32.
+
+    Nothing is allocated before every name and shape agrees.
 
     Raises:
         CheckpointError: missing, unexpected or misshapen tensors, a dtype that is no plain float, NaN or infinity.
     """
-    network = _skeleton(config)
     expected = network.state_dict()
     for what, names in (
         ("missing", expected.keys() - tensors.keys()),
@@ -216,5 +193,5 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) 
             raise CheckpointError(path, f"tensor {name} holds NaN or infinity")
     network.load_state_dict(weights, assign=True)
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
-        raise CheckpointError(path, "a UNet with state that its tensors do not hold")
+        raise CheckpointError(path, "a network with state that its tensors do not hold")
     return network

@@ -250,7 +250,7 @@ HOSTILE: dict[str, tuple[Callable[[Room], Path], str]] = {
     "other archive": (lambda r: r.rezipped(lambda z, m: z.writestr("a.txt", b"a" * 99)), "0 data.pkl"),
     "empty folder": (lambda r: (r.root / "nothing").mkdir() or r.root / "nothing", "no checkpoint"),
     "nothing": (lambda r: r.root / "absent.pth", "does not exist"),
-    "pipeline without weights": (lambda r: r.weights.unlink() or r.folder, "no UNet weights"),
+    "pipeline without weights": (lambda r: r.weights.unlink() or r.folder, "no weights"),
     "config is a list": (lambda r: (r.folder / "unet/config.json").write_text("[1]") and r.folder, "JSON object"),
     "index not UTF-8": (lambda r: (r.folder / "model_index.json").write_bytes(b'{"a": "\xff"}') and r.folder, "JSON"),
     "config class": (lambda r: r.config(_class_name={"a": []}), "class"),
