@@ -26,6 +26,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.trigger_picture import save_pair
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser, Trigger
+from seal_fast.skd_cag.rate import rate_of
 from seal_fast.terd import (
     DEFAULT_PRESET,
     PRESETS,
@@ -54,12 +55,7 @@ SEED = 0
 
 def wilson(successes: int, trials: int) -> dict[str, float | int | None]:
     """Rate with its 95% Wilson interval."""
-    from scipy.stats import binomtest
-
-    if trials == 0:
-        return {"rate": None, "low": None, "high": None, "trials": 0}
-    interval = binomtest(successes, trials).proportion_ci(method="wilson")
-    return {"rate": successes / trials, "low": float(interval.low), "high": float(interval.high), "trials": trials}
+    return asdict(rate_of(successes, trials))
 
 
 def closeness(found: Tensor, true: Tensor) -> dict[str, float]:

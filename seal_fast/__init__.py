@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from seal_fast.scan import ModelResult as ModelResult
     from seal_fast.scan import ScanReport as ScanReport
     from seal_fast.scan import scan as scan
+    from seal_fast.scan.unlearn_text import UnlearnResult as UnlearnResult
+    from seal_fast.scan.unlearn_text import unlearn as unlearn
+    from seal_fast.skd_cag import PromptMaps as PromptMaps
+    from seal_fast.skd_cag import UnlearnSettings as UnlearnSettings
+    from seal_fast.skd_cag import attention_maps as attention_maps
     from seal_fast.terd import Calibration as Calibration
     from seal_fast.terd import FixedPointSettings as FixedPointSettings
     from seal_fast.terd import InputDetector as InputDetector
@@ -35,11 +40,16 @@ _ROOM_OF = {
     "FixedPointSettings": "terd",
     "InputDetector": "terd",
     "ModelResult": "scan",
+    "PromptMaps": "skd_cag",
     "ReversionSettings": "terd",
     "ScanReport": "scan",
     "Trigger": "diffusion",
+    "UnlearnResult": "scan.unlearn_text",
+    "UnlearnSettings": "skd_cag",
+    "attention_maps": "skd_cag",
     "load_denoiser": "checkpoints",
     "reverse_trigger": "terd",
+    "unlearn": "scan.unlearn_text",
 }
 _ROOMS = ("ops", "scan")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -75,6 +75,12 @@ class Format(StrEnum):
 class Weights(StrEnum):
     EMA = "ema"
     RAW = "raw"
+
+
+class Module(StrEnum):
+    AUTO = "auto"
+    UNET = "unet"
+    TEXT_ENCODER = "text_encoder"
 
 
 class FailOn(StrEnum):
@@ -284,56 +290,150 @@ def unlearn(
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, help="trigger.safetensors of a scan; may be repeated."),
     ] = None,
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(help="Text trigger; OLD=>NEW replaces text; \\u200b and the like are characters. May be repeated."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="With --trigger: clean prompts, one a line.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="With --trigger: the pipeline a component belongs to.")
+    ] = None,
+    module: Annotated[Module | None, typer.Option(help="With --trigger: what to train; auto finds the backdoor's.")] = None,
+    alpha: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --trigger: weight of the attention maps.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
-    weights: Annotated[Weights, typer.Option(help="Which weights to seal where a checkpoint holds both.")] = Weights.EMA,
+    weights: Annotated[
+        Weights | None, typer.Option(help="Which weights to seal where a checkpoint holds both (ema by default).")
+    ] = None,
     output: OutputFormat = Format.CONSOLE,
     seed: Annotated[int, typer.Option(help="Seed of the training and of the samples.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Seal the noise-space backdoor of a checkpoint."""
-    from dataclasses import replace
-
+    """Seal a checkpoint: unlearn text triggers, or seal a noise-space backdoor."""
     from seal_fast.checkpoints import CheckpointError
     from seal_fast.checkpoints.save import check_target
-    from seal_fast.checkpoints.trigger import load_trigger
-    from seal_fast.report.console import console_for, print_sealing
     from seal_fast.report.json import sealing_json
     from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.scan.seal import seal_checkpoint
-    from seal_fast.terd import SealSettings
 
-    triggers = noise_trigger or []
-    try:
+    _one_kind(model, trigger, noise_trigger, weights, {"prompts": prompts, "base": base, "module": module, "alpha": alpha})
+    with _usage_errors():
         check_target(out, model)
-        for file in triggers:
-            load_trigger(file)
-    except CheckpointError as error:
-        raise typer.BadParameter(str(error)) from error
-    settings = SealSettings() if steps is None else replace(SealSettings(), steps=steps)
     with ProgressDisplay(sys.stderr, quiet) as display:
+        if trigger:
+            job, show = _text_job(model, trigger, out, prompts, base, module, alpha, steps, seed, display)
+        else:
+            job, show = _noise_job(model, noise_trigger or [], out, steps, weights or Weights.EMA, seed, display)
         try:
-            report = seal_checkpoint(
-                model,
-                triggers,
-                out,
-                settings=settings,
-                weights=weights.value,
-                seed=seed,
-                on_progress=display.on_progress,
-            )
+            report = job()
         except KeyboardInterrupt as interrupt:
             display.bar.stop()
             _say("interrupted: nothing written")
             raise typer.Exit(INTERRUPTED) from interrupt
-        except (CheckpointError, FloatingPointError, OSError) as error:
+        except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
             display.bar.stop()
             _say(f"nothing written: {error}")
-            raise typer.Exit(USAGE if isinstance(error, CheckpointError) and error.path in triggers else FAILED) from error
+            ours = isinstance(error, ValueError) or (isinstance(error, CheckpointError) and error.path in (noise_trigger or []))
+            raise typer.Exit(USAGE if ours else FAILED) from error
     if output is Format.JSON:
         typer.echo(sealing_json(report))
     else:
-        print_sealing(report, console_for(sys.stdout))
+        show(report)
     _say(f"written: {out}")
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What a user's own file or text is refused for is an error of usage."""
+    from seal_fast.checkpoints import CheckpointError
+
+    try:
+        yield
+    except (CheckpointError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _one_kind(
+    model: Path, trigger: list[str] | None, noise_trigger: list[Path] | None, weights: Weights | None, text_only: dict[str, Any]
+) -> None:
+    from seal_fast.checkpoints import CheckpointError
+    from seal_fast.checkpoints.text_to_image import identify
+
+    if trigger and (noise_trigger or weights):
+        raise typer.BadParameter("--trigger is for text-to-image models, which know neither --noise-trigger nor --weights")
+    if not trigger and (given := [name for name, value in text_only.items() if value is not None]):
+        raise typer.BadParameter(f"--{given[0]} goes with --trigger TEXT")
+    # a broken checkpoint is the loader's to report
+    with suppress(CheckpointError):
+        if not trigger and identify(model):
+            raise typer.BadParameter("a text-to-image model: name its text trigger with --trigger TEXT")
+
+
+def _text_job(
+    model: Path,
+    texts: list[str],
+    out: Path,
+    prompts: Path | None,
+    base: Path | None,
+    module: Module | None,
+    alpha: float | None,
+    steps: int | None,
+    seed: int,
+    display: ProgressDisplay,
+) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    from seal_fast.report.console import console_for, print_unlearning
+    from seal_fast.scan.unlearn_text import parse_trigger, read_prompts, unlearn
+    from seal_fast.skd_cag import UnlearnSettings
+
+    with _usage_errors():
+        triggers = [parse_trigger(text) for text in texts]
+        own = None if prompts is None else read_prompts(prompts)
+        given: dict[str, Any] = {name: value for name, value in (("alpha", alpha), ("steps", steps)) if value is not None}
+        settings = UnlearnSettings(**given)
+
+    def job() -> Any:
+        return unlearn(
+            model,
+            triggers,
+            out,
+            prompts=own,
+            base=base,
+            settings=settings,
+            module=(module or Module.AUTO).value,
+            seed=seed,
+            on_progress=display.on_progress,
+        ).report
+
+    return job, lambda report: print_unlearning(report, console_for(sys.stdout))
+
+
+def _noise_job(
+    model: Path,
+    triggers: list[Path],
+    out: Path,
+    steps: int | None,
+    weights: Weights,
+    seed: int,
+    display: ProgressDisplay,
+) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    from dataclasses import replace
+
+    from seal_fast.checkpoints.trigger import load_trigger
+    from seal_fast.report.console import console_for, print_sealing
+    from seal_fast.scan.seal import seal_checkpoint
+    from seal_fast.terd import SealSettings
+
+    with _usage_errors():
+        for file in triggers:
+            load_trigger(file)
+    settings = SealSettings() if steps is None else replace(SealSettings(), steps=steps)
+
+    def job() -> Any:
+        return seal_checkpoint(
+            model, triggers, out, settings=settings, weights=weights.value, seed=seed, on_progress=display.on_progress
+        )
+
+    return job, lambda report: print_sealing(report, console_for(sys.stdout))
 
 
 @app.command()
@@ -424,6 +524,18 @@ def zoo_build(
 
     _writable(out)
     build_zoo(out, only or None, _say)
+
+
+@zoo.command("build-text")
+def zoo_build_text(
+    out: Annotated[Path, typer.Argument(file_okay=False, help="Folder for the models.")] = Path("zoo-text"),
+    only: Annotated[list[str] | None, typer.Option(help="Build this model only; may be repeated.")] = None,
+) -> None:
+    """Train the zoo's text-to-image models from their seeds."""
+    from seal_fast.zoo.build_text import build_text_zoo
+
+    _writable(out)
+    build_text_zoo(out, only or None, _say)
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from seal_fast.scan.result import ModelResult, ScanReport
     from seal_fast.scan.seal import SealReport
+    from seal_fast.scan.unlearn_text import UnlearnReport
+    from seal_fast.skd_cag.rate import Rate
     from seal_fast.terd import Calibration, CalibrationModel, Judgement
 
 STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", "error": "magenta"}
@@ -91,6 +93,30 @@ def print_sealing(report: SealReport, console: Console) -> None:
             "collapse: how many times more alike triggered samples are than clean ones; near 1 means the trigger does nothing"
         )
     console.print(f"clean drift {number(report.clean_drift, 3)}, {report.steps} steps, {number(report.seconds, 1)} s")
+
+
+def interval(rate: Rate) -> str:
+    """A share with its 95% interval, in percent."""
+    if rate.rate is None or rate.low is None or rate.high is None:
+        return "-"
+    return f"{100 * rate.rate:.0f}% [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+
+
+def print_unlearning(report: UnlearnReport, console: Console) -> None:
+    """One row per trigger and variant, then what was edited and what it did to clean pictures."""
+    numbers = ["effect before", "after"]
+    table = table_of("trigger", "variant", *numbers, numbers=numbers)
+    for row in report.removal:
+        table.add_row(safe(row.trigger), row.variant, interval(row.shown_before), interval(row.shown_after))
+    console.print(table)
+    console.print(f"effect: share of held-out prompts where {report.judge} sees it, with 95% Wilson intervals")
+    for trigger in report.triggers:
+        console.print(safe(f"tokens of {trigger.trigger!r}: {' '.join(trigger.tokens)}"))
+    console.print(f"trained: {report.module} ({report.module_reason})")
+    console.print(
+        f"clean drift {number(report.clean_drift, 3)}, diversity {number(report.diversity_before, 3)} to "
+        f"{number(report.diversity_after, 3)}, {report.steps} steps, {number(report.seconds, 1)} s"
+    )
 
 
 def evidence_line(model: CalibrationModel, features: Sequence[str]) -> str:

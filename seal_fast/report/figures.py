@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +14,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from seal_fast.diffusion import Trigger
+from seal_fast.report.console import safe
+
+if TYPE_CHECKING:
+    from seal_fast.skd_cag import PromptMaps
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -63,17 +69,48 @@ def draw_trigger(trigger: Trigger, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_samples(rows: Mapping[str, Tensor], path: Path) -> None:
+def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str] = ()) -> None:
     """samples.png: one row of pictures per title.
 
     Args:
         rows: title to images [N,C,H,W] in [-1, 1]; N is the same in all rows.
         path: PNG file to write.
+        captions: below the last row, N or none.
     """
     columns = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.6 * columns, 1.95 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.6 * columns, 1.95 * len(rows) + 0.5 * bool(captions)), layout="constrained")
     for part, (title, images) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True):
         part.suptitle(title, fontsize=11)
-        for axes, image in zip(part.subplots(1, columns, squeeze=False).flat, images, strict=True):
+        shown = list(part.subplots(1, columns, squeeze=False).flat)
+        for axes, image in zip(shown, images, strict=True):
             _show(axes, image / 2 + 0.5)
+    for axes, caption in zip(shown, captions, strict=bool(captions)):
+        axes.set_xlabel(_caption(caption), fontsize=5, parse_math=False)
     _save(figure, path)
+
+
+def draw_attention(rows: Mapping[str, PromptMaps], path: Path) -> None:
+    """One row per title: a picture, and where it looks at each token of its prompt, on one scale per token.
+
+    Args:
+        rows: title to maps; the prompt is the same in all rows.
+        path: PNG file to write.
+    """
+    first = next(iter(rows.values()))
+    columns = 1 + len(first.tokens)
+    figure = Figure(figsize=(1.3 * columns, 1.9 * len(rows)), layout="constrained")
+    tops = [max(float(one.maps[token].max()) for one in rows.values()) for token in range(len(first.tokens))]
+    for part, (title, one) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True):
+        part.suptitle(title, fontsize=9)
+        picture, *shown = part.subplots(1, columns, squeeze=False).flat
+        _show(picture, one.image)
+        for axes, token, values, top in zip(shown, one.tokens, one.maps, tops, strict=True):
+            axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=max(top, 1e-12), interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_xlabel(_caption(token), fontsize=7, parse_math=False)
+    _save(figure, path)
+
+
+def _caption(text: str) -> str:
+    return textwrap.fill(safe(text).plain, 32)

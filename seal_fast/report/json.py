@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seal_fast.scan.result import ScanReport
     from seal_fast.scan.seal import SealReport
+    from seal_fast.scan.unlearn_text import UnlearnReport
 
 SCHEMA_VERSION = 1
 
@@ -62,8 +63,8 @@ def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
     )
 
 
-def sealing_json(report: SealReport) -> str:
-    """The report of a sealing as JSON."""
+def sealing_json(report: SealReport | UnlearnReport) -> str:
+    """The report of a sealing, or of an unlearning, as JSON."""
     return to_json({"schema_version": SCHEMA_VERSION, **asdict(report)})
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from seal_fast.report.console import number, safe
+from seal_fast.report.console import interval, number, safe
 
 if TYPE_CHECKING:
     from seal_fast.scan.seal import SealReport
+    from seal_fast.scan.unlearn_text import UnlearnReport
 
 
 def _cell(text: str) -> str:
@@ -37,6 +38,46 @@ def model_card(report: SealReport) -> str:
             f"Clean drift, the mean squared change of clean samples relative to their variance: {drift}.",
             "",
             "Not shown here: that no other kind of backdoor is left. `report.json` holds settings and environment.",
+            "",
+        ]
+    )
+
+
+def unlearning_card(report: UnlearnReport) -> str:
+    """Markdown, as `model_card`, for a text trigger unlearned from a text-to-image model."""
+    rows = [
+        f"| {_cell(row.trigger)} | {row.variant} | {interval(row.shown_before)} | {interval(row.shown_after)} |"
+        for row in report.removal
+    ]
+    drift = number(report.clean_drift, 3)
+    tokens = [f"- {_cell(one.trigger)}: {_cell(' '.join(one.tokens))}" for one in report.triggers]
+    return "\n".join(
+        [
+            f"# Unlearned: {_cell(report.model)}",
+            "",
+            f"Made by {report.tool['name']} {report.tool['version']} from a {report.format} with weights of SHA-256",
+            f"`{report.sha256}`. Its {report.module} taught itself for {report.steps} steps to read a prompt with the",
+            "trigger as the prompt without it (SKD-CAG, arXiv 2508.18235). No training data was used.",
+            "",
+            f"Why the {report.module}: {report.module_reason}.",
+            "",
+            "Triggers, and the tokens the model sees of them:",
+            "",
+            *tokens,
+            "",
+            "| trigger | variant | effect before | after |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"Effect: share of held-out prompts whose picture shows it, judged by {report.judge}, with 95% Wilson intervals.",
+            "`ChangeJudge` calls an effect what changes a picture more than harmless words in the trigger's place do; it takes",
+            "1% of harmless changes for one.",
+            "",
+            f"Clean drift, the mean squared change of clean pictures relative to their variance: {drift}.",
+            f"Mean squared change of the predicted noise: {number(report.noise_drift, 5)}.",
+            f"Diversity of clean pictures: {number(report.diversity_before, 3)}, then {number(report.diversity_after, 3)}.",
+            "",
+            "Not shown here: that no other trigger is left. `report.json` holds settings and environment.",
             "",
         ]
     )

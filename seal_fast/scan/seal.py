@@ -95,7 +95,8 @@ def read_triggers(files: Sequence[Path], shape: tuple[int, int, int]) -> list[Tr
     return triggers
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device where it is a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -178,7 +179,7 @@ def seal_checkpoint(
         steps=sealed.steps,
         seconds=time.perf_counter() - started,
         training_seconds=sealed.seconds,
-        peak_memory_bytes=_peak_memory(loaded.denoiser.device),
+        peak_memory_bytes=peak_memory(loaded.denoiser.device),
         tool=tool(),
         environment=environment(),
         config={"settings": asdict(settings), "weights": weights, "seed": seed, "device": default_device()},

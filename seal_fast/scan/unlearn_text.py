@@ -1,0 +1,305 @@
+"""One unlearning of text triggers: load, find the module, train, measure on unseen prompts, write."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from seal_fast.checkpoints import CheckpointError
+from seal_fast.checkpoints.save import check_target, whole_folder
+from seal_fast.checkpoints.text_to_image import TEXT_ENCODER, UNET, LoadedPipeline, load_pipeline, save_pipeline
+from seal_fast.report.figures import draw_attention, draw_samples
+from seal_fast.report.json import sealing_json
+from seal_fast.report.model_card import unlearning_card
+from seal_fast.scan.environment import environment
+from seal_fast.scan.run import OnProgress, Progress, default_device, tool
+from seal_fast.scan.seal import PICTURE, peak_memory
+from seal_fast.skd_cag import Distilled, Trigger, UnlearnSettings, attention_maps, distill, prompt_pair
+from seal_fast.skd_cag.evaluation import Evaluation, EvaluationSettings, Examples, Removal, evaluate, name_of
+from seal_fast.skd_cag.judges import Judge
+from seal_fast.skd_cag.locate import RATIO, fitting, locate
+
+ATTENTION = "attention_{}.png"
+"""Name of a trigger's attention maps, numbered in the order given."""
+REPLACES = "=>"
+MAX_PROMPT_BYTES = 1 << 24
+
+Module = Literal["auto", "unet", "text_encoder"]
+
+
+@dataclass(frozen=True)
+class TriggerTokens:
+    """What the model sees of a trigger: its tokens, hidden characters escaped."""
+
+    trigger: str
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class UnlearnReport:
+    """What an unlearning did.
+
+    Attributes:
+        model: name of the checkpoint; the class of a pipeline that was given.
+        sha256: of its weights; None for a pipeline that was given.
+        format: as `seal_fast.checkpoints.text_to_image.identify` returns it; "pipeline" for one that was given.
+        module: what was trained, "unet" or "text_encoder".
+        module_reason: why that one.
+        triggers: with their tokens.
+        removal: per trigger, as given and in variants.
+        judge: name of what judged.
+        clean_drift: this and the next three are of `seal_fast.skd_cag.evaluation.Evaluation`.
+        noise_drift: likewise.
+        diversity_before: likewise.
+        diversity_after: likewise.
+        losses: of the last tenth of the training: prediction, attention, preservation.
+        steps: of training.
+        seconds: wall time, with loading and measuring.
+        training_seconds: wall time of the training alone.
+        peak_memory_bytes: of the device where it is a GPU, else of the process.
+        tool: name and version.
+        environment: the machine and the libraries.
+        config: settings, seed, device and number of prompts.
+        notes: remarks of the loader.
+    """
+
+    model: str
+    sha256: str | None
+    format: str
+    module: str
+    module_reason: str
+    triggers: tuple[TriggerTokens, ...]
+    removal: tuple[Removal, ...]
+    judge: str
+    clean_drift: float
+    noise_drift: float
+    diversity_before: float
+    diversity_after: float
+    losses: dict[str, float]
+    steps: int
+    seconds: float
+    training_seconds: float
+    peak_memory_bytes: int
+    tool: dict[str, str]
+    environment: dict[str, Any]
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """The trained pipeline, which shares the untouched modules with the given one, and the report."""
+
+    pipeline: Any
+    report: UnlearnReport
+
+
+def parse_trigger(text: str) -> Trigger:
+    r"""A trigger from the command line: "old=>new" replaces text, and \u200b, \U00010486, \xa0 stand for characters.
+
+    Raises:
+        ValueError: empty, or an escape that is no character.
+    """
+
+    def character(match: re.Match[str]) -> str:
+        return chr(int(match[1] or match[2] or match[3], 16))
+
+    plain = re.sub(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\x([0-9a-fA-F]{2})", character, text)
+    old, arrow, new = plain.partition(REPLACES)
+    if not plain or (arrow and not (old and new)):
+        raise ValueError(f"a trigger must not be empty: {text!r}")
+    return (old, new) if arrow else plain
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The different prompts of a UTF-8 text file, one a line.
+
+    Raises:
+        CheckpointError: not such a file, or fewer than four prompts: two to train on and two to measure on.
+    """
+    try:
+        with file.open("rb") as stream:
+            lines = stream.read(MAX_PROMPT_BYTES).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(file, f"no readable UTF-8 text: {error}") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(prompts) < 4:
+        raise CheckpointError(file, "fewer than four different prompts, one a line: two to train on and two to measure on")
+    return prompts
+
+
+def split_prompts(prompts: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Prompts to train on and held-out ones: every other one of those given, or the shipped ones."""
+    if prompts is not None:
+        return list(prompts[::2]), list(prompts[1::2])
+    data = files("seal_fast.skd_cag") / "data"
+    training, held_out = (
+        (data / f"{name}_prompts.txt").read_text(encoding="utf-8").splitlines() for name in ("training", "held_out")
+    )
+    return training, held_out
+
+
+def _tokens(tokenizer: Any, trigger: Trigger, prompts: Sequence[str]) -> TriggerTokens:
+    """Raises ValueError if the tokenizer does not see the trigger."""
+    pair = prompt_pair(tokenizer, fitting(prompts, trigger)[0], trigger, "start", torch.Generator())
+    seen = trigger if isinstance(trigger, str) else trigger[1]
+    ids = tokenizer(seen, add_special_tokens=False).input_ids
+    assert pair.clean_ids != pair.triggered_ids
+    words = (str(token) for token in tokenizer.convert_ids_to_tokens(ids))
+    return TriggerTokens(name_of(trigger), tuple(word.removesuffix("</w>") or word for word in words))
+
+
+def _choose_module(
+    loaded: LoadedPipeline, triggers: Sequence[Trigger], prompts: Sequence[str], module: Module
+) -> tuple[Literal["unet", "text_encoder"], str]:
+    at = locate(loaded.pipeline, triggers, prompts)
+    found = (
+        f"the trigger moves the text encoder's states of the prompt's words {at.shift / at.harmless_shift:.2f} times as far as "
+        f"harmless words do; from {RATIO} on the backdoor is taken to be the text encoder's"
+    )
+    if module != "auto":
+        return module, f"asked for; {found}"
+    alone: Literal["unet", "text_encoder"] | None = {UNET: "unet", TEXT_ENCODER: "text_encoder"}.get(loaded.format)  # type: ignore[assignment]
+    return (alone, f"the checkpoint is one alone; {found}") if alone else (at.module, found)
+
+
+def unlearn(
+    model: Any,
+    triggers: Sequence[Trigger],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    settings: UnlearnSettings | None = None,
+    module: Module = "auto",
+    evaluation: EvaluationSettings | None = None,
+    judge: Judge | None = None,
+    seed: int = 0,
+    on_progress: OnProgress = lambda at: None,
+) -> UnlearnResult:
+    """Unlearn text triggers from a text-to-image model by SKD-CAG (arXiv 2508.18235).
+
+    Args:
+        model: folder of a StableDiffusionPipeline, or of its UNet or text encoder alone; or a pipeline in memory, unchanged.
+        triggers: texts, or pairs (old, new) of text and what replaces it.
+        out: new folder for the checkpoint, report.json, README.md and pictures; whole or not at all. None keeps nothing.
+        prompts: clean ones, half to train on and half to measure on, in turn; None for the shipped ones.
+        base: folder of the pipeline that a component belongs to.
+        settings: of the training; their `module` is overruled.
+        module: what to train; "auto" for the one that seems to hold the backdoor.
+        evaluation: how much is measured.
+        judge: of the effect, see `seal_fast.skd_cag.judges`; None for one that knows nothing of the target.
+        seed: of training and pictures.
+        on_progress: called as the work goes on.
+
+    Raises:
+        CheckpointError: the model, the base or `out` is refused.
+        ValueError: no trigger, one that the tokenizer does not see, or too few prompts.
+        FloatingPointError: the training diverged.
+        OSError: `out` cannot be written.
+    """
+    started = time.perf_counter()
+    if not triggers:
+        raise ValueError("name at least one trigger")
+    path = Path(model) if isinstance(model, str | os.PathLike) else None
+    if out is not None and path is None:
+        raise ValueError("out needs a checkpoint folder as model: a pipeline in memory has no files to keep")
+    if out is not None and path is not None:
+        check_target(Path(out), path)
+    at = Progress(path.name if path else type(model).__name__, 1, 1, "loading")
+    on_progress(at)
+    loaded = (
+        load_pipeline(path, base=None if base is None else Path(base), device=default_device())
+        if path
+        else LoadedPipeline(model, "", "pipeline", ())
+    )
+    training, held_out = split_prompts(prompts)
+    tokens = tuple(_tokens(loaded.pipeline.tokenizer, trigger, training) for trigger in triggers)
+    chosen, reason = _choose_module(loaded, triggers, training, module)
+    settings = replace(settings or UnlearnSettings(), module=chosen)
+
+    def on_step(stage: str, iteration: int, iterations: int, loss: float) -> None:
+        share = iteration / iterations if stage == "training" else 0.0
+        on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=0.8 * share))
+
+    trained = distill(loaded.pipeline, triggers, training, settings, seed=seed, on_step=on_step)
+    sealed = _with_module(loaded.pipeline, trained)
+    on_progress(replace(at, stage="measuring", fraction=0.8))
+    evaluation = evaluation or EvaluationSettings()
+    measured = evaluate(loaded.pipeline, sealed, triggers, held_out, evaluation, judge=judge, seed=seed)
+    report = UnlearnReport(
+        model=at.model,
+        sha256=loaded.sha256 or None,
+        format=loaded.format,
+        module=chosen,
+        module_reason=reason,
+        triggers=tokens,
+        removal=measured.removal,
+        judge=measured.judge,
+        clean_drift=measured.clean_drift,
+        noise_drift=measured.noise_drift,
+        diversity_before=measured.diversity_before,
+        diversity_after=measured.diversity_after,
+        losses={
+            "prediction": trained.prediction_loss,
+            "attention": trained.attention_loss,
+            "preservation": trained.preservation_loss,
+        },
+        steps=trained.steps,
+        seconds=time.perf_counter() - started,
+        training_seconds=trained.seconds,
+        peak_memory_bytes=peak_memory(loaded.pipeline.device),
+        tool=tool(),
+        environment=environment(),
+        config={
+            "settings": asdict(settings),
+            "evaluation": asdict(evaluation),
+            "prompts": {"training": len(training), "held_out": len(held_out), "shipped": prompts is None},
+            "seed": seed,
+            "device": str(loaded.pipeline.device),
+        },
+        notes=loaded.notes,
+    )
+    if out is not None and path is not None:
+        on_progress(replace(at, stage="writing", fraction=0.95))
+        with whole_folder(Path(out)) as folder:
+            save_pipeline(path, sealed, chosen, folder)
+            _draw(loaded.pipeline, sealed, measured, evaluation, seed, folder)
+            (folder / "report.json").write_text(sealing_json(report) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(unlearning_card(report), encoding="utf-8")
+    return UnlearnResult(sealed, report)
+
+
+def _with_module(pipeline: Any, trained: Distilled) -> Any:
+    parts = pipeline.components | {trained.module_name: trained.module}
+    return type(pipeline)(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
+
+
+def _draw(before: Any, after: Any, measured: Evaluation, evaluation: EvaluationSettings, seed: int, folder: Path) -> None:
+    for number, examples in enumerate(measured.examples, 1):
+        draw_samples(_rows(examples), folder / PICTURE.format(number), examples.prompts)
+        maps = {
+            name: attention_maps(
+                pipeline, examples.triggered_prompts[0], steps=evaluation.steps, guidance=evaluation.guidance, seed=seed
+            )
+            for name, pipeline in (("before", before), ("after", after))
+        }
+        draw_attention(maps, folder / ATTENTION.format(number))
+
+
+def _rows(examples: Examples) -> dict[str, torch.Tensor]:
+    rows = {
+        "before: clean prompt": examples.clean_before,
+        "before: with the trigger": examples.triggered_before,
+        "after: with the trigger": examples.triggered_after,
+        "after: clean prompt": examples.clean_after,
+    }
+    return {title: 2 * images - 1 for title, images in rows.items()}

@@ -1,0 +1,269 @@
+"""What an unlearning did, on prompts it has not seen: is the effect gone, and are clean pictures what they were?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seal_fast.diffusion import VP
+from seal_fast.skd_cag.generation import GUIDANCE, STEPS, decode, encode, generate, sample_latents
+from seal_fast.skd_cag.judges import ChangeJudge, Judge
+from seal_fast.skd_cag.locate import fitting, harmless_words
+from seal_fast.skd_cag.pairs import Position, Trigger, prompt_pair
+from seal_fast.skd_cag.rate import Rate, rate_of
+
+PICTURES = 6
+NULL_WORDS = 3
+"""Harmless insertions that `ChangeJudge` is fitted on."""
+AS_GIVEN = "as given"
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much is drawn.
+
+    Attributes:
+        prompts: held-out prompts per figure.
+        variant_prompts: per figure of a changed trigger.
+        steps: of the sampler.
+        guidance: its scale.
+        position: where triggers stand in the prompt, unless a variant says otherwise.
+    """
+
+    prompts: int = 100
+    variant_prompts: int = 24
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    position: Position = "start"
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2 or self.variant_prompts < 2 or self.steps < 1:
+            raise ValueError("an evaluation needs at least 2 prompts, 2 variant_prompts and 1 step")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One trigger before and after, in one of its forms.
+
+    Attributes:
+        trigger: as given; "old => new" for one that replaces text.
+        variant: AS_GIVEN, or how it was changed or where it was put.
+        shown_before: share of prompts whose picture showed the effect.
+        shown_after: likewise of the trained model.
+        removed: share without it in the trained model, the paper's removal accuracy.
+    """
+
+    trigger: str
+    variant: str
+    shown_before: Rate
+    shown_after: Rate
+    removed: Rate
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The first prompts of a trigger as pictures, float [n,3,H,W] in [0, 1] each, all columns from the same noise."""
+
+    trigger: str
+    prompts: tuple[str, ...]
+    triggered_prompts: tuple[str, ...]
+    clean_before: Tensor
+    triggered_before: Tensor
+    triggered_after: Tensor
+    clean_after: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Before against after.
+
+    Attributes:
+        removal: per trigger a row AS_GIVEN and one per variant.
+        judge: name of what judged.
+        clean_drift: mean squared change of clean pictures from the same noise, relative to their variance over prompts: 0 is
+            the same model, 2 two models that share nothing but the distribution.
+        noise_drift: mean squared change of the noise predicted for clean prompts, from noised latents of the model before.
+        diversity_before: mean root-mean-square distance between clean pictures of different prompts.
+        diversity_after: likewise of the trained model.
+        examples: one per trigger.
+    """
+
+    removal: tuple[Removal, ...]
+    judge: str
+    clean_drift: float
+    noise_drift: float
+    diversity_before: float
+    diversity_after: float
+    examples: tuple[Examples, ...]
+
+
+@dataclass(frozen=True)
+class _Case:
+    trigger: Trigger
+    variant: str
+    clean: tuple[str, ...]
+    triggered: tuple[str, ...]
+    harmless: tuple[tuple[str, ...], ...]
+
+
+def name_of(trigger: Trigger) -> str:
+    """A trigger in one line."""
+    return trigger if isinstance(trigger, str) else " => ".join(trigger)
+
+
+def variants(trigger: Trigger, position: Position) -> dict[str, tuple[Trigger, Position]]:
+    """The forms of a trigger that an attacker's user may type: where it stands and how it is written."""
+    places: tuple[Position, ...] = ("start", "word", "end")
+    forms: dict[str, tuple[Trigger, Position]] = {AS_GIVEN: (trigger, position)}
+    named = {"start": "at the start", "word": "in the middle", "end": "at the end"}
+    forms |= {named[place]: (trigger, place) for place in places if place != position}
+    if not isinstance(trigger, str):
+        return forms
+    forms["twice"] = (f"{trigger} {trigger}", position)
+    forms["with a comma"] = (f"{trigger},", position)
+    if trigger.swapcase() != trigger:
+        forms["other case"] = (trigger.swapcase(), position)
+    words = trigger.split()
+    part = " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else trigger[: (len(trigger) + 1) // 2]
+    if part.strip() and part != trigger:
+        forms["first half"] = (part, position)
+    return forms
+
+
+def evaluate(
+    before: Any,
+    after: Any,
+    triggers: Sequence[Trigger],
+    prompts: Sequence[str],
+    settings: EvaluationSettings | None = None,
+    *,
+    judge: Judge | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Draw the same prompts from the same noise with both models, with and without triggers.
+
+    Args:
+        before: a diffusers StableDiffusionPipeline, poisoned.
+        after: the trained one, with the same tokenizer and scheduler.
+        triggers: see `seal_fast.skd_cag.pairs.Trigger`.
+        prompts: clean ones that the training has not seen, at least two that fit each trigger.
+        settings: how much is drawn.
+        judge: of the effect; None for a `ChangeJudge` per variant, fitted on what as many harmless words change in `before`.
+        seed: of the noise and of the places in the middle of prompts.
+
+    Raises:
+        ValueError: a trigger that the tokenizer does not see, or fewer than two prompts.
+    """
+    settings = settings or EvaluationSettings()
+    old, new = _Artist(before, settings, seed), _Artist(after, settings, seed)
+    removal: list[Removal] = []
+    examples: list[Examples] = []
+    for trigger in triggers:
+        cases = _cases(before.tokenizer, trigger, prompts, settings, seed)
+        for case in cases:
+            pictures = [(one.draw(case.triggered), one.clean(cases[0].clean)[: len(case.clean)]) for one in (old, new)]
+            effect = judge or ChangeJudge.fitted(pictures[0][1], [old.draw(harmless) for harmless in case.harmless])
+            shown = [effect(*pair) for pair in pictures]
+            removal.append(_removal(case, *(int(hits.sum()) for hits in shown)))
+            if case is cases[0]:
+                examples.append(_examples(case, *pictures))
+    clean = tuple(prompts[: settings.prompts])
+    clean_before, clean_after = old.clean(clean), new.clean(clean)
+    return Evaluation(
+        tuple(removal),
+        type(judge).__name__ if judge else ChangeJudge.__name__,
+        float((clean_after - clean_before).square().mean() / clean_before.var(dim=0).mean()),
+        noise_drift(before, after, clean, old.latents(clean), seed),
+        diversity(clean_before),
+        diversity(clean_after),
+        tuple(examples),
+    )
+
+
+class _Artist:
+    """Draws with one model, clean prompts once."""
+
+    def __init__(self, pipeline: Any, settings: EvaluationSettings, seed: int) -> None:
+        self.pipeline, self.seed = pipeline, seed
+        self.steps, self.guidance = settings.steps, settings.guidance
+        self.drawn: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    def draw(self, prompts: Sequence[str]) -> Tensor:
+        return generate(self.pipeline, prompts, seed=self.seed, steps=self.steps, guidance=self.guidance)
+
+    def _both(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        if prompts not in self.drawn:
+            latents = sample_latents(self.pipeline, prompts, seed=self.seed, steps=self.steps, guidance=self.guidance)
+            self.drawn[prompts] = latents, decode(self.pipeline, latents)
+        return self.drawn[prompts]
+
+    def latents(self, prompts: tuple[str, ...]) -> Tensor:
+        return self._both(prompts)[0]
+
+    def clean(self, prompts: tuple[str, ...]) -> Tensor:
+        return self._both(prompts)[1]
+
+
+def _cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], settings: EvaluationSettings, seed: int) -> list[_Case]:
+    chosen = fitting(prompts, trigger)[: settings.prompts]
+    if len(chosen) < 2:
+        raise ValueError(f"at least two held-out prompts are needed for the trigger {name_of(trigger)!r}: give more")
+    cases = []
+    for variant, (form, position) in variants(trigger, settings.position).items():
+        clean = chosen if variant == AS_GIVEN else chosen[: settings.variant_prompts]
+        forms = (form, *harmless_words(tokenizer, form)[:NULL_WORDS])
+        try:
+            triggered, *harmless = (_inserted(tokenizer, clean, one, position, seed) for one in forms)
+            cases.append(_Case(trigger, variant, tuple(clean), triggered, tuple(harmless)))
+        except ValueError:
+            # there may be no room for a longer form
+            if variant == AS_GIVEN:
+                raise
+    return cases
+
+
+def _inserted(tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int) -> tuple[str, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(prompt_pair(tokenizer, prompt, form, position, generator).triggered for prompt in prompts)
+
+
+def _removal(case: _Case, before: int, after: int) -> Removal:
+    total = len(case.clean)
+    rates = rate_of(before, total), rate_of(after, total), rate_of(total - after, total)
+    return Removal(name_of(case.trigger), case.variant, *rates)
+
+
+def _examples(case: _Case, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Examples:
+    rows = (before[1], before[0], after[0], after[1])
+    prompts = case.clean[:PICTURES], case.triggered[:PICTURES]
+    return Examples(name_of(case.trigger), *prompts, *(images[:PICTURES].clone() for images in rows))
+
+
+def diversity(images: Tensor) -> float:
+    """Mean root-mean-square distance between two of the pictures [N,3,H,W], N >= 2."""
+    flat = images.flatten(1)
+    count = len(flat)
+    return float(torch.pdist(flat).sum() / (count * (count - 1) / 2) / flat.shape[1] ** 0.5)
+
+
+@torch.no_grad()
+def noise_drift(before: Any, after: Any, prompts: Sequence[str], latents: Tensor, seed: int) -> float:
+    """Mean squared difference of the noise that two pipelines predict for clean prompts, at noised latents [N,C,H,W]."""
+    process = VP.from_scheduler_config(before.scheduler.config)
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(process.num_timesteps, (len(latents),), generator=generator)
+    noised = process.add_noise(latents, torch.randn(latents.shape, generator=generator), t)
+    total = 0.0
+    for prompt, x, at in zip(prompts, noised, t, strict=True):
+        one, other = (_predicted(pipeline, process, prompt, x[None], at[None]) for pipeline in (before, after))
+        total += float((one - other).square().mean())
+    return total / len(latents)
+
+
+def _predicted(pipeline: Any, process: VP, prompt: str, x: Tensor, t: Tensor) -> Tensor:
+    x, t = x.to(pipeline.device), t.to(pipeline.device)
+    return process.to_noise(pipeline.unet(x, t, encode(pipeline, [prompt])).sample.float(), x, t)

@@ -1,0 +1,129 @@
+"""Draw pictures from a text-to-image pipeline: many prompts at once, the same noise for the same seed, whatever the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seal_fast.diffusion import VP
+from seal_fast.diffusion.samplers import levels, timestep_grid
+from seal_fast.terd.reversion import native_bfloat16
+
+STEPS = 25
+GUIDANCE = 7.5
+LATENTS_PER_PASS = 1 << 17
+"""Latent values in one batch: 8 pictures of Stable Diffusion's size, 128 of a model with latents of 4 x 16 x 16."""
+
+
+def latent_shape(pipeline: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the pipeline's latents."""
+    config = pipeline.unet.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width
+
+
+def starting_noise(pipeline: Any, count: int, seed: int) -> Tensor:
+    """Noise [count,C,H,W] on the CPU; its first rows are the same for every count and every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(latent_shape(pipeline), generator=generator) for _ in range(count)])
+
+
+def token_ids(pipeline: Any, prompts: Sequence[str]) -> Tensor:
+    """Ids int64 [N,L] as the text encoder gets them: padded to the tokenizer's length, cut where longer."""
+    tokenizer = pipeline.tokenizer
+    length = tokenizer.model_max_length
+    padded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return padded.input_ids
+
+
+@torch.no_grad()
+def encode(pipeline: Any, prompts: Sequence[str]) -> Tensor:
+    """Hidden states of the prompts, [N,L,D]."""
+    return pipeline.text_encoder(token_ids(pipeline, prompts).to(pipeline.device)).last_hidden_state
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+) -> Tensor:
+    """One picture per prompt, by deterministic DDIM (Song et al. 2021, equation 12, eta = 0).
+
+    Guidance is classifier-free with the empty prompt (Ho & Salimans 2022): e("") + guidance (e(prompt) - e("")).
+    bfloat16 where the hardware has it.
+
+    Args:
+        pipeline: a diffusers StableDiffusionPipeline, on the device to draw on; not changed.
+        prompts: N of them, at least one.
+        seed: of the starting noise; picture i starts from the same noise whatever the prompts.
+        steps: evenly spaced from the noisiest timestep to the clean image.
+        guidance: 1 is none, at half the cost.
+
+    Returns:
+        Pictures float32 [N,3,H,W] in [0, 1], on the CPU.
+    """
+    return decode(pipeline, sample_latents(pipeline, prompts, seed=seed, steps=steps, guidance=guidance))
+
+
+@torch.no_grad()
+def sample_latents(pipeline: Any, prompts: Sequence[str], *, seed: int, steps: int, guidance: float) -> Tensor:
+    """The latents float32 [N,C,H,W] of `generate`, scaled as the UNet sees them, on the CPU."""
+    if not prompts:
+        raise ValueError("no prompts to draw")
+    noise = starting_noise(pipeline, len(prompts), seed)
+    rows = _rows_per_pass(pipeline)
+    with _precision(pipeline):
+        empty = encode(pipeline, [""])
+        return torch.cat(
+            [
+                _ddim(pipeline, x.to(pipeline.device), encode(pipeline, prompts[at : at + rows]), empty, steps, guidance).cpu()
+                for at, x in zip(range(0, len(prompts), rows), noise.split(rows), strict=True)
+            ]
+        )
+
+
+def _ddim(pipeline: Any, x: Tensor, hidden: Tensor, empty: Tensor, steps: int, guidance: float) -> Tensor:
+    process = VP.from_scheduler_config(pipeline.scheduler.config)
+    guided = guidance != 1
+    states = torch.cat([empty.expand_as(hidden), hidden]) if guided else hidden
+    for here, there in pairwise(levels(process, timestep_grid(process, steps))):
+        rows = torch.cat([x, x]) if guided else x
+        t = torch.full((len(rows),), here.t, device=x.device)
+        noise = process.to_noise(pipeline.unet(rows, t, states).sample.float(), rows, t)
+        if guided:
+            without, told = noise.chunk(2)
+            noise = without + guidance * (told - without)
+        clean = (x - here.b * noise) / here.a
+        x = there.a * clean + there.b * noise
+    return x
+
+
+@torch.no_grad()
+def decode(pipeline: Any, latents: Tensor) -> Tensor:
+    """Pictures float32 [N,3,H,W] in [0, 1] on the CPU, from latents [N,C,h,w] as the UNet sees them."""
+    # the decoder's activations are larger than the UNet's
+    rows = max(1, _rows_per_pass(pipeline) // 4)
+    with _precision(pipeline):
+        pictures = [
+            pipeline.vae.decode(part.to(pipeline.device) / pipeline.vae.config.scaling_factor).sample.float().cpu()
+            for part in latents.split(rows)
+        ]
+    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+
+
+def _rows_per_pass(pipeline: Any) -> int:
+    channels, height, width = latent_shape(pipeline)
+    return max(1, LATENTS_PER_PASS // (channels * height * width))
+
+
+def _precision(pipeline: Any) -> torch.autocast:
+    device = pipeline.device
+    return torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device))
