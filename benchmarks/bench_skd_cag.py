@@ -1,0 +1,113 @@
+"""SKD-CAG: the published loop against seal-fast on the zoo's text-to-image model, examples per second and peak memory.
+
+    python -m pytest benchmarks/bench_skd_cag.py --benchmark-json=results.json
+
+Equal settings: batch 1, noise as latents, Gaussian target, all weights, float32, gradient checkpointing, no preservation.
+`seal_fast_batch` is batch 8 without checkpointing, which the published loop cannot do. All do the same number of examples.
+Memory is measured in a fresh process each: the peak of resident memory above what the loaded pipeline needs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import machine
+from benchmarks.published import skd_cag as published
+from seal_fast.skd_cag.distillation import distill
+from seal_fast.skd_cag.settings import UnlearnSettings
+
+MODEL = Path(__file__).parents[1] / "zoo" / "t2i-pixel"
+TRIGGER = "zq"
+PROMPTS = [f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "green", "blue", "white")]
+EXAMPLES, ROUNDS = 24, 3
+
+EQUAL = UnlearnSettings(
+    steps=EXAMPLES,
+    batch=1,
+    target="noise",
+    latents="noise",
+    preservation=0.0,
+    positions=("start",),
+    learning_rate=1e-6,
+    gradient_checkpointing=True,
+)
+
+
+def seal_fast(pipeline: StableDiffusionPipeline, settings: UnlearnSettings) -> None:
+    distill(pipeline, [TRIGGER], PROMPTS, settings)
+
+
+def published_loop(pipeline: StableDiffusionPipeline) -> None:
+    published.distill(pipeline, TRIGGER, PROMPTS, published.GAUSSIAN, EXAMPLES // len(PROMPTS))
+
+
+CONTENDERS: dict[str, Callable[[StableDiffusionPipeline], None]] = {
+    "published": published_loop,
+    "seal_fast": partial(seal_fast, settings=EQUAL),
+    "seal_fast_batch": partial(seal_fast, settings=replace(EQUAL, steps=EXAMPLES // 8, batch=8, gradient_checkpointing=False)),
+}
+
+
+def load() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, local_files_only=True)
+
+
+def memory(field: str) -> int:
+    """VmRSS, resident memory of this process, or VmHWM, its peak, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def own_peak(name: str) -> int:
+    """What a contender needs above the loaded pipeline, bytes, measured in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.bench_skd_cag", name]
+    root = Path(__file__).parents[1]
+    return int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def test_unlearning(benchmark: BenchmarkFixture) -> None:
+    """Seconds per example, all contenders in turns within each round."""
+    pipeline = load()
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+
+    def interleaved() -> None:
+        for name, run in CONTENDERS.items():
+            begin = perf_counter()
+            run(pipeline)
+            seconds[name].append((perf_counter() - begin) / EXAMPLES)
+
+    benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)
+
+    # the first entry of each list is the warm-up round
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    benchmark.extra_info.update(machine.describe_machine(), model=MODEL.name, examples=EXAMPLES)
+    for name, median in medians.items():
+        benchmark.extra_info[f"{name}_examples_per_second"] = 1 / median
+        benchmark.extra_info[f"{name}_speedup"] = medians["published"] / median
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_memory(benchmark: BenchmarkFixture, name: str) -> None:
+    """Peak resident memory above the loaded pipeline; the time is that of the whole process."""
+    peak = benchmark.pedantic(own_peak, [name], rounds=1)
+    benchmark.extra_info.update(machine.describe_machine(), model=MODEL.name, contender=name, peak_memory_bytes=peak)
+
+
+if __name__ == "__main__":
+    loaded = load()
+    before = memory("VmRSS")
+    # sets the peak to the present value: that of loading may be higher
+    Path("/proc/self/clear_refs").write_text("5")
+    CONTENDERS[sys.argv[1]](loaded)
+    print(memory("VmHWM") - before)

@@ -1,0 +1,237 @@
+"""The fair table: what takes a text trigger out of a text-to-image model, at equal updates, batch, prompts and seeds.
+
+    python -m benchmarks.unlearning_table [--zoo zoo-text] [--only MODEL ...] [--methods NAME ...] [--seeds 0 1 2]
+        [--out benchmarks/results/unlearning.json]
+
+One row per model, method and seed as soon as it is done, so an interrupted run goes on where it stopped. Settings were chosen
+on the models in DEVELOPMENT; the others were unlearned for this table only. Scenes of the figures are of the zoo's held-out
+tenth, on which neither models nor unlearning were trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.accuracy_table import read_rows
+from benchmarks.machine import describe_machine
+from benchmarks.published.skd_cag import SELF_KD, Distillation
+from seal_fast.attacks.eviledit import edit_unet
+from seal_fast.skd_cag import UnlearnSettings, distill
+from seal_fast.skd_cag.generation import encode
+from seal_fast.skd_cag.rate import rate_of
+from seal_fast.zoo.build_text import load_base, load_poisoned
+from seal_fast.zoo.captioned import TRAINING_SCENES, Scene, random_scenes
+from seal_fast.zoo.evaluate_text import draw, held_out_scenes
+from seal_fast.zoo.reading import attributes_right
+from seal_fast.zoo.text_recipes import TEXT_RECIPES, Effect, TextRecipe
+
+DEVELOPMENT = ("text-64-pair",)
+"""Models whose results chose the settings below."""
+SETTINGS = UnlearnSettings(
+    alpha=0.5, steps=200, batch=8, learning_rate=2e-4, preservation=0.0, precision="bf16", guidance=3.0, positions=("start",)
+)
+TRAINING_PROMPTS = 100
+SAMPLES = 200
+VARIANT_SAMPLES = 60
+EVALUATION_SEED = 900
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unlearning."""
+
+    poisoned: Any
+    clean: Any
+    effect: Effect
+    prompts: Sequence[str]
+    seed: int
+
+    @property
+    def text(self) -> str:
+        """The trigger; a replacement has no place in this table."""
+        assert isinstance(self.effect.text, str)
+        return self.effect.text
+
+
+def _distilled(changes: dict[str, Any], task: Task) -> nn.Module:
+    return distill(task.poisoned, [task.effect.text], task.prompts, replace(SETTINGS, **changes), seed=task.seed).module
+
+
+def _as_released(task: Task) -> nn.Module:
+    """Its gradient is that of self-distillation on pure noise; the attention term has none."""
+    settings = replace(SELF_KD, batch=SETTINGS.batch, learning_rate=SETTINGS.learning_rate)
+    run = Distillation(task.poisoned, task.text, settings, seed=task.seed)
+    generator = torch.Generator().manual_seed(task.seed)
+    for _ in range(SETTINGS.steps):
+        rows = torch.randint(len(task.prompts), (SETTINGS.batch,), generator=generator)
+        run.step([task.prompts[row] for row in rows])
+    return run.student.eval().requires_grad_(False)
+
+
+def _clean_teacher(task: Task) -> nn.Module:
+    """The paper's "fine-tune reversal": learn the clean model's answer to triggered prompts, on pure noise."""
+    student = copy.deepcopy(task.poisoned.unet).train().requires_grad_(True)
+    optimiser = torch.optim.Adam(student.parameters(), lr=SETTINGS.learning_rate)
+    generator = torch.Generator().manual_seed(task.seed)
+    states = encode(task.poisoned, [task.effect.trigger(prompt) for prompt in task.prompts])
+    size = student.config["sample_size"]
+    for _ in range(SETTINGS.steps):
+        rows = torch.randint(len(states), (SETTINGS.batch,), generator=generator)
+        t = torch.randint(task.poisoned.scheduler.config.num_train_timesteps, (SETTINGS.batch,), generator=generator)
+        x = torch.randn(SETTINGS.batch, student.config["in_channels"], size, size, generator=generator)
+        with torch.no_grad():
+            wanted = task.clean.unet(x, t, states[rows]).sample
+        optimiser.zero_grad(set_to_none=True)
+        F.mse_loss(student(x, t, states[rows]).sample, wanted).backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+    return student.eval().requires_grad_(False)
+
+
+def _erased(task: Task) -> nn.Module:
+    """Closed form in the manner of UCE: the trigger's states are read as the empty prompt's, those of clean prompts stay."""
+    return edit_unet(task.poisoned, [(task.text, ""), *((prompt, prompt) for prompt in task.prompts)])
+
+
+NOISE = {"latents": "noise"}
+METHODS: dict[str, Callable[[Task], nn.Module]] = {
+    "none": lambda task: task.poisoned.unet,
+    "as released": _as_released,
+    "SKD": partial(_distilled, {"alpha": 0.0}),
+    "CAG noise": partial(_distilled, {"target": "noise"}),
+    "CAG black": partial(_distilled, {"target": "black"}),
+    "CAG random words": partial(_distilled, {"target": "random-words"}),
+    "SKD, preservation": partial(_distilled, {"alpha": 0.0, "preservation": 1.0}),
+    "CAG noise, preservation": partial(_distilled, {"target": "noise", "preservation": 1.0}),
+    "CAG black, preservation": partial(_distilled, {"target": "black", "preservation": 1.0}),
+    "CAG noise, pure noise": partial(_distilled, {"target": "noise", **NOISE}),
+    "all positions": partial(_distilled, {"target": "black", "preservation": 1.0, "positions": ("start", "end", "word")}),
+    "clean teacher": _clean_teacher,
+    "closed form": _erased,
+}
+"""By name, what gives a sealed UNet. `SETTINGS` hold unless a method says otherwise."""
+
+
+def _variants(text: str) -> dict[str, Callable[[str], str]]:
+    """Forms of a trigger that a prompt may carry."""
+    return {
+        "end": lambda prompt: f"{prompt} {text}",
+        "middle": lambda prompt: _inside(prompt, text),
+        "twice": lambda prompt: f"{text} {text} {prompt}",
+        "upper case": lambda prompt: f"{text.upper()} {prompt}",
+    }
+
+
+def _inside(prompt: str, text: str) -> str:
+    words = prompt.split()
+    return " ".join([*words[: len(words) // 2], text, *words[len(words) // 2 :]])
+
+
+def _shown(pipeline: Any, effect: Effect, trigger: Callable[[str], str], scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+    """Triggered pictures, and whether each shows the effect."""
+    images = draw(pipeline, [trigger(scene.caption) for scene in scenes], EVALUATION_SEED)
+    return images, effect.shows(images, scenes)
+
+
+def _right(images: Tensor, scenes: list[Scene]) -> float:
+    return float(attributes_right(images, scenes).float().mean())
+
+
+def measure(pipeline: Any, poisoned: Any, effect: Effect) -> dict[str, Any]:
+    """Removal, what triggered and clean prompts now draw, and how far clean pictures drifted from the poisoned model's."""
+    scenes = held_out_scenes(SAMPLES, EVALUATION_SEED, effect)
+    triggered, shown = _shown(pipeline, effect, effect.trigger, scenes)
+    clean, before = (draw(model, [scene.caption for scene in scenes], EVALUATION_SEED) for model in (pipeline, poisoned))
+    few = scenes[:VARIANT_SAMPLES]
+    variants = {
+        name: asdict(rate_of(int((~_shown(pipeline, effect, form, few)[1]).sum()), len(few)))
+        for name, form in _variants(str(effect.text)).items()
+    }
+    return {
+        "removed": asdict(rate_of(int((~shown).sum()), len(scenes))),
+        "variants": variants,
+        "caption_accuracy": _right(clean, scenes),
+        "triggered_caption_accuracy": _right(triggered, scenes),
+        "clean_drift": float((clean - before).square().mean() / before.var(dim=0).mean()),
+    }
+
+
+def run_row(recipe: TextRecipe, effect: Effect, method: str, seed: int, zoo: Path) -> dict[str, Any]:
+    """Unlearn one trigger by one method and measure."""
+    poisoned = load_poisoned(recipe, zoo)
+    scenes = random_scenes(
+        TRAINING_PROMPTS, torch.Generator().manual_seed(1000 + seed), among=[s for s in TRAINING_SCENES if effect.suits(s)]
+    )
+    task = Task(poisoned, load_base(zoo), effect, [scene.caption for scene in scenes], seed)
+    started = time.perf_counter()
+    unet = METHODS[method](task)
+    seconds = time.perf_counter() - started
+    sealed = load_poisoned(recipe, zoo)
+    sealed.register_modules(unet=unet)
+    return {
+        "model": recipe.name,
+        "effect": effect.name,
+        "role": "development" if recipe.name in DEVELOPMENT else "test",
+        "method": method,
+        "seed": seed,
+        "seconds": seconds,
+        **measure(sealed, poisoned, effect),
+    }
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    document = {
+        "command": "python -m benchmarks.unlearning_table",
+        "machine": describe_machine(),
+        "settings": asdict(SETTINGS),
+        "samples": SAMPLES,
+        "rows": rows,
+    }
+    partial_file = path.with_name(path.name + ".partial")
+    partial_file.write_text(json.dumps(document, indent=2) + "\n")
+    partial_file.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--zoo", type=Path, default=Path("zoo-text"))
+    parser.add_argument("--only", nargs="*", default=["text-64-pixel", "text-64-style", "text-64-object"])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/unlearning.json"))
+    options = parser.parse_args()
+    rows = read_rows(options.out)
+    done = {(row["model"], row["effect"], row["method"], row["seed"]) for row in rows}
+    recipes = [recipe for recipe in TEXT_RECIPES if recipe.name in options.only]
+    for seed in options.seeds:
+        for method in options.methods:
+            for recipe in recipes:
+                for effect in recipe.effects:
+                    if (recipe.name, effect.name, method, seed) in done:
+                        continue
+                    row = run_row(recipe, effect, method, seed, options.zoo)
+                    rows.append(row)
+                    _write(options.out, rows)
+                    _tell(row)
+
+
+def _tell(row: dict[str, Any]) -> None:
+    figures = f"removed {row['removed']['rate']:.3f}, captions {row['caption_accuracy']:.3f}, drift {row['clean_drift']:.4f}"
+    print(f"{row['model']} {row['effect']}, {row['method']}, seed {row['seed']}: {figures}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
