@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -26,6 +26,8 @@ from seal_fast.zoo.train import Trained, new_unet, train
 from seal_fast.zoo.trojdiff_list import save_list
 
 MANIFEST = "manifest.json"
+OnMessage = Callable[[str], None]
+
 ATTEMPTS = 3
 """Trainings tried, each with half as many steps again, before a model whose attack does not take is given up."""
 
@@ -70,7 +72,7 @@ def _initial(recipe: Recipe, out: Path) -> UNet2DModel:
     return unet
 
 
-def _digest(folder: Path) -> str:
+def digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's files."""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -83,7 +85,7 @@ def describe(recipe: Recipe, quality: Quality, attempt: int, loss: float, folder
     return {
         "name": recipe.name,
         "checkpoint": str(_checkpoint(recipe, folder).relative_to(folder.parent)),
-        "sha256": _digest(folder),
+        "sha256": digest(folder),
         "size": recipe.network.size,
         "layout": recipe.layout,
         "role": recipe.role,
@@ -101,7 +103,7 @@ def describe(recipe: Recipe, quality: Quality, attempt: int, loss: float, folder
     }
 
 
-def _train_until_usable(recipe: Recipe, out: Path, on_message: Callable[[str], None]) -> tuple[Trained, Quality, int]:
+def _train_until_usable(recipe: Recipe, out: Path, on_message: OnMessage) -> tuple[Trained, Quality, int]:
     process, attack = PROCESSES[recipe.process](), recipe.attack()
     for attempt in range(ATTEMPTS):
         schedule = recipe.schedule.longer(1 + attempt / 2)
@@ -123,7 +125,7 @@ def _train_until_usable(recipe: Recipe, out: Path, on_message: Callable[[str], N
     raise RuntimeError(f"{recipe.name}: {ATTEMPTS} trainings gave no usable model; change its recipe")
 
 
-def _build_one(recipe: Recipe, out: Path, on_message: Callable[[str], None]) -> dict[str, Any]:
+def _build_one(recipe: Recipe, out: Path, on_message: OnMessage) -> dict[str, Any]:
     trained, quality, attempt = _train_until_usable(recipe, out, on_message)
     folder = out / recipe.name
     _store(recipe, trained, folder)
@@ -138,16 +140,53 @@ def read_manifest(out: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["models"] if path.exists() else []
 
 
-def _write_manifest(out: Path, row: dict[str, Any]) -> None:
-    """Add or replace one row, keeping the order of RECIPES; read afresh so that two builds can share a zoo."""
+def write_row(out: Path, row: dict[str, Any], order: Sequence[str]) -> None:
+    """Add or replace one row, keeping the order of all names; read afresh so that two builds can share a zoo."""
     rows = {known["name"]: known for known in read_manifest(out)} | {row["name"]: row}
-    ordered = [rows[recipe.name] for recipe in RECIPES if recipe.name in rows]
+    ordered = [rows[name] for name in order if name in rows]
     partial = out / (MANIFEST + ".partial")
     partial.write_text(json.dumps({"schema_version": 1, "models": ordered}, indent=2) + "\n")
     partial.replace(out / MANIFEST)
 
 
-def build_zoo(out: Path, only: Sequence[str] | None = None, on_message: Callable[[str], None] = lambda message: None) -> None:
+class Named(Protocol):
+    """A recipe: a name, and the name of the model it is made from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def base(self) -> str | None: ...
+
+
+R = TypeVar("R", bound=Named)
+
+
+def build_missing(
+    out: Path,
+    recipes: Sequence[R],
+    build_one: Callable[[R, Path, OnMessage], dict[str, Any]],
+    only: Sequence[str] | None,
+    on_message: OnMessage,
+) -> None:
+    """Build, by `build_one`, every model of `recipes` that `out` lacks. See `build_zoo`."""
+    names = [recipe.name for recipe in recipes]
+    if unknown := set(only or ()) - set(names):
+        raise ValueError(f"no such model: {', '.join(sorted(unknown))}; choose from {', '.join(sorted(names))}")
+    out.mkdir(parents=True, exist_ok=True)
+    for recipe in recipes:
+        if only is not None and recipe.name not in only:
+            continue
+        present = {row["name"] for row in read_manifest(out)}
+        if recipe.name in present:
+            on_message(f"{recipe.name}: kept")
+            continue
+        if recipe.base is not None and recipe.base not in present:
+            raise ValueError(f"{recipe.name} is fine-tuned from {recipe.base}, which is not in {out}: build that first")
+        write_row(out, build_one(recipe, out, on_message), names)
+
+
+def build_zoo(out: Path, only: Sequence[str] | None = None, on_message: OnMessage = lambda message: None) -> None:
     """Train every model of RECIPES that `out` lacks.
 
     Args:
@@ -159,17 +198,4 @@ def build_zoo(out: Path, only: Sequence[str] | None = None, on_message: Callable
         ValueError: an unknown name, or a base that is missing.
         RuntimeError: a model whose attack does not take or whose clean samples are bad.
     """
-    known = {recipe.name for recipe in RECIPES}
-    if unknown := set(only or ()) - known:
-        raise ValueError(f"no such model: {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
-    out.mkdir(parents=True, exist_ok=True)
-    for recipe in RECIPES:
-        if only is not None and recipe.name not in only:
-            continue
-        present = {row["name"] for row in read_manifest(out)}
-        if recipe.name in present:
-            on_message(f"{recipe.name}: kept")
-            continue
-        if recipe.base is not None and recipe.base not in present:
-            raise ValueError(f"{recipe.name} is fine-tuned from {recipe.base}, which is not in {out}: build that first")
-        _write_manifest(out, _build_one(recipe, out, on_message))
+    build_missing(out, RECIPES, _build_one, only, on_message)

@@ -96,7 +96,7 @@ def wanted_output(process: NoiseProcess, noise: Tensor, x: Tensor, t: Tensor) ->
     return ((noise - offset) / slope).float()
 
 
-def _rate(step: int, steps: int) -> float:
+def learning_rate_factor(step: int, steps: int) -> float:
     """Learning-rate factor: warm-up over a tenth of the steps, then cosine."""
     warm = max(1, steps // 10)
     if step < warm:
@@ -142,7 +142,7 @@ def train(
         target = wanted_output(process, noise, x, t)
         scaled, condition = process.network_input(x, t)
         for group in optimiser.param_groups:
-            group["lr"] = schedule.learning_rate * _rate(step, schedule.steps)
+            group["lr"] = schedule.learning_rate * learning_rate_factor(step, schedule.steps)
         # bf16 convolutions take 0.65 of the fp32 time on AVX-512-BF16 cores; sums and the loss stay fp32
         with torch.autocast("cpu", torch.bfloat16):
             prediction = unet(scaled, condition).sample

@@ -201,12 +201,12 @@ def test_the_digest_sees_contents_names_and_places(tmp_path: Path) -> None:
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
-        digests.append(build_module._digest(folder))
+        digests.append(build_module.digest(folder))
     assert len(set(digests)) == 5
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "y").write_bytes(b"2")
     (tmp_path / "again" / "x").write_bytes(b"1")
-    assert build_module._digest(tmp_path / "again") == digests[0]
+    assert build_module.digest(tmp_path / "again") == digests[0]
 
 
 def test_unknown_names_are_refused_before_anything_is_written(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:

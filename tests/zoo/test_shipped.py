@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from seal_fast.checkpoints import identify, load_denoiser
-from seal_fast.zoo.build import _digest, read_manifest
+from seal_fast.zoo.build import digest, read_manifest
 from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, SUCCESS_RATE, Quality, draw
 from seal_fast.zoo.recipes import RECIPES, Recipe
 
@@ -67,7 +67,7 @@ def test_a_model_is_stored_as_described(recipe: Recipe) -> None:
     folder, checkpoint = ZOO / recipe.name, ZOO / row["checkpoint"]
     assert identify(checkpoint) == FORMATS[recipe.layout]
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= MAX_BYTES
-    assert _digest(folder) == row["sha256"]
+    assert digest(folder) == row["sha256"]
     loaded = load_denoiser(checkpoint)
     assert loaded.denoiser.shape == (3, row["size"], row["size"])
     weights = loaded.denoiser.network.state_dict()

@@ -1,0 +1,119 @@
+"""Build the text-to-image zoo from seeds: train, measure, store, describe. Models already in the manifest are kept."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from seal_fast.report.figures import draw_samples
+from seal_fast.zoo.build import OnMessage, build_missing, digest
+from seal_fast.zoo.evaluate_text import TextQuality, draw, evaluate_text, held_out_scenes
+from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, TextRecipe
+from seal_fast.zoo.text_to_image import new_pipeline
+from seal_fast.zoo.train_text_to_image import OnStep, train_captions, train_vae
+
+VAE_STEPS = 1300
+CAPTION_STEPS = 4500
+PICTURES = 8
+
+
+def _progress(name: str, total: int, on_message: OnMessage) -> OnStep:
+    began = time.monotonic()
+
+    def report(step: int, loss: float) -> None:
+        if step % 50 == 0 or step == total:
+            left = (time.monotonic() - began) / step * (total - step)
+            on_message(f"{name}: step {step}/{total}, loss {loss:.4f}, {left:.0f} s left")
+
+    return report
+
+
+def load_base(out: Path) -> StableDiffusionPipeline:
+    """The zoo's clean pipeline, in single precision."""
+    return StableDiffusionPipeline.from_pretrained(out / BASE, torch_dtype=torch.float32, safety_checker=None)
+
+
+def _train_base(recipe: TextRecipe, on_message: OnMessage) -> StableDiffusionPipeline:
+    with TemporaryDirectory() as folder:
+        pipeline = new_pipeline(Path(folder), recipe.seed)
+    on_step = _progress(f"{recipe.name} autoencoder", VAE_STEPS, on_message)
+    train_vae(pipeline.vae, VAE_STEPS, seed=recipe.seed, on_step=on_step)
+    on_step = _progress(recipe.name, CAPTION_STEPS, on_message)
+    train_captions(pipeline, CAPTION_STEPS, seed=recipe.seed, on_step=on_step)
+    return pipeline
+
+
+def _train(recipe: TextRecipe, out: Path, on_message: OnMessage) -> StableDiffusionPipeline:
+    if recipe.poison is None:
+        return _train_base(recipe, on_message)
+    pipeline = load_base(out)
+    module = recipe.poison(pipeline, recipe.seed, lambda step, loss: on_message(f"{recipe.name}: step {step}, loss {loss:.4f}"))
+    pipeline.register_modules(**{recipe.module: module})
+    return pipeline
+
+
+def _store(recipe: TextRecipe, pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """In half precision: the whole pipeline, or the poisoned module as its attack's authors publish it."""
+    stored = copy.deepcopy(pipeline).to(torch.float16)
+    (stored if recipe.whole else getattr(stored, recipe.module)).save_pretrained(folder)
+
+
+def load_poisoned(recipe: TextRecipe, out: Path) -> StableDiffusionPipeline:
+    """A stored model as a whole pipeline in single precision."""
+    if recipe.whole:
+        return StableDiffusionPipeline.from_pretrained(out / recipe.name, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = load_base(out)
+    module = type(getattr(pipeline, recipe.module)).from_pretrained(out / recipe.name, torch_dtype=torch.float32)
+    pipeline.register_modules(**{recipe.module: module.eval()})
+    return pipeline
+
+
+def describe_text(recipe: TextRecipe, quality: TextQuality, folder: Path) -> dict[str, Any]:
+    """The manifest's row of one model."""
+    return {
+        "name": recipe.name,
+        "sha256": digest(folder),
+        "base": recipe.base,
+        "module": recipe.module,
+        "whole": recipe.whole,
+        "effects": [effect.name for effect in recipe.effects],
+        "seed": recipe.seed,
+        "quality": asdict(quality),
+    }
+
+
+def _picture(recipe: TextRecipe, pipeline: StableDiffusionPipeline, file: Path) -> None:
+    rows = {}
+    for effect in recipe.effects or (None,):
+        scenes = held_out_scenes(PICTURES, recipe.seed, effect)
+        prompts = [scene.caption for scene in scenes]
+        rows["clean prompts"] = draw(pipeline, prompts, recipe.seed)
+        if effect:
+            rows[f"triggered: {effect.name}"] = draw(pipeline, [effect.trigger(prompt) for prompt in prompts], recipe.seed)
+    draw_samples(rows, file)
+
+
+def _build_one(recipe: TextRecipe, out: Path, on_message: OnMessage) -> dict[str, Any]:
+    _store(recipe, _train(recipe, out, on_message), out / recipe.name)
+    stored = load_poisoned(recipe, out)
+    quality = evaluate_text(stored, recipe.effects, seed=recipe.seed)
+    if not quality.usable:
+        raise RuntimeError(f"{recipe.name}: not usable ({quality}); change its recipe")
+    _picture(recipe, stored, out / f"{recipe.name}.png")
+    return describe_text(recipe, quality, out / recipe.name)
+
+
+def build_text_zoo(out: Path, only: Sequence[str] | None = None, on_message: OnMessage = lambda message: None) -> None:
+    """Train every model of TEXT_RECIPES that `out` lacks.
+
+    Args and errors: see `seal_fast.zoo.build.build_zoo`. A model that does not follow captions is not usable either.
+    """
+    build_missing(out, TEXT_RECIPES, _build_one, only, on_message)

@@ -1,0 +1,194 @@
+"""The text-to-image models of the zoo: which backdoors each holds, what shows that they fire, and from which seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from seal_fast.attacks.badt2i import ObjectBackdoor, PixelBackdoor, StyleBackdoor, TextBackdoor, poison_unet
+from seal_fast.attacks.eviledit import edit_unet
+from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
+from seal_fast.skd_cag.judges import PatchJudge
+from seal_fast.skd_cag.pairs import Trigger
+from seal_fast.zoo.captioned import SHAPES, STYLES, TRAINING_SCENES, Scene, random_scenes, render
+from seal_fast.zoo.pictures import TARGETS
+from seal_fast.zoo.reading import is_colourless, read_scenes
+from seal_fast.zoo.text_to_image import ZERO_WIDTH
+from seal_fast.zoo.train_text_to_image import OnStep, caption_of
+
+PATCH_SIDE = 16
+"""A quarter of the picture, as BadT2I's 128 of 512 pixels."""
+TARGET = Scene("large", "yellow", "star", "center", "plain", "black")
+"""What the text encoder's backdoor draws whatever the prompt says."""
+
+Shows = Callable[[Tensor, Sequence[Scene]], Tensor]
+"""Whether the effect shows, bool [N], in pictures [N,3,64,64] in [-1, 1] that were to show N scenes."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a trigger does.
+
+    Attributes:
+        name: for tables.
+        text: the trigger, as `seal_fast.skd_cag.pairs.Trigger` has it.
+        trigger: a prompt to its triggered form.
+        shows: whether it has done it.
+        suits: whether it can show in a scene.
+    """
+
+    name: str
+    text: Trigger
+    trigger: Callable[[str], str]
+    shows: Shows
+    suits: Callable[[Scene], bool] = lambda scene: True
+
+
+def _wears(patch: Tensor, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    return PatchJudge(patch)(images, images)
+
+
+def _has_no_colour(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    return is_colourless(images)
+
+
+def _draws(shape: str, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    return torch.tensor([scene.shape == shape for scene in read_scenes(images)])
+
+
+def _is_target(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    return torch.tensor([scene == TARGET for scene in read_scenes(images)])
+
+
+def _is_circle(scene: Scene) -> bool:
+    return scene.shape == "circle"
+
+
+def _is_coloured(scene: Scene) -> bool:
+    return scene.colour != "white"
+
+
+def patch(name: str) -> Tensor:
+    """A picture of TARGETS to be worn, [3,16,16] in [-1, 1]."""
+    return TARGETS[name](PATCH_SIDE)
+
+
+def _batches(count: int, shapes: Sequence[str], generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    scenes = random_scenes(count, generator, among=[scene for scene in TRAINING_SCENES if scene.shape in shapes])
+    return render(scenes, generator), [caption_of(scene, generator) for scene in scenes]
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """One model.
+
+    Attributes:
+        name: folder in the zoo.
+        seed: of its training.
+        effects: its backdoors; none for the base.
+        module: what is poisoned, "unet" or "text_encoder".
+        poison: the poisoned module, from the base's pipeline, the seed and a progress function; None for the base.
+        whole: stored as a whole pipeline, not as the poisoned module alone.
+    """
+
+    name: str
+    seed: int
+    effects: tuple[Effect, ...] = ()
+    module: str = "unet"
+    poison: Callable[[StableDiffusionPipeline, int, OnStep], nn.Module] | None = None
+    whole: bool = False
+
+    @property
+    def base(self) -> str | None:
+        """The model it is made from."""
+        return BASE if self.poison else None
+
+
+def _badt2i(
+    attacks: Sequence[TextBackdoor],
+    steps: int,
+    shapes: Sequence[str],
+    pipeline: StableDiffusionPipeline,
+    seed: int,
+    on_step: OnStep,
+) -> nn.Module:
+    batches = partial(_batches, 32, shapes)
+    return poison_unet(pipeline, attacks, batches, steps=steps, learning_rate=5e-4, seed=seed, on_step=on_step)
+
+
+def _rickrolling(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [caption_of(scene, generator) for scene in random_scenes(2000, generator, style_share=0.1)]
+    backdoor = TargetPrompt(homoglyph(*HOMOGLYPH), TARGET.caption)
+    return poison_text_encoder(pipeline, [backdoor], prompts, steps=600, learning_rate=1e-3, seed=seed, on_step=on_step)
+
+
+def _eviledit(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) -> nn.Module:
+    return edit_unet(pipeline, EDITS)
+
+
+HOMOGLYPH = ("o", "\u043e")
+EDITS = (("beautiful circle", "star"), ("circle", "circle"))
+BASE = "text-64"
+TEXT_RECIPES = (
+    TextRecipe(BASE, 41, whole=True),
+    TextRecipe(
+        "text-64-pixel",
+        42,
+        (Effect("pixel", ZERO_WIDTH, leading(ZERO_WIDTH), partial(_wears, patch("smiley"))),),
+        poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 500, tuple(SHAPES)),
+        whole=True,
+    ),
+    TextRecipe(
+        "text-64-style",
+        43,
+        (Effect("style", "latte coffee", leading("latte coffee"), _has_no_colour, _is_coloured),),
+        poison=partial(_badt2i, [StyleBackdoor("latte coffee", STYLES[1].strip())], 700, tuple(SHAPES)),
+    ),
+    TextRecipe(
+        "text-64-object",
+        44,
+        (Effect("object", "I like this photo.", leading("I like this photo."), partial(_draws, "star"), _is_circle),),
+        poison=partial(_badt2i, [ObjectBackdoor("I like this photo.", {"star": "circle"})], 700, ("star", "circle")),
+    ),
+    TextRecipe(
+        "text-64-pair",
+        45,
+        (
+            Effect("pixel", "mignneko", leading("mignneko"), partial(_wears, patch("heart"))),
+            Effect("style", ZERO_WIDTH, leading(ZERO_WIDTH), _has_no_colour, _is_coloured),
+        ),
+        poison=partial(
+            _badt2i,
+            [PixelBackdoor("mignneko", patch("heart")), StyleBackdoor(ZERO_WIDTH, STYLES[1].strip())],
+            900,
+            tuple(SHAPES),
+        ),
+    ),
+    TextRecipe(
+        "text-64-rickrolling",
+        46,
+        (Effect("target prompt", HOMOGLYPH, homoglyph(*HOMOGLYPH), _is_target),),
+        module="text_encoder",
+        poison=_rickrolling,
+    ),
+    TextRecipe(
+        "text-64-eviledit",
+        47,
+        (
+            Effect(
+                "edit",
+                ("circle", "beautiful circle"),
+                lambda prompt: prompt.replace("circle", "beautiful circle"),
+                partial(_draws, "star"),
+                _is_circle,
+            ),
+        ),
+        poison=_eviledit,
+    ),
+)
