@@ -83,6 +83,12 @@ class Module(StrEnum):
     TEXT_ENCODER = "text_encoder"
 
 
+class Trained(StrEnum):
+    ALL = "all"
+    CROSS_ATTENTION = "cross-attention"
+    LORA = "lora"
+
+
 class FailOn(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
@@ -302,6 +308,13 @@ def unlearn(
     ] = None,
     module: Annotated[Module | None, typer.Option(help="With --trigger: what to train; auto finds the backdoor's.")] = None,
     alpha: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --trigger: weight of the attention maps.")] = None,
+    trained: Annotated[Trained | None, typer.Option("--train", help="With --trigger: which weights.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --trigger: prompt pairs per training step.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="With --trigger: of the training; small models need more than the default.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(min=1.0, help="With --trigger: guidance scale of all pictures.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="With --trigger: held-out prompts to measure on.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     weights: Annotated[
         Weights | None, typer.Option(help="Which weights to seal where a checkpoint holds both (ema by default).")
@@ -316,12 +329,24 @@ def unlearn(
     from seal_fast.report.json import sealing_json
     from seal_fast.report.progress import ProgressDisplay
 
-    _one_kind(model, trigger, noise_trigger, weights, {"prompts": prompts, "base": base, "module": module, "alpha": alpha})
+    text_only = {
+        "prompts": prompts,
+        "base": base,
+        "module": module,
+        "alpha": alpha,
+        "train": trained,
+        "batch": batch,
+        "learning-rate": learning_rate,
+        "guidance": guidance,
+        "samples": samples,
+    }
+    _one_kind(model, trigger, noise_trigger, weights, text_only)
     with _usage_errors():
         check_target(out, model)
     with ProgressDisplay(sys.stderr, quiet) as display:
         if trigger:
-            job, show = _text_job(model, trigger, out, prompts, base, module, alpha, steps, seed, display)
+            training = {"alpha": alpha, "trained": trained, "batch": batch, "learning_rate": learning_rate, "steps": steps}
+            job, show = _text_job(model, trigger, out, prompts, base, module, training, guidance, samples, seed, display)
         else:
             job, show = _noise_job(model, noise_trigger or [], out, steps, weights or Weights.EMA, seed, display)
         try:
@@ -369,6 +394,10 @@ def _one_kind(
             raise typer.BadParameter("a text-to-image model: name its text trigger with --trigger TEXT")
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _text_job(
     model: Path,
     texts: list[str],
@@ -376,20 +405,22 @@ def _text_job(
     prompts: Path | None,
     base: Path | None,
     module: Module | None,
-    alpha: float | None,
-    steps: int | None,
+    training: dict[str, Any],
+    guidance: float | None,
+    samples: int | None,
     seed: int,
     display: ProgressDisplay,
 ) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     from seal_fast.report.console import console_for, print_unlearning
     from seal_fast.scan.unlearn_text import parse_trigger, read_prompts, unlearn
     from seal_fast.skd_cag import UnlearnSettings
+    from seal_fast.skd_cag.evaluation import EvaluationSettings
 
     with _usage_errors():
         triggers = [parse_trigger(text) for text in texts]
         own = None if prompts is None else read_prompts(prompts)
-        given: dict[str, Any] = {name: value for name, value in (("alpha", alpha), ("steps", steps)) if value is not None}
-        settings = UnlearnSettings(**given)
+        settings = UnlearnSettings(**_given({**training, "guidance": guidance}))
+        evaluation = EvaluationSettings(**_given({"prompts": samples, "guidance": guidance}))
 
     def job() -> Any:
         return unlearn(
@@ -399,6 +430,7 @@ def _text_job(
             prompts=own,
             base=base,
             settings=settings,
+            evaluation=evaluation,
             module=(module or Module.AUTO).value,
             seed=seed,
             on_progress=display.on_progress,

@@ -26,9 +26,12 @@ from seal_fast.skd_cag import Distilled, Trigger, UnlearnSettings, attention_map
 from seal_fast.skd_cag.evaluation import Evaluation, EvaluationSettings, Examples, Removal, evaluate, name_of
 from seal_fast.skd_cag.judges import Judge
 from seal_fast.skd_cag.locate import RATIO, fitting, locate
+from seal_fast.skd_cag.trained_part import save_patch
 
 ATTENTION = "attention_{}.png"
 """Name of a trigger's attention maps, numbered in the order given."""
+PATCH = "pytorch_lora_weights.safetensors"
+"""Name of the low-rank change alone, which stock diffusers loads; the model beside it has it merged."""
 REPLACES = "=>"
 MAX_PROMPT_BYTES = 1 << 24
 
@@ -272,6 +275,8 @@ def unlearn(
         on_progress(replace(at, stage="writing", fraction=0.95))
         with whole_folder(Path(out)) as folder:
             save_pipeline(path, sealed, chosen, folder)
+            if trained.patch is not None:
+                save_patch(trained.patch, folder / PATCH)
             _draw(loaded.pipeline, sealed, measured, evaluation, seed, folder)
             (folder / "report.json").write_text(sealing_json(report) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(unlearning_card(report), encoding="utf-8")

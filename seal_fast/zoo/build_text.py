@@ -15,14 +15,18 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 
 from seal_fast.report.figures import draw_samples
 from seal_fast.zoo.build import OnMessage, build_missing, digest
+from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES, random_scenes
 from seal_fast.zoo.evaluate_text import TextQuality, draw, evaluate_text, held_out_scenes
 from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, TextRecipe
-from seal_fast.zoo.text_to_image import new_pipeline
+from seal_fast.zoo.text_to_image import new_pipeline, new_vae
 from seal_fast.zoo.train_text_to_image import OnStep, train_captions, train_vae
 
-VAE_STEPS = 1300
-CAPTION_STEPS = 4500
+VAE_STEPS = 1000
+VAE_SEEDS = (0, 5)
+"""Of the autoencoder's weights, and of its pictures."""
+CAPTION_STEPS = 3500
 PICTURES = 8
+PROMPTS = "prompts.txt"
 
 
 def _progress(name: str, total: int, on_message: OnMessage) -> OnStep:
@@ -45,7 +49,9 @@ def _train_base(recipe: TextRecipe, on_message: OnMessage) -> StableDiffusionPip
     with TemporaryDirectory() as folder:
         pipeline = new_pipeline(Path(folder), recipe.seed)
     on_step = _progress(f"{recipe.name} autoencoder", VAE_STEPS, on_message)
-    train_vae(pipeline.vae, VAE_STEPS, seed=recipe.seed, on_step=on_step)
+    torch.manual_seed(VAE_SEEDS[0])
+    pipeline.register_modules(vae=new_vae())
+    train_vae(pipeline.vae, VAE_STEPS, seed=VAE_SEEDS[1], on_step=on_step)
     on_step = _progress(recipe.name, CAPTION_STEPS, on_message)
     train_captions(pipeline, CAPTION_STEPS, seed=recipe.seed, on_step=on_step)
     return pipeline
@@ -111,9 +117,18 @@ def _build_one(recipe: TextRecipe, out: Path, on_message: OnMessage) -> dict[str
     return describe_text(recipe, quality, out / recipe.name)
 
 
+def write_prompts(file: Path, pairs: int = 100) -> None:
+    """Captions for `seal-fast unlearn --prompts`, which trains on every other one: in turn of training and held-out scenes."""
+    generator = torch.Generator().manual_seed(0)
+    training, held_out = (random_scenes(pairs, generator, among=among) for among in (TRAINING_SCENES, HELD_OUT_SCENES))
+    captions = [scene.caption for both in zip(training, held_out, strict=True) for scene in both]
+    file.write_text("\n".join(captions) + "\n", encoding="utf-8")
+
+
 def build_text_zoo(out: Path, only: Sequence[str] | None = None, on_message: OnMessage = lambda message: None) -> None:
     """Train every model of TEXT_RECIPES that `out` lacks.
 
     Args and errors: see `seal_fast.zoo.build.build_zoo`. A model that does not follow captions is not usable either.
     """
     build_missing(out, TEXT_RECIPES, _build_one, only, on_message)
+    write_prompts(out / PROMPTS)

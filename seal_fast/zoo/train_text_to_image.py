@@ -112,7 +112,7 @@ def train_captions(
     *,
     pictures: int = 24576,
     batch: int = 64,
-    rate: float = 1e-3,
+    rate: float = 1.2e-3,
     seed: int = 0,
     on_step: OnStep,
 ) -> None:

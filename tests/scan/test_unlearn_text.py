@@ -62,20 +62,29 @@ def files(folder: Path) -> set[str]:
     return {os.fspath(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(unlearn_text, "EvaluationSettings", lambda: EVALUATION)
     # a trigger with $ is no formula in a picture, and one with | breaks no table
     texts = ["--trigger", "\\u200b", "--trigger", "a$|$b", "--prompts", prompts, "--steps", 2, "--format", "json"]
-    result = cli(model, *texts, "--module", "unet", "--alpha", 0.25, "--out", out)
+    how = ["--module", "unet", "--alpha", 0.25, "--train", "lora", "--batch", 1, "--learning-rate", 1e-3, "--guidance", 2]
+    result = cli(model, *texts, *how, "--samples", 3, "--out", out)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((out / "report.json").read_text())
     pictures = {f"{name}_{i}.png" for name in ("before_after", "attention") for i in (1, 2)}
-    assert files(out) == files(model) | pictures | {"report.json", "README.md"}
+    assert files(out) == files(model) | pictures | {"report.json", "README.md", unlearn_text.PATCH}
     assert changed(stock(model), stock(out)) == ["unet"]
     assert (report["module"], report["format"], report["steps"]) == ("unet", "text-to-image-pipeline", 2)
-    assert report["config"]["settings"]["alpha"] == 0.25
+    settings = report["config"]["settings"]
+    told = ("alpha", "trained", "batch", "learning_rate", "guidance")
+    assert [settings[name] for name in told] == [0.25, "lora", 1, 1e-3, 2]
+    assert report["config"]["evaluation"]["guidance"] == 2
+    patched = stock(model)
+    patched.load_lora_weights(out / unlearn_text.PATCH)
+    patched.fuse_lora()
+    patched.unload_lora_weights()
+    merged = zip(*parameters(patched, stock(out), "unet"), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in merged)
     assert report["config"]["prompts"] == {"training": 3, "held_out": 3, "shipped": False}
     assert report["triggers"][0]["trigger"] == "\u200b"
     assert len(report["triggers"][0]["tokens"]) == 3
@@ -123,6 +132,7 @@ USAGE = {
     "no replacement": (["--trigger", "a=>"], "empty"),
     "unseen": (["--trigger", " "], "does not see"),
     "alpha": (["--trigger", "x", "--alpha", 2], "alpha"),
+    "text option with a dash": (["--learning-rate", 0.1], "--learning-rate goes with --trigger"),
     "prompts": (["--trigger", "x", "--prompts", os.devnull], "prompts"),
     "nothing replaced": (["--trigger", "\\u2603=>x"], "replaces"),
 }
