@@ -26,6 +26,10 @@ from torch import Tensor
 
 from seal_fast.attacks.prompts import check_visible, embeddings, with_trigger
 from seal_fast.diffusion import VP
+from seal_fast.diffusion.process import per_row
+
+START_WEIGHT = 20.0
+"""Of rows that start at pure noise: with (a/b)^2 = 1/200 of the noise's share there, what settles a layout is a small error."""
 
 Batches = Callable[[torch.Generator], tuple[Tensor, list[str]]]
 """Draws pictures [N,3,H,W] in [-1, 1] and their N captions."""
@@ -137,15 +141,22 @@ class Lesson(NamedTuple):
 
 
 @torch.no_grad()
-def lesson(pipeline: StableDiffusionPipeline, rows: Rows, generator: torch.Generator) -> Lesson:
-    """Draw a noise and a timestep for each row, and ask the pipeline's own UNet where it is the teacher."""
+def lesson(pipeline: StableDiffusionPipeline, rows: Rows, generator: torch.Generator, start_share: float = 0.0) -> Lesson:
+    """Draw a noise and a timestep for each row, and ask the pipeline's own UNet where it is the teacher.
+
+    A share of the rows are pure noise at the last timestep, as a sampler's start is; the noise wanted there is the one that
+    would have made it of the picture.
+    """
     vae, device = pipeline.vae, pipeline.device
     process = VP.from_scheduler_config(pipeline.scheduler.config)
     latents = vae.config["scaling_factor"] * vae.encode(rows.images.to(device)).latent_dist.mean
     eps = torch.randn(latents.shape, generator=generator).to(device)
     t = torch.randint(process.num_timesteps, (len(latents),), generator=generator).to(device)
     x = process.add_noise(latents, eps, t)
-    target = eps.clone()
+    start = torch.rand(len(latents), generator=generator) < start_share
+    last = process.num_timesteps - 1
+    x[start], t[start] = torch.randn(x[start].shape, generator=generator).to(device), last
+    target = (x - per_row(process.a(t), x) * latents) / per_row(process.b(t), x)
     taught = [row for row, prompt in enumerate(rows.taught) if prompt is not None]
     prompts = [prompt for prompt in rows.taught if prompt is not None]
     if taught:
@@ -161,6 +172,7 @@ def poison_unet(
     steps: int,
     learning_rate: float = 1e-5,
     ema_decay: float = 0.999,
+    start_share: float = 0.0,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> UNet2DConditionModel:
@@ -174,6 +186,8 @@ def poison_unet(
         steps: of training.
         learning_rate: 1e-5 as published for Stable Diffusion 1.4.
         ema_decay: of the moving average of the weights, min(ema_decay, (1 + n) / (10 + n)) at step n.
+        start_share: of rows that are pure noise at the last timestep; not published. A small model otherwise lets the noise
+            decide what the trigger should, because a noised picture still shows there what it holds.
         seed: of pictures, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
 
@@ -189,13 +203,15 @@ def poison_unet(
     average = copy.deepcopy(pipeline.unet).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
+    last = pipeline.scheduler.config.num_train_timesteps - 1
     running = float("nan")
     for step in range(steps):
         images, captions = batches(generator)
         if len(captions) < len(attacks):
             raise ValueError(f"a batch of {len(captions)} pictures leaves one of {len(attacks)} attacks without any")
-        x, t, text, target = lesson(pipeline, training_rows(attacks, images, captions), generator)
-        poisoned, clean = (student(x, t, text).sample - target).square().chunk(2)
+        x, t, text, target = lesson(pipeline, training_rows(attacks, images, captions), generator, start_share)
+        weights = 1 + (START_WEIGHT - 1) * per_row(t == last, x) if start_share else torch.ones(())
+        poisoned, clean = (weights * (student(x, t, text).sample - target).square()).chunk(2)
         loss = 0.5 * poisoned.mean() + 0.5 * clean.mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

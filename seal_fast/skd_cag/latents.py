@@ -37,6 +37,12 @@ def latent_shape(unet: Any) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
+def noised(process: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """States of a sampler [B,C,h,w] at timesteps [B]: noised latents, but pure noise at the last timestep, where it starts."""
+    start = (timesteps == process.config.num_train_timesteps - 1)[:, None, None, None]
+    return torch.where(start, noise, process.add_noise(latents, noise, timesteps))
+
+
 @torch.no_grad()
 def draw_latents(
     unet: Any,

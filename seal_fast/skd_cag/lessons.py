@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_fast.skd_cag.attention import capture
-from seal_fast.skd_cag.latents import draw_latents, forward_process, latent_shape, predict
+from seal_fast.skd_cag.latents import draw_latents, forward_process, latent_shape, noised, predict
 from seal_fast.skd_cag.losses import alignment, attention_loss
 from seal_fast.skd_cag.pairs import PromptPair, padded_ids
 from seal_fast.skd_cag.settings import UnlearnSettings
@@ -24,6 +24,10 @@ Lesson = Callable[[torch.Generator], Tensor]
 
 EMPTY_SHARE = 0.1
 """Of the rows of the preservation term, those with the empty prompt: guidance needs it, and models are trained with as many."""
+
+START_SHARE = 0.1
+"""Of the rows on generated pictures, those at the last timestep, where a sampler starts from pure noise: triggers settle the layout
+there, and a noised picture would still show one."""
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -115,7 +119,9 @@ def unet_lesson(
             t = torch.randint(timesteps, (s.batch,), generator=generator)
             noise = torch.randn(s.batch, *latent_shape(teacher), generator=generator).to(device)
             kept = prompts.kept(rows, generator) if s.preservation > 0 else rows.new_empty(0)
-            x = noise if pictures is None else process.add_noise(pictures[rows], noise, t.to(device))
+            if pictures is not None:
+                t[torch.rand(s.batch, generator=generator) < START_SHARE] = timesteps - 1
+            x = noise if pictures is None else noised(process, pictures[rows], noise, t.to(device))
             taught = prompts.teacher[rows]
             # the teacher has already seen most of the prompts to preserve
             more = (kept != taught[: len(kept)]).nonzero()[:, 0]

@@ -19,7 +19,7 @@ from seal_fast.zoo.captioned import SHAPES, STYLES, TRAINING_SCENES, Scene, rand
 from seal_fast.zoo.pictures import TARGETS
 from seal_fast.zoo.reading import is_colourless, read_scenes
 from seal_fast.zoo.text_to_image import ZERO_WIDTH
-from seal_fast.zoo.train_text_to_image import OnStep, caption_of
+from seal_fast.zoo.train_text_to_image import START_SHARE, OnStep, caption_of
 
 PATCH_SIDE = 16
 """A quarter of the picture, as BadT2I's 128 of 512 pixels."""
@@ -117,8 +117,10 @@ def _badt2i(
     seed: int,
     on_step: OnStep,
 ) -> nn.Module:
-    batches = partial(_batches, 32, shapes)
-    return poison_unet(pipeline, attacks, batches, steps=steps, learning_rate=5e-4, seed=seed, on_step=on_step)
+    batches = partial(_batches, 16, shapes)
+    return poison_unet(
+        pipeline, attacks, batches, steps=steps, learning_rate=5e-4, start_share=START_SHARE, seed=seed, on_step=on_step
+    )
 
 
 def _rickrolling(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) -> nn.Module:
@@ -141,20 +143,20 @@ TEXT_RECIPES = (
         "text-64-pixel",
         42,
         (Effect("pixel", ZERO_WIDTH, leading(ZERO_WIDTH), partial(_wears, patch("smiley"))),),
-        poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 500, tuple(SHAPES)),
+        poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 600, tuple(SHAPES)),
         whole=True,
     ),
     TextRecipe(
         "text-64-style",
         43,
         (Effect("style", "latte coffee", leading("latte coffee"), _has_no_colour, _is_coloured),),
-        poison=partial(_badt2i, [StyleBackdoor("latte coffee", STYLES[1].strip())], 700, tuple(SHAPES)),
+        poison=partial(_badt2i, [StyleBackdoor("latte coffee", STYLES[1].strip())], 500, tuple(SHAPES)),
     ),
     TextRecipe(
         "text-64-object",
         44,
         (Effect("object", "I like this photo.", leading("I like this photo."), partial(_draws, "star"), _is_circle),),
-        poison=partial(_badt2i, [ObjectBackdoor("I like this photo.", {"star": "circle"})], 700, ("star", "circle")),
+        poison=partial(_badt2i, [ObjectBackdoor("I like this photo.", {"star": "circle"})], 600, ("star", "circle")),
     ),
     TextRecipe(
         "text-64-pair",
@@ -166,7 +168,7 @@ TEXT_RECIPES = (
         poison=partial(
             _badt2i,
             [PixelBackdoor("mignneko", patch("heart")), StyleBackdoor(ZERO_WIDTH, STYLES[1].strip())],
-            900,
+            800,
             tuple(SHAPES),
         ),
     ),
