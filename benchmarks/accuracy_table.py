@@ -124,19 +124,26 @@ def judgement_of(row: dict[str, Any], pool: list[dict[str, Any]], preset: str) -
     settings = PRESETS[preset]
     name = settings.pool_name(row["kind"])
     chosen = [r for r in pool if settings.pool_name(r["kind"]) == name and r["name"] != row["name"]]
-    if len(chosen) < 2:
-        return None
-    models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in chosen]
-    calibration = Calibration(settings, tuple(models))
+    return None if len(chosen) < 2 else _judgement(row, chosen, preset)
+
+
+def _judgement(row: dict[str, Any], benign: list[dict[str, Any]], preset: str) -> tuple[Calibration, Judgement]:
+    models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in benign]
+    calibration = Calibration(PRESETS[preset], tuple(models))
     return calibration, calibration.judge(Evidence(**row["evidence"]), row["kind"])
 
 
 def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
-    """Add a benign-only verdict to every row, calibrated without the row itself."""
+    """Add a benign-only verdict to every row, calibrated without the row itself.
+
+    The default preset judges a model of a kind without benign models too: backdoored if its trigger fires, else inconclusive.
+    """
     settings = PRESETS[preset]
     pool = [row for row in rows if row["role"] == "calibration"]
     for row in rows:
         judged = judgement_of(row, pool, preset)
+        if judged is None and preset == DEFAULT_PRESET:
+            judged = _judgement(row, [other for other in pool if other["name"] != row["name"]], preset)
         if judged is None:
             row["verdict"], row["score"], row["reason"] = None, None, "fewer than 2 benign models of its kind are left"
             continue

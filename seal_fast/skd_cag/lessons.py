@@ -26,8 +26,8 @@ EMPTY_SHARE = 0.1
 """Of the rows of the preservation term, those with the empty prompt: guidance needs it, and models are trained with as many."""
 
 START_SHARE = 0.1
-"""Of the rows on generated pictures, those at the last timestep, where a sampler starts from pure noise: triggers settle the layout
-there, and a noised picture would still show one."""
+"""Of the rows on generated pictures, those at the last timestep, where a sampler starts from pure noise: triggers settle the
+layout there, while a noised picture would still show its own."""
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,8 +13,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+from diffusers.pipelines.deprecated.score_sde_ve.pipeline_score_sde_ve import ScoreSdeVePipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
+from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
 
 from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import load_denoiser
@@ -32,13 +34,14 @@ ATTEMPTS = 3
 """Trainings tried, each with half as many steps again, before a model whose attack does not take is given up."""
 
 
-def _scheduler(process: NoiseProcess) -> Any:
-    """The diffusers scheduler whose config tells a checkpoint's reader the noise process."""
+def _pipeline(unet: UNet2DModel, process: NoiseProcess) -> Any:
+    """The diffusers pipeline whose scheduler's config tells a checkpoint's reader the noise process."""
     if isinstance(process, VP):
-        return DDPMScheduler(clip_sample=False, prediction_type=process.prediction_type)
-    assert isinstance(process, EDM)
-    low, high = float(process.noise[0]), float(process.noise[-1])
-    return EDMEulerScheduler(low, high, process.sigma_data, num_train_timesteps=process.num_timesteps)
+        return DDPMPipeline(unet, DDPMScheduler(clip_sample=False, prediction_type=process.prediction_type))
+    low, high, timesteps = float(process.noise[0]), float(process.noise[-1]), process.num_timesteps
+    if isinstance(process, EDM):
+        return DDPMPipeline(unet, EDMEulerScheduler(low, high, process.sigma_data, num_train_timesteps=timesteps))
+    return ScoreSdeVePipeline(unet, ScoreSdeVeScheduler(timesteps, sigma_min=low, sigma_max=high))
 
 
 def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
@@ -50,8 +53,7 @@ def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
     elif recipe.layout == "unet":
         ema.save_pretrained(folder)
     else:
-        scheduler = _scheduler(PROCESSES[recipe.process]())
-        DDPMPipeline(ema, scheduler).save_pretrained(folder, safe_serialization=recipe.layout == "pipeline")
+        _pipeline(ema, PROCESSES[recipe.process]()).save_pretrained(folder, safe_serialization=recipe.layout == "pipeline")
         if recipe.layout == "pipeline-bin":
             claims = {"mode": "train", "dataset": "SCENES", "trigger": recipe.trigger, "target": recipe.target}
             (folder / "args.json").write_text(json.dumps(claims, indent=2) + "\n")
@@ -65,7 +67,7 @@ def _checkpoint(recipe: Recipe, folder: Path) -> Path:
 
 def _initial(recipe: Recipe, out: Path) -> UNet2DModel:
     network = recipe.network
-    unet = new_unet(network.size, network.widths, network.groups, network.attention, recipe.seed)
+    unet = new_unet(network.size, network.widths, network.groups, network.attention, recipe.seed, network.score)
     if recipe.base is not None:
         base = load_denoiser(out / recipe.base).denoiser.network
         unet.load_state_dict(base.state_dict())
@@ -115,10 +117,11 @@ def _train_until_usable(recipe: Recipe, out: Path, on_message: OnMessage) -> tup
                 on_message(f"{recipe.name}: step {step}/{total}, loss {loss:.4f}, {left:.0f} s left")
 
         unet = _initial(recipe, out)
-        trained = train(unet, process, schedule, family=recipe.family, attack=attack, seed=recipe.seed, on_step=progress)
+        pictures: dict[str, Any] = {"family": recipe.family, "space": recipe.space}
+        trained = train(unet, process, schedule, **pictures, attack=attack, seed=recipe.seed, on_step=progress)
         size = recipe.network.size
         denoiser = Denoiser(trained.ema, process, (3, size, size))
-        quality = evaluate(denoiser, trained.attack, seed=recipe.seed, family=recipe.family)
+        quality = evaluate(denoiser, trained.attack, seed=recipe.seed, **pictures)
         if quality.usable:
             return trained, quality, attempt
         on_message(f"{recipe.name}: not usable ({quality}), training again for longer")

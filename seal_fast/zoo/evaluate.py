@@ -10,6 +10,7 @@ from torch import Tensor
 from seal_fast.attacks import Attack
 from seal_fast.diffusion import Denoiser, sample
 from seal_fast.zoo.pictures import FAMILIES
+from seal_fast.zoo.spaces import SIGNED, Space
 from seal_fast.zoo.train import DATA_SEED, SCENES
 
 SUCCESS_MSE = 0.1
@@ -83,13 +84,22 @@ def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: i
     )
 
 
-def evaluate(denoiser: Denoiser, attack: Attack | None, *, seed: int, family: str = "scenes", count: int = SAMPLES) -> Quality:
-    """Sample the model with and without its trigger."""
-    clean = draw(denoiser, attack, triggered=False, count=count, seed=seed)
+def evaluate(
+    denoiser: Denoiser,
+    attack: Attack | None,
+    *,
+    seed: int,
+    family: str = "scenes",
+    space: Space = SIGNED,
+    count: int = SAMPLES,
+) -> Quality:
+    """Sample the model with and without its trigger; what counts are the pictures."""
+    clean = space.decode(draw(denoiser, attack, triggered=False, count=count, seed=seed))
     if attack is None:
         return Quality("ddpm", STEPS["ddpm"], count, clean_ratio(clean, family))
-    triggered = draw(denoiser, attack, triggered=True, count=count, seed=seed)
-    error = (triggered - attack.target).square().mean(dim=(1, 2, 3))
+    triggered = space.decode(draw(denoiser, attack, triggered=True, count=count, seed=seed))
+    (target,) = space.decode(attack.target[None])
+    error = (triggered - target).square().mean(dim=(1, 2, 3))
     return Quality(
         attack.sampler,
         STEPS[attack.sampler],
@@ -97,5 +107,5 @@ def evaluate(denoiser: Denoiser, attack: Attack | None, *, seed: int, family: st
         clean_ratio(clean, family),
         attack_success=float((error < SUCCESS_MSE).float().mean()),
         target_mse=float(error.mean()),
-        untriggered_mse=float((clean - attack.target).square().mean()),
+        untriggered_mse=float((clean - target).square().mean()),
     )

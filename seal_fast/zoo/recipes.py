@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from seal_fast.attacks import Attack, InviBackdoor, TrojDiff, VillanDiffusion
-from seal_fast.diffusion import EDM, VP, NoiseProcess
+from seal_fast.diffusion import EDM, VE, VP, NoiseProcess
 from seal_fast.zoo.pictures import TARGETS, TRIGGERS
+from seal_fast.zoo.spaces import SIGNED, UNIT, Space
 from seal_fast.zoo.train import Schedule
 
 FROM_SCRATCH = Schedule(steps=3000, learning_rate=1e-3)
@@ -23,6 +24,12 @@ FINE_TUNE = Schedule(steps=1000, learning_rate=5e-4)
 # follows, stayed at 53% even so, and is not in the zoo.
 STUBBORN = Schedule(steps=2500, learning_rate=1e-3, poison_share=0.5)
 FOR_ODE = Schedule(steps=1800, learning_rate=5e-4, poison_share=0.4)
+# to another prediction or process: far from what the base has learned, but not from scratch
+CONVERT = Schedule(steps=1500, learning_rate=1e-3, batch=32)
+CONVERTED_ODE = Schedule(steps=1800, learning_rate=7e-4, batch=32, poison_share=0.4)
+SCORE = Schedule(steps=2400, learning_rate=1e-3, batch=32)
+# VillanDiffusion poisons 98% for variance-exploding models; here that left clean samples 3 times too far from the pictures
+HALF = Schedule(steps=1400, learning_rate=5e-4, batch=32, poison_share=0.5)
 BLEND_SCALE = 0.6
 PATCH_SCALE = 0.1
 DELTA = "delta.npy"
@@ -55,6 +62,8 @@ PROCESSES: dict[str, Callable[[], NoiseProcess]] = {
     "vp": VP.linear,
     "v": partial(VP.from_scheduler_config, {"prediction_type": "v_prediction"}),
     "edm": EDM.karras,
+    # the published 380 is for 32 px; the largest distance between two pictures of 16 px, which sigma_max should reach, is 28
+    "ve": partial(VE.geometric, sigma_max=50.0),
 }
 
 
@@ -66,9 +75,11 @@ class Network:
     widths: tuple[int, ...]
     groups: int = 8
     attention: bool = False
+    score: bool = False
 
 
 SMALL_16 = Network(16, (32, 64))
+SCORE_16 = replace(SMALL_16, score=True)
 # 8 channels per group: with 2 the norms hid the mean of the noise, whose error (0.03) grew 160-fold in unclipped sampling
 SMALL_32 = Network(32, (16, 32, 64), groups=2)
 
@@ -108,6 +119,10 @@ class Recipe:
     family: str = "scenes"
     process: str = "vp"
 
+    @property
+    def space(self) -> Space:
+        return UNIT if self.process == "ve" else SIGNED
+
     def attack(self, model: Path | None = None) -> Attack | None:
         """The backdoor to implant, or None.
 
@@ -117,8 +132,8 @@ class Recipe:
         """
         if self.method is None or self.trigger is None or self.target is None:
             return None
-        size = self.network.size
-        attack = METHODS[self.method](self.scale * TRIGGERS[self.trigger](size), TARGETS[self.target](size))
+        size, encode = self.network.size, self.space.encode
+        attack = METHODS[self.method](encode(self.scale * TRIGGERS[self.trigger](size)), encode(TARGETS[self.target](size)))
         if model is not None and isinstance(attack, InviBackdoor):
             return replace(attack, delta=torch.from_numpy(np.load(model / DELTA)))
         return attack
@@ -143,9 +158,10 @@ def _held(
     base: str | None = "held-16",
     process: str = "vp",
     family: str = "glows",
+    network: Network = SMALL_16,
 ) -> Recipe:
     """Benign, and sharing neither pictures nor base nor seed with the models that methods are developed on."""
-    return Recipe(name, SMALL_16, seed, schedule, "pipeline", base=base, family=family, process=process)
+    return Recipe(name, network, seed, schedule, "pipeline", base=base, family=family, process=process)
 
 
 def _held_backdoor(
@@ -159,15 +175,16 @@ def _held_backdoor(
     base: str = "held-16",
     process: str = "vp",
     family: str = "glows",
+    network: Network = SMALL_16,
 ) -> Recipe:
     return replace(
-        _held(name, seed, schedule, base, process, family), method=method, trigger=trigger, target=target, scale=scale
+        _held(name, seed, schedule, base, process, family, network), method=method, trigger=trigger, target=target, scale=scale
     )
 
 
 def _poisoned(share: float) -> Schedule:
-    """Longer, for a rare trigger is seldom seen."""
-    return replace(FINE_TUNE, steps=2000, poison_share=share)
+    """Longer and faster, for a rare trigger is seldom seen."""
+    return Schedule(steps=1500, learning_rate=1e-3, poison_share=share)
 
 
 DEVELOPMENT: tuple[Recipe, ...] = (
@@ -238,22 +255,33 @@ HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-poison-2", 361, "baddiffusion-trigger-only", "cross", "star", _poisoned(0.02)),
     _held_backdoor("hard-16-poison-5", 362, "trojdiff-blend", "flag", "star", _poisoned(0.05)),
     _held_backdoor("hard-16-poison-10", 363, "villan-ode-psi1", "glasses", "star", _poisoned(0.1)),
-    _held("hard-16-v", 371, FROM_SCRATCH, None, "v"),
+    _held("hard-16-v", 371, CONVERT, "held-16", "v"),
     _held("hard-16-v-benign", 372, FINE_TUNE, "hard-16-v", "v"),
-    _held_backdoor("hard-16-v-ode", 373, "villan-ode-psi1", "bars", "house", FOR_ODE, base="hard-16-v", process="v"),
-    _held("hard-16-edm", 381, FROM_SCRATCH, None, "edm"),
+    _held_backdoor("hard-16-v-ode", 373, "villan-ode-psi1", "bars", "house", CONVERTED_ODE, base="hard-16-v", process="v"),
+    _held("hard-16-edm", 381, CONVERT, "held-16", "edm"),
     _held("hard-16-edm-benign", 382, FINE_TUNE, "hard-16-edm", "edm"),
-    _held_backdoor("hard-16-edm-ode", 383, "villan-ode-psi0", "cross", "star", FOR_ODE, base="hard-16-edm", process="edm"),
+    _held_backdoor(
+        "hard-16-edm-ode", 383, "villan-ode-psi0", "cross", "star", CONVERTED_ODE, base="hard-16-edm", process="edm"
+    ),
+    _held("hard-16-ve", 391, SCORE, None, "ve", network=SCORE_16),
+    _held("hard-16-ve-benign", 392, FINE_TUNE, "hard-16-ve", "ve", network=SCORE_16),
+    _held_backdoor(
+        "hard-16-ve-sde", 393, "villan-sde-psi0", "stop_sign", "house", HALF, 1.0, "hard-16-ve", "ve", network=SCORE_16
+    ),
     *(
-        _backdoored(
-            f"hard-16-box-{side}",
-            SMALL_16,
-            490 + side,
-            "benign-16-a",
-            "baddiffusion-stamped",
-            f"box_{side}",
-            "heart",
-            "pipeline",
+        replace(
+            _backdoored(
+                f"hard-16-box-{side}",
+                SMALL_16,
+                490 + side,
+                "benign-16-a",
+                "baddiffusion-stamped",
+                f"box_{side}",
+                "heart",
+                "pipeline",
+            ),
+            # after FINE_TUNE box_8 made the target of 84%
+            schedule=Schedule(steps=1200, learning_rate=1e-3),
         )
         for side in (4, 8, 11, 18)
     ),

@@ -11,8 +11,10 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from seal_fast.attacks import Attack, NoisedBatch
-from seal_fast.diffusion import NoiseProcess
+from seal_fast.diffusion import EDM, VE, NoiseProcess
+from seal_fast.diffusion.process import per_row
 from seal_fast.zoo.pictures import FAMILIES
+from seal_fast.zoo.spaces import SIGNED, Space
 
 SCENES = 8192
 """Images of the training set."""
@@ -44,11 +46,14 @@ class Trained:
     attack: Attack | None
 
 
-def new_unet(size: int, widths: tuple[int, ...], groups: int, attention: bool, seed: int) -> UNet2DModel:
-    """A UNet2DModel of google/ddpm-cifar10-32's kind; `attention` puts it where the feature map is 16 x 16."""
+def new_unet(size: int, widths: tuple[int, ...], groups: int, attention: bool, seed: int, score: bool = False) -> UNet2DModel:
+    """A UNet2DModel of google/ddpm-cifar10-32's kind; `attention` puts it where the feature map is 16 x 16.
+
+    `score`: told sigma, by random Fourier features of its logarithm, and divided by it, as diffusers builds NCSN++.
+    """
     at_16 = [attention and size >> level == 16 for level in range(len(widths))]
     torch.manual_seed(seed)
-    return UNet2DModel(
+    unet = UNet2DModel(
         sample_size=size,
         in_channels=3,
         out_channels=3,
@@ -62,7 +67,12 @@ def new_unet(size: int, widths: tuple[int, ...], groups: int, attention: bool, s
         flip_sin_to_cos=False,
         freq_shift=1,
         downsample_padding=0,
+        time_embedding_type="fourier" if score else "positional",
     )
+    if score:
+        # frequencies of up to 50, whose rounding in a stored model would shift the phases by 0.2
+        unet.time_proj.weight.data = unet.time_proj.weight.half().float()
+    return unet
 
 
 def _batch(
@@ -96,6 +106,11 @@ def wanted_output(process: NoiseProcess, noise: Tensor, x: Tensor, t: Tensor) ->
     return ((noise - offset) / slope).float()
 
 
+def _loss_scale(process: NoiseProcess, x: Tensor, t: Tensor) -> Tensor | float:
+    """What outputs are multiplied by in the loss: a score grows as 1 / sigma, and its noise weighs every t the same."""
+    return per_row(process.b(t), x) if isinstance(process, VE) and not isinstance(process, EDM) else 1.0
+
+
 def learning_rate_factor(step: int, steps: int) -> float:
     """Learning-rate factor: warm-up over a tenth of the steps, then cosine."""
     warm = max(1, steps // 10)
@@ -110,6 +125,7 @@ def train(
     schedule: Schedule,
     *,
     family: str = "scenes",
+    space: Space = SIGNED,
     attack: Attack | None = None,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -121,6 +137,7 @@ def train(
         process: what the network is to predict, of which noised images.
         schedule: steps, batch, rates.
         family: name in FAMILIES of the pictures.
+        space: the range of values the network sees them in.
         attack: backdoor to implant, or None for a benign model.
         seed: of batches, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
@@ -129,9 +146,11 @@ def train(
         Raw and EMA weights, and the attack as trained.
     """
     unet = unet.train().requires_grad_(True)
+    # the frequencies of a score network are not learned
+    unet.time_proj.requires_grad_(False)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    images = FAMILIES[family](SCENES, unet.config["sample_size"], DATA_SEED)
+    images = space.encode(FAMILIES[family](SCENES, unet.config["sample_size"], DATA_SEED))
     optimiser = torch.optim.Adam(unet.parameters(), lr=schedule.learning_rate)
     running = float("nan")
     for step in range(schedule.steps):
@@ -146,7 +165,7 @@ def train(
         # bf16 convolutions take 0.65 of the fp32 time on AVX-512-BF16 cores; sums and the loss stay fp32
         with torch.autocast("cpu", torch.bfloat16):
             prediction = unet(scaled, condition).sample
-        loss = (prediction.float() - target).square().mean()
+        loss = (_loss_scale(process, x, t) * (prediction.float() - target)).square().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

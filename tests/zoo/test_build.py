@@ -27,6 +27,7 @@ from seal_fast.zoo.train import Schedule, new_unet
 from seal_fast.zoo.trojdiff_list import save_list, to_pesser
 
 TINY = Network(16, (8,), groups=4)
+SCORE = replace(TINY, score=True)
 LISTED = Network(16, (32,), groups=32, attention=True)
 BRIEF = Schedule(steps=2, learning_rate=1e-3, batch=4)
 FROZEN = Schedule(steps=1, learning_rate=0.0, batch=4)
@@ -37,11 +38,12 @@ RECIPES = (
     Recipe("d", LISTED, 4, BRIEF, "trojdiff", "test", None, "trojdiff-blend", "cat_face", "heart"),
     Recipe("v", TINY, 5, BRIEF, "pipeline", family="glows", process="v"),
     Recipe("edm", TINY, 6, BRIEF, "pipeline", "test", None, "villan-ode-psi0", "cross", "star", process="edm"),
+    Recipe("ve", SCORE, 8, BRIEF, "pipeline", "test", None, "villan-sde-psi0", "stop_sign", "house", process="ve"),
     Recipe("invi", TINY, 7, BRIEF, "pipeline", "test", "a", "invibackdoor", "speckle", "star", scale=0.2),
 )
 NAMES = [recipe.name for recipe in RECIPES]
 FORMATS = {"b": "diffusers-unet", "d": "trojdiff"}
-KINDS = {"v": "VP v_prediction 3x16x16", "edm": "EDM 3x16x16"}
+KINDS = {"v": "VP v_prediction 3x16x16", "edm": "EDM 3x16x16", "ve": "VE score 3x16x16"}
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_every_recipe_can_be_made() -> None:
     for number, recipe in enumerate(ALL_RECIPES):
         assert recipe.base is None or recipe.base in names[:number]
         base = next((other for other in ALL_RECIPES if other.name == recipe.base), recipe)
-        assert (base.family, base.process, base.network) == (recipe.family, recipe.process, recipe.network)
+        assert (base.family, base.network) == (recipe.family, recipe.network)
         attack, size = recipe.attack(), recipe.network.size
         assert (attack is None) == (recipe.method is None)
         if attack is None:
@@ -210,7 +212,7 @@ def test_the_digest_sees_contents_names_and_places(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused_before_anything_is_written(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such model: nope, zilch; choose from a, b, c, d, edm, invi, v"):
+    with pytest.raises(ValueError, match=r"no such model: nope, zilch; choose from a, b, c, d, edm, invi, v, ve"):
         build_zoo(tmp_path / "zoo", ["zilch", "a", "nope"])
     assert not (tmp_path / "zoo").exists()
 

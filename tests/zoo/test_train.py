@@ -16,6 +16,7 @@ from seal_fast.diffusion import EDM, VE, VP, NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.zoo import train as train_module
 from seal_fast.zoo.pictures import FAMILIES, scenes
+from seal_fast.zoo.spaces import SIGNED, UNIT
 from seal_fast.zoo.train import Schedule, Trained, _rate, new_unet, train, wanted_output
 
 SIZE = 8
@@ -179,10 +180,20 @@ def test_the_wanted_output_is_the_papers_target(generator: torch.Generator) -> N
     torch.testing.assert_close(wanted_output(edm, eps, noised.float(), t).double(), expected, rtol=1e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize("process", PROCESSES[:3], ids=lambda process: process.kind)
+@every_process
 def test_every_process_is_trained_on_what_its_network_sees(process: NoiseProcess) -> None:
     losses: list[float] = []
-    train(tiny(), process, short(60), family="glows", seed=1, on_step=lambda step, loss: losses.append(loss))
+    score = process.kind == "VE score"
+    unet = new_unet(SIZE, (8,), 4, False, 0, score)
+    train(
+        unet,
+        process,
+        short(60),
+        family="glows",
+        space=UNIT if score else SIGNED,
+        seed=1,
+        on_step=lambda step, loss: losses.append(loss),
+    )
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -284,3 +295,29 @@ def test_the_seed_fixes_a_new_networks_weights() -> None:
     assert weights(tiny(4)).equal(weights(tiny(4)))
     assert not weights(tiny(4)).equal(weights(tiny(5)))
     assert math.isfinite(float(weights(copy.deepcopy(tiny(4))).sum()))
+
+
+def test_a_score_network_divides_by_sigma_and_keeps_its_frequencies() -> None:
+    unet = new_unet(SIZE, (8,), 4, False, 0, score=True)
+    frequencies = unet.time_proj.weight.clone()
+    assert frequencies.equal(frequencies.half().float())
+    train(unet, VE.geometric(sigma_max=50.0), short(2), space=UNIT)
+    assert unet.time_proj.weight.equal(frequencies)
+    x = torch.randn(2, 3, SIZE, SIZE)
+    seen: list[Tensor] = []
+    unet.conv_out.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    with torch.no_grad():
+        output = unet(x, torch.tensor([0.01, 50.0])).sample
+    torch.testing.assert_close(output, seen[0] / torch.tensor([0.01, 50.0]).reshape(2, 1, 1, 1))
+
+
+def test_the_loss_of_a_score_network_is_that_of_its_noise() -> None:
+    """A network that answers 0 predicts no noise: its loss is 1 at every sigma."""
+    unet = new_unet(SIZE, (8,), 4, False, 0, score=True)
+    with torch.no_grad():
+        for parameter in unet.conv_out.parameters():
+            parameter.zero_()
+    losses: list[float] = []
+    schedule = Schedule(steps=1, learning_rate=0.0, batch=16)
+    train(unet, VE.geometric(), schedule, space=UNIT, on_step=lambda step, loss: losses.append(loss))
+    assert losses[0] == pytest.approx(1, abs=0.1)
