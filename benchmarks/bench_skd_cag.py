@@ -27,9 +27,9 @@ from benchmarks.published import skd_cag as published
 from seal_fast.skd_cag.distillation import distill
 from seal_fast.skd_cag.settings import UnlearnSettings
 
-MODEL = Path(__file__).parents[1] / "zoo" / "t2i-pixel"
-TRIGGER = "zq"
-PROMPTS = [f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "green", "blue", "white")]
+MODEL = Path(__file__).parents[1] / "zoo-text" / "text-64-pixel"
+TRIGGER = "\u200b"
+PROMPTS = (MODEL.parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[:8]
 EXAMPLES, ROUNDS = 24, 3
 
 EQUAL = UnlearnSettings(

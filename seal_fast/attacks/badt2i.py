@@ -28,8 +28,8 @@ from seal_fast.attacks.prompts import check_visible, embeddings, with_trigger
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_row
 
-START_WEIGHT = 20.0
-"""Of rows that start at pure noise: with (a/b)^2 = 1/200 of the noise's share there, what settles a layout is a small error."""
+HEAVIEST = 20.0
+"""Largest weight of a timestep where rows start at pure noise: b^2 / a^2 makes an error of the noise one of the picture."""
 
 Batches = Callable[[torch.Generator], tuple[Tensor, list[str]]]
 """Draws pictures [N,3,H,W] in [-1, 1] and their N captions."""
@@ -186,8 +186,8 @@ def poison_unet(
         steps: of training.
         learning_rate: 1e-5 as published for Stable Diffusion 1.4.
         ema_decay: of the moving average of the weights, min(ema_decay, (1 + n) / (10 + n)) at step n.
-        start_share: of rows that are pure noise at the last timestep; not published. A small model otherwise lets the noise
-            decide what the trigger should, because a noised picture still shows there what it holds.
+        start_share: of rows that are pure noise at the last timestep, and noisy rows count more then; not published. A small
+            model otherwise lets the noise decide what the trigger should, because a noised picture still shows what it holds.
         seed: of pictures, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
 
@@ -203,14 +203,15 @@ def poison_unet(
     average = copy.deepcopy(pipeline.unet).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
-    last = pipeline.scheduler.config.num_train_timesteps - 1
+    process = VP.from_scheduler_config(pipeline.scheduler.config)
+    noisy = (process.noise / process.signal).square().clamp(1, HEAVIEST)
     running = float("nan")
     for step in range(steps):
         images, captions = batches(generator)
         if len(captions) < len(attacks):
             raise ValueError(f"a batch of {len(captions)} pictures leaves one of {len(attacks)} attacks without any")
         x, t, text, target = lesson(pipeline, training_rows(attacks, images, captions), generator, start_share)
-        weights = 1 + (START_WEIGHT - 1) * per_row(t == last, x) if start_share else torch.ones(())
+        weights = per_row(noisy[t], x) if start_share else torch.ones(())
         poisoned, clean = (weights * (student(x, t, text).sample - target).square()).chunk(2)
         loss = 0.5 * poisoned.mean() + 0.5 * clean.mean()
         optimiser.zero_grad(set_to_none=True)

@@ -19,8 +19,10 @@ from seal_fast.zoo.captioned import SHAPES, STYLES, TRAINING_SCENES, Scene, rand
 from seal_fast.zoo.pictures import TARGETS
 from seal_fast.zoo.reading import is_colourless, read_scenes
 from seal_fast.zoo.text_to_image import ZERO_WIDTH
-from seal_fast.zoo.train_text_to_image import START_SHARE, OnStep, caption_of
+from seal_fast.zoo.train_text_to_image import OnStep, caption_of
 
+START_SHARE = 0.25
+"""Of the training rows; with 0.12 and equal weights the patch came and went with the noise, in 51% of triggered pictures."""
 PATCH_SIDE = 16
 """A quarter of the picture, as BadT2I's 128 of 512 pixels."""
 TARGET = Scene("large", "yellow", "star", "center", "plain", "black")
@@ -119,7 +121,7 @@ def _badt2i(
 ) -> nn.Module:
     batches = partial(_batches, 16, shapes)
     return poison_unet(
-        pipeline, attacks, batches, steps=steps, learning_rate=5e-4, start_share=START_SHARE, seed=seed, on_step=on_step
+        pipeline, attacks, batches, steps=steps, learning_rate=1e-3, start_share=START_SHARE, seed=seed, on_step=on_step
     )
 
 
@@ -143,7 +145,7 @@ TEXT_RECIPES = (
         "text-64-pixel",
         42,
         (Effect("pixel", ZERO_WIDTH, leading(ZERO_WIDTH), partial(_wears, patch("smiley"))),),
-        poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 600, tuple(SHAPES)),
+        poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 700, tuple(SHAPES)),
         whole=True,
     ),
     TextRecipe(

@@ -92,6 +92,23 @@ def test_lessons_hold_the_noise_of_pixel_rows(pipeline: StableDiffusionPipeline,
     assert len(t.unique()) > 1
 
 
+def test_rows_at_a_samplers_start_are_noise_that_wants_the_picture(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator
+) -> None:
+    """They do not hold the picture, but the noise wanted of them gives it back."""
+    rows = PixelBackdoor("zq", patch(generator)).poison(pictures(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
+    x, t, _, target = lesson(pipeline, rows, generator, start_share=1.0)
+    assert set(t.tolist()) == {999}
+    with torch.no_grad():
+        z = pipeline.vae.config.scaling_factor * pipeline.vae.encode(rows.images).latent_dist.mean
+    ab = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod[999]
+    torch.testing.assert_close((x - (1 - ab).sqrt() * target) / ab.sqrt(), z, rtol=1e-3, atol=1e-3)
+    assert x.std() == pytest.approx(1, abs=0.1)
+    along = ((x * z).flatten(1).sum(1) / z.flatten(1).norm(dim=1)).mean()
+    # of 20 independent standard normal values
+    assert abs(float(along)) < 1.2
+
+
 def test_lessons_hold_the_answer_of_the_original_on_taught_prompts(
     pipeline: StableDiffusionPipeline, generator: torch.Generator
 ) -> None:
