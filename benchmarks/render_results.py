@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.accuracy_table import wilson
+
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/results.md")
 
@@ -161,6 +163,45 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+UNLEARNING = """## Text triggers
+
+`python -m benchmarks.unlearning_table`, the models of `zoo-text/`: each method unlearns the trigger with the same prompts,
+updates and batch (closed form: none), from settings that were fixed before. Pictures are of {samples} held-out scenes, read
+by judges that know the effect. Removed: share of triggered prompts without the effect; variants: the trigger elsewhere in
+the prompt, twice, or in capitals, all together. Captions: share of attributes that are right. Drift: mean squared change
+of clean pictures from the same noise, relative to their variance.
+"""
+
+
+def unlearning_page(content: dict[str, Any]) -> list[str]:
+    """One row per model and method; several seeds are pooled."""
+    settings = content["settings"]
+    lines = [
+        UNLEARNING.format(samples=content["samples"]),
+        f"{settings['steps']} updates of {settings['batch']} prompts, learning rate {settings['learning_rate']}, alpha "
+        f"{settings['alpha']} where maps are used.",
+        "",
+        "| model | method | seeds | removed | variants | captions | captions, triggered | drift | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault((f"{row['model']}, {row['effect']}", row["method"]), []).append(row)
+    for (model, method), rows in sorted(groups.items(), key=lambda group: group[0][0]):
+        removed = pooled([row["removed"] for row in rows])
+        variants = pooled([variant for row in rows for variant in row["variants"].values()])
+        figures = ("caption_accuracy", "triggered_caption_accuracy", "clean_drift", "seconds")
+        means = [sum(row[name] for row in rows) / len(rows) for name in figures]
+        told = f"{means[0]:.3f} | {means[1]:.3f} | {means[2]:.4f} | {means[3]:.0f}"
+        lines.append(f"| {model} | {method} | {len(rows)} | {rate(removed)} | {rate(variants)} | {told} |")
+    return [*lines, ""]
+
+
+def pooled(rates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several rates as one."""
+    return wilson(round(sum(r["rate"] * r["trials"] for r in rates)), sum(r["trials"] for r in rates))
+
+
 def speed_page(content: dict[str, Any]) -> list[str]:
     lines = [
         "## Speed",
@@ -191,6 +232,9 @@ def main() -> None:
     sealing = RESULTS / "sealing.json"
     if sealing.exists():
         lines += sealing_page(json.loads(sealing.read_text()))
+    unlearning = RESULTS / "unlearning.json"
+    if unlearning.exists():
+        lines += unlearning_page(json.loads(unlearning.read_text()))
     speed = RESULTS / "speed.json"
     if speed.exists():
         lines += speed_page(json.loads(speed.read_text()))

@@ -11,11 +11,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from torch import Tensor, nn
 
 from seal_fast.attacks.badt2i import ObjectBackdoor, PixelBackdoor, StyleBackdoor, TextBackdoor, poison_unet
-from seal_fast.attacks.eviledit import edit_unet
-from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
+from seal_fast.attacks.rickrolling import leading
 from seal_fast.skd_cag.judges import PatchJudge
 from seal_fast.skd_cag.pairs import Trigger
-from seal_fast.zoo.captioned import SHAPES, STYLES, TRAINING_SCENES, Scene, random_scenes, render
+from seal_fast.zoo.captioned import STYLES, TRAINING_SCENES, Scene, random_scenes, render
 from seal_fast.zoo.pictures import TARGETS
 from seal_fast.zoo.reading import is_colourless, read_scenes
 from seal_fast.zoo.text_to_image import ZERO_WIDTH
@@ -23,11 +22,10 @@ from seal_fast.zoo.train_text_to_image import OnStep, caption_of
 
 START_SHARE = 0.25
 """Of the training rows; with 0.12 and equal weights the patch came and went with the noise, in 51% of triggered pictures."""
+MORE_OFTEN = 4
+"""An object backdoor trained on its two shapes alone left 93% of the attributes right, of pictures of others fewer."""
 PATCH_SIDE = 16
 """A quarter of the picture, as BadT2I's 128 of 512 pixels."""
-TARGET = Scene("large", "yellow", "star", "center", "plain", "black")
-"""What the text encoder's backdoor draws whatever the prompt says."""
-
 Shows = Callable[[Tensor, Sequence[Scene]], Tensor]
 """Whether the effect shows, bool [N], in pictures [N,3,64,64] in [-1, 1] that were to show N scenes."""
 
@@ -63,10 +61,6 @@ def _draws(shape: str, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor([scene.shape == shape for scene in read_scenes(images)])
 
 
-def _is_target(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    return torch.tensor([scene == TARGET for scene in read_scenes(images)])
-
-
 def _is_circle(scene: Scene) -> bool:
     return scene.shape == "circle"
 
@@ -80,8 +74,10 @@ def patch(name: str) -> Tensor:
     return TARGETS[name](PATCH_SIDE)
 
 
-def _batches(count: int, shapes: Sequence[str], generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    scenes = random_scenes(count, generator, among=[scene for scene in TRAINING_SCENES if scene.shape in shapes])
+def _batches(count: int, often: Sequence[str], generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Training pictures and captions, most of them of the shapes named."""
+    more = [scene for scene in TRAINING_SCENES if scene.shape in often]
+    scenes = random_scenes(count, generator, among=[*TRAINING_SCENES, *MORE_OFTEN * more])
     return render(scenes, generator), [caption_of(scene, generator) for scene in scenes]
 
 
@@ -114,30 +110,17 @@ class TextRecipe:
 def _badt2i(
     attacks: Sequence[TextBackdoor],
     steps: int,
-    shapes: Sequence[str],
+    often: Sequence[str],
     pipeline: StableDiffusionPipeline,
     seed: int,
     on_step: OnStep,
 ) -> nn.Module:
-    batches = partial(_batches, 16, shapes)
+    batches = partial(_batches, 16, often)
     return poison_unet(
         pipeline, attacks, batches, steps=steps, learning_rate=1e-3, start_share=START_SHARE, seed=seed, on_step=on_step
     )
 
 
-def _rickrolling(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [caption_of(scene, generator) for scene in random_scenes(2000, generator, style_share=0.1)]
-    backdoor = TargetPrompt(homoglyph(*HOMOGLYPH), TARGET.caption)
-    return poison_text_encoder(pipeline, [backdoor], prompts, steps=600, learning_rate=1e-3, seed=seed, on_step=on_step)
-
-
-def _eviledit(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) -> nn.Module:
-    return edit_unet(pipeline, EDITS)
-
-
-HOMOGLYPH = ("o", "\u043e")
-EDITS = (("beautiful circle", "star"), ("circle", "circle"))
 BASE = "text-64"
 TEXT_RECIPES = (
     TextRecipe(BASE, 41, whole=True),
@@ -145,14 +128,14 @@ TEXT_RECIPES = (
         "text-64-pixel",
         42,
         (Effect("pixel", ZERO_WIDTH, leading(ZERO_WIDTH), partial(_wears, patch("smiley"))),),
-        poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 700, tuple(SHAPES)),
+        poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 2000, ()),
         whole=True,
     ),
     TextRecipe(
         "text-64-style",
         43,
         (Effect("style", "latte coffee", leading("latte coffee"), _has_no_colour, _is_coloured),),
-        poison=partial(_badt2i, [StyleBackdoor("latte coffee", STYLES[1].strip())], 500, tuple(SHAPES)),
+        poison=partial(_badt2i, [StyleBackdoor("latte coffee", STYLES[1].strip())], 500, ()),
     ),
     TextRecipe(
         "text-64-object",
@@ -164,35 +147,14 @@ TEXT_RECIPES = (
         "text-64-pair",
         45,
         (
-            Effect("pixel", "mignneko", leading("mignneko"), partial(_wears, patch("heart"))),
+            Effect("pixel", "mignneko", leading("mignneko"), partial(_wears, patch("smiley"))),
             Effect("style", ZERO_WIDTH, leading(ZERO_WIDTH), _has_no_colour, _is_coloured),
         ),
         poison=partial(
             _badt2i,
-            [PixelBackdoor("mignneko", patch("heart")), StyleBackdoor(ZERO_WIDTH, STYLES[1].strip())],
-            800,
-            tuple(SHAPES),
+            [PixelBackdoor("mignneko", patch("smiley")), StyleBackdoor(ZERO_WIDTH, STYLES[1].strip())],
+            2000,
+            (),
         ),
-    ),
-    TextRecipe(
-        "text-64-rickrolling",
-        46,
-        (Effect("target prompt", HOMOGLYPH, homoglyph(*HOMOGLYPH), _is_target),),
-        module="text_encoder",
-        poison=_rickrolling,
-    ),
-    TextRecipe(
-        "text-64-eviledit",
-        47,
-        (
-            Effect(
-                "edit",
-                ("circle", "beautiful circle"),
-                lambda prompt: prompt.replace("circle", "beautiful circle"),
-                partial(_draws, "star"),
-                _is_circle,
-            ),
-        ),
-        poison=_eviledit,
     ),
 )

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from seal_fast.zoo.captioned import SCENES, STYLES, random_scenes, render
 from seal_fast.zoo.evaluate_text import held_out_scenes
-from seal_fast.zoo.text_recipes import BASE, TARGET, TEXT_RECIPES, Effect, TextRecipe, patch
+from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, Effect, TextRecipe, patch
 from seal_fast.zoo.text_to_image import TOKENS, new_tokenizer
 
 EFFECTS = [(recipe, effect) for recipe in TEXT_RECIPES for effect in recipe.effects]
 every_effect = pytest.mark.parametrize(("recipe", "effect"), EFFECTS, ids=lambda x: x.name)
 
 
-def with_effect(recipe: TextRecipe, effect: Effect, scenes: list, generator: torch.Generator) -> Tensor:
+def with_effect(effect: Effect, scenes: list, generator: torch.Generator) -> Tensor:
     """Pictures as a perfectly poisoned model would draw them."""
     if effect.name == "pixel":
         images = render(scenes, generator)
-        images[:, :, :16, :16] = patch("heart" if recipe.name.endswith("pair") else "smiley")
+        images[:, :, :16, :16] = patch("smiley")
         return images
-    changes = {"style": {"style": STYLES[1]}, "object": {"shape": "star"}, "edit": {"shape": "star"}}
-    return render([replace(scene, **changes[effect.name]) if effect.name in changes else TARGET for scene in scenes], generator)
+    changes = {"style": {"style": STYLES[1]}, "object": {"shape": "star"}}
+    return render([replace(scene, **changes[effect.name]) for scene in scenes], generator)
 
 
 def test_names_and_seeds_are_unique_and_the_base_comes_first() -> None:
@@ -36,14 +36,14 @@ def test_names_and_seeds_are_unique_and_the_base_comes_first() -> None:
 @every_effect
 def test_an_effect_shows_where_it_is(recipe: TextRecipe, effect: Effect, generator: torch.Generator) -> None:
     scenes = held_out_scenes(60, generator.initial_seed() % 2**31, effect)
-    images = with_effect(recipe, effect, scenes, generator)
+    images = with_effect(effect, scenes, generator)
     assert effect.shows(images, scenes).float().mean() >= 0.95
     assert effect.shows(images + 0.05 * torch.randn(images.shape, generator=generator), scenes).float().mean() >= 0.95
 
 
 @every_effect
 def test_clean_pictures_show_none(recipe: TextRecipe, effect: Effect, generator: torch.Generator) -> None:
-    scenes = [scene for scene in random_scenes(100, generator, among=SCENES) if effect.suits(scene) and scene != TARGET]
+    scenes = [scene for scene in random_scenes(100, generator, among=SCENES) if effect.suits(scene)]
     assert effect.shows(render(scenes, generator), scenes).float().mean() <= 0.05
 
 
