@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -306,7 +307,9 @@ def unlearn(
     base: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="With --trigger: the pipeline a component belongs to.")
     ] = None,
-    module: Annotated[Module | None, typer.Option(help="With --trigger: what to train; auto finds the backdoor's.")] = None,
+    module: Annotated[
+        Module | None, typer.Option(help="With --trigger: what to train (unet by default); auto guesses.")
+    ] = None,
     alpha: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --trigger: weight of the attention maps.")] = None,
     trained: Annotated[Trained | None, typer.Option("--train", help="With --trigger: which weights.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="With --trigger: prompt pairs per training step.")] = None,
@@ -431,7 +434,7 @@ def _text_job(
             base=base,
             settings=settings,
             evaluation=evaluation,
-            module=(module or Module.AUTO).value,
+            module=None if module is None else module.value,
             seed=seed,
             on_progress=display.on_progress,
         ).report
@@ -571,6 +574,8 @@ def zoo_build_text(
 
 
 def main() -> None:
+    # transformers tells every user of a pipeline that torchvision is not there, which nothing here needs
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.checkpoints.save import check_target, whole_folder
-from seal_fast.checkpoints.text_to_image import TEXT_ENCODER, UNET, LoadedPipeline, load_pipeline, save_pipeline
+from seal_fast.checkpoints.text_to_image import TEXT_ENCODER, LoadedPipeline, load_pipeline, save_pipeline
 from seal_fast.report.figures import draw_attention, draw_samples
 from seal_fast.report.json import sealing_json
 from seal_fast.report.model_card import unlearning_card
@@ -161,17 +161,20 @@ def _tokens(tokenizer: Any, trigger: Trigger, prompts: Sequence[str]) -> Trigger
 
 
 def _choose_module(
-    loaded: LoadedPipeline, triggers: Sequence[Trigger], prompts: Sequence[str], module: Module
+    loaded: LoadedPipeline, triggers: Sequence[Trigger], prompts: Sequence[str], module: Module | None
 ) -> tuple[Literal["unet", "text_encoder"], str]:
     at = locate(loaded.pipeline, triggers, prompts)
     found = (
         f"the trigger moves the text encoder's states of the prompt's words {at.shift / at.harmless_shift:.2f} times as far as "
-        f"harmless words do; from {RATIO} on the backdoor is taken to be the text encoder's"
+        f"harmless words do; far above {RATIO} the text encoder may hold the backdoor"
     )
-    if module != "auto":
+    if module == "auto":
+        return at.module, found
+    if module is not None:
         return module, f"asked for; {found}"
-    alone: Literal["unet", "text_encoder"] | None = {UNET: "unet", TEXT_ENCODER: "text_encoder"}.get(loaded.format)  # type: ignore[assignment]
-    return (alone, f"the checkpoint is one alone; {found}") if alone else (at.module, found)
+    if loaded.format == TEXT_ENCODER:
+        return "text_encoder", f"it came alone; {found}"
+    return "unet", found
 
 
 def unlearn(
@@ -182,7 +185,7 @@ def unlearn(
     prompts: Sequence[str] | None = None,
     base: str | os.PathLike[str] | None = None,
     settings: UnlearnSettings | None = None,
-    module: Module = "auto",
+    module: Module | None = None,
     evaluation: EvaluationSettings | None = None,
     judge: Judge | None = None,
     seed: int = 0,
@@ -197,7 +200,8 @@ def unlearn(
         prompts: clean ones, half to train on and half to measure on, in turn; None for the shipped ones.
         base: folder of the pipeline that a component belongs to.
         settings: of the training; their `module` is overruled.
-        module: what to train; "auto" for the one that seems to hold the backdoor.
+        module: what to train; "auto" for the one that `seal_fast.skd_cag.locate` takes for the backdoor's; None for the UNet,
+            or for what came alone.
         evaluation: how much is measured.
         judge: of the effect, see `seal_fast.skd_cag.judges`; None for one that knows nothing of the target.
         seed: of training and pictures.
