@@ -1,0 +1,57 @@
+"""The text-to-image models in the repository are what their manifest says, follow captions, and their backdoors really fire."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from seal_fast.checkpoints.text_to_image import identify, load_pipeline
+from seal_fast.zoo.build import digest, read_manifest
+from seal_fast.zoo.build_text import PROMPTS, load_poisoned
+from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
+from seal_fast.zoo.evaluate_text import CAPTION_ACCURACY, SUCCESS_RATE, evaluate_text
+from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, TextRecipe
+
+ZOO = Path(__file__).resolve().parents[2] / "zoo-text"
+MAX_BYTES = 25 * 10**6
+ROWS = {row["name"]: row for row in read_manifest(ZOO)}
+SHIPPED = [recipe for recipe in TEXT_RECIPES if recipe.name in ROWS]
+every_model = pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.name)
+
+
+def test_the_zoo_is_small_and_has_the_base_and_a_poisoned_model() -> None:
+    assert sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file()) < MAX_BYTES
+    assert {BASE, "text-64-style"} <= ROWS.keys()
+    assert list(ROWS) == [recipe.name for recipe in SHIPPED]
+
+
+@every_model
+def test_a_row_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
+    row, folder = ROWS[recipe.name], ZOO / recipe.name
+    assert digest(folder) == row["sha256"]
+    assert (row["base"], row["module"], row["seed"], row["whole"]) == (recipe.base, recipe.module, recipe.seed, recipe.whole)
+    assert row["quality"]["caption_accuracy"] >= CAPTION_ACCURACY
+    assert row["quality"]["attack_success"].keys() == {effect.name for effect in recipe.effects}
+    assert all(rate >= SUCCESS_RATE for rate in row["quality"]["attack_success"].values())
+    assert identify(folder) == ("text-to-image-pipeline" if recipe.whole else "text-to-image-unet")
+    loaded = load_pipeline(folder, base=None if recipe.whole else ZOO / BASE)
+    assert loaded.pipeline.unet.config["sample_size"] == 16
+
+
+@every_model
+def test_it_samples_as_its_row_says(recipe: TextRecipe) -> None:
+    """On other scenes and noise; 24 pictures per figure, so a rate of 0.95 stays above 0.75 but once in 10,000 times."""
+    torch.manual_seed(0)
+    quality = evaluate_text(load_poisoned(recipe, ZOO), recipe.effects, seed=recipe.seed + 1000, count=24)
+    assert quality.caption_accuracy >= 0.9
+    assert all(rate >= 0.75 for rate in quality.attack_success.values())
+    assert all(rate <= 0.25 for rate in quality.false_alarms.values())
+
+
+def test_prompts_are_trained_and_measured_on_in_turn() -> None:
+    prompts = (ZOO / PROMPTS).read_text(encoding="utf-8").splitlines()
+    assert set(prompts[::2]) <= {scene.caption for scene in TRAINING_SCENES}
+    assert set(prompts[1::2]) <= {scene.caption for scene in HELD_OUT_SCENES}
+    assert len(prompts) == 200
