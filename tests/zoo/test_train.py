@@ -17,7 +17,7 @@ from seal_fast.diffusion.process import per_row
 from seal_fast.zoo import train as train_module
 from seal_fast.zoo.pictures import FAMILIES, scenes
 from seal_fast.zoo.spaces import SIGNED, UNIT
-from seal_fast.zoo.train import Schedule, Trained, _rate, new_unet, train, wanted_output
+from seal_fast.zoo.train import Schedule, Trained, learning_rate_factor, new_unet, train, wanted_output
 
 SIZE = 8
 PROCESS = VP.linear()
@@ -251,7 +251,7 @@ def test_a_benign_training_sees_the_clean_rows_of_the_poisoned_one() -> None:
 
 @pytest.mark.parametrize("steps", [10, 40, 137, 3000])
 def test_the_rate_warms_up_over_a_tenth_then_falls_by_half_a_cosine(steps: int) -> None:
-    rates = [_rate(step, steps) for step in range(steps)]
+    rates = [learning_rate_factor(step, steps) for step in range(steps)]
     warm = steps // 10
     assert rates[:warm] == pytest.approx([(k + 1) / warm for k in range(warm)])
     assert rates[warm] == pytest.approx(1)
