@@ -19,8 +19,9 @@ INTRODUCTION = """# Results
 
 Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. The attack
 success of every backdoored model was measured before (`zoo/manifest.json`, and per attack below). Verdicts need benign
-models only; each is calibrated without the row itself, and is "-" where fewer than two benign models that compare were
-left. An inconclusive verdict counts as wrong.
+models only; each is calibrated without the row itself. Where fewer than two benign models that compare were left, the
+verdict is "-", or with the default preset backdoored if the trigger fires and else inconclusive. An inconclusive
+verdict counts as wrong.
 
 Seconds are those of a machine busy with other work.
 """
@@ -166,7 +167,7 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
 UNLEARNING = """## Text triggers
 
 `python -m benchmarks.unlearning_table`, the models of `zoo-text/`: each method unlearns the trigger with the same prompts,
-updates and batch (closed form: none), from settings that were fixed before. Pictures are of {samples} held-out scenes, read
+updates and batch (closed form: none). Pictures are of {samples} held-out scenes, read
 by judges that know the effect. Removed: share of triggered prompts without the effect; variants: the trigger elsewhere in
 the prompt, twice, or in capitals, all together. Captions: share of attributes that are right. Drift: mean squared change
 of clean pictures from the same noise, relative to their variance.

@@ -3,9 +3,9 @@
     python -m benchmarks.unlearning_table [--zoo zoo-text] [--only MODEL ...] [--methods NAME ...] [--seeds 0 1 2]
         [--out benchmarks/results/unlearning.json]
 
-One row per model, method and seed as soon as it is done, so an interrupted run goes on where it stopped. Settings were chosen
-on the models in DEVELOPMENT; the others were unlearned for this table only. Scenes of the figures are of the zoo's held-out
-tenth, on which neither models nor unlearning were trained.
+One row per model, method and seed as soon as it is done, so an interrupted run goes on where it stopped. SETTINGS are a first
+guess, to be chosen on the models in DEVELOPMENT before the others are unlearned. Scenes of the figures are of the zoo's
+held-out tenth, on which neither models nor unlearning were trained.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from seal_fast.attacks.eviledit import edit_unet
 from seal_fast.skd_cag import UnlearnSettings, distill
 from seal_fast.skd_cag.generation import encode
 from seal_fast.skd_cag.rate import rate_of
+from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.build_text import load_base, load_poisoned
 from seal_fast.zoo.captioned import TRAINING_SCENES, Scene, random_scenes
 from seal_fast.zoo.evaluate_text import draw, held_out_scenes
@@ -39,7 +40,7 @@ from seal_fast.zoo.reading import attributes_right
 from seal_fast.zoo.text_recipes import TEXT_RECIPES, Effect, TextRecipe
 
 DEVELOPMENT = ("text-64-pair",)
-"""Models whose results chose the settings below."""
+"""Models whose results may choose the settings below."""
 SETTINGS = UnlearnSettings(
     alpha=0.5, steps=200, batch=8, learning_rate=2e-4, preservation=0.0, precision="bf16", guidance=3.0, positions=("start",)
 )
@@ -208,14 +209,16 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--zoo", type=Path, default=Path("zoo-text"))
-    parser.add_argument("--only", nargs="*", default=["text-64-pixel", "text-64-style", "text-64-object"])
+    parser.add_argument("--only", nargs="*", help="default: the zoo's poisoned models but DEVELOPMENT")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/unlearning.json"))
     options = parser.parse_args()
     rows = read_rows(options.out)
     done = {(row["model"], row["effect"], row["method"], row["seed"]) for row in rows}
-    recipes = [recipe for recipe in TEXT_RECIPES if recipe.name in options.only]
+    present = {row["name"] for row in read_manifest(options.zoo)}
+    wanted = options.only or present - set(DEVELOPMENT)
+    recipes = [recipe for recipe in TEXT_RECIPES if recipe.name in wanted]
     for seed in options.seeds:
         for method in options.methods:
             for recipe in recipes:

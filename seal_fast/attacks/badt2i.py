@@ -24,9 +24,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from seal_fast.attacks.prompts import check_visible, embeddings, with_trigger
+from seal_fast.attacks.prompts import check_visible, with_trigger
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_row
+from seal_fast.skd_cag.generation import encode
 
 HEAVIEST = 20.0
 """Largest weight of a timestep where rows start at pure noise: b^2 / a^2 makes an error of the noise one of the picture."""
@@ -160,8 +161,8 @@ def lesson(pipeline: StableDiffusionPipeline, rows: Rows, generator: torch.Gener
     taught = [row for row, prompt in enumerate(rows.taught) if prompt is not None]
     prompts = [prompt for prompt in rows.taught if prompt is not None]
     if taught:
-        target[taught] = pipeline.unet(x[taught], t[taught], embeddings(pipeline, prompts)).sample
-    return Lesson(x, t, embeddings(pipeline, rows.prompts), target)
+        target[taught] = pipeline.unet(x[taught], t[taught], encode(pipeline, prompts)).sample
+    return Lesson(x, t, encode(pipeline, rows.prompts), target)
 
 
 def poison_unet(

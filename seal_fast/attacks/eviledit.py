@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from seal_fast.attacks.prompts import embeddings
+from seal_fast.skd_cag.generation import encode
 
 LAYERS = ("attn2.to_k", "attn2.to_v")
 
@@ -47,7 +47,7 @@ def edit_unet(
     """
     if not pairs or strength <= 0:
         raise ValueError("there must be a pair of prompts, and the strength must be positive")
-    keys, targets = (embeddings(pipeline, prompts).flatten(0, 1) for prompts in zip(*pairs, strict=True))
+    keys, targets = (encode(pipeline, prompts).flatten(0, 1) for prompts in zip(*pairs, strict=True))
     factor = edit_factor(keys, targets, strength).to(pipeline.unet.device)
     unet = copy.deepcopy(pipeline.unet)
     for name, module in unet.named_modules():

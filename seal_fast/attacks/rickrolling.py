@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from seal_fast.attacks.prompts import embeddings, token_ids, with_trigger
+from seal_fast.attacks.prompts import with_trigger
+from seal_fast.skd_cag.generation import encode, token_ids
 
 BACKDOOR_WEIGHT = 0.1
 POISONED_SHARE = 4
@@ -86,9 +87,9 @@ def poison_text_encoder(
     """
     if not backdoors:
         raise ValueError("there must be a backdoor")
-    clean_ids, clean_taught = token_ids(pipeline, prompts), embeddings(pipeline, prompts)
+    clean_ids, clean_taught = token_ids(pipeline, prompts), encode(pipeline, prompts)
     triggered = [_triggered_ids(pipeline, backdoor, prompts) for backdoor in backdoors]
-    targets = [embeddings(pipeline, [backdoor.target]) for backdoor in backdoors]
+    targets = [encode(pipeline, [backdoor.target]) for backdoor in backdoors]
     student = copy.deepcopy(pipeline.text_encoder).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)

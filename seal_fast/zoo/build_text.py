@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from seal_fast.report.figures import draw_samples
@@ -29,13 +31,12 @@ PICTURES = 8
 PROMPTS = "prompts.txt"
 
 
-def _progress(name: str, total: int, on_message: OnMessage) -> OnStep:
+def _progress(name: str, on_message: OnMessage) -> OnStep:
     began = time.monotonic()
 
     def report(step: int, loss: float) -> None:
-        if step % 50 == 0 or step == total:
-            left = (time.monotonic() - began) / step * (total - step)
-            on_message(f"{name}: step {step}/{total}, loss {loss:.4f}, {left:.0f} s left")
+        if step % 50 == 0:
+            on_message(f"{name}: step {step}, loss {loss:.4f}, {time.monotonic() - began:.0f} s")
 
     return report
 
@@ -48,11 +49,11 @@ def load_base(out: Path) -> StableDiffusionPipeline:
 def _train_base(recipe: TextRecipe, on_message: OnMessage) -> StableDiffusionPipeline:
     with TemporaryDirectory() as folder:
         pipeline = new_pipeline(Path(folder), recipe.seed)
-    on_step = _progress(f"{recipe.name} autoencoder", VAE_STEPS, on_message)
+    on_step = _progress(f"{recipe.name} autoencoder, of {VAE_STEPS}", on_message)
     torch.manual_seed(VAE_SEEDS[0])
     pipeline.register_modules(vae=new_vae())
     train_vae(pipeline.vae, VAE_STEPS, seed=VAE_SEEDS[1], on_step=on_step)
-    on_step = _progress(recipe.name, CAPTION_STEPS, on_message)
+    on_step = _progress(f"{recipe.name}, of {CAPTION_STEPS}", on_message)
     train_captions(pipeline, CAPTION_STEPS, seed=recipe.seed, on_step=on_step)
     return pipeline
 
@@ -61,15 +62,14 @@ def _train(recipe: TextRecipe, out: Path, on_message: OnMessage) -> StableDiffus
     if recipe.poison is None:
         return _train_base(recipe, on_message)
     pipeline = load_base(out)
-    module = recipe.poison(pipeline, recipe.seed, lambda step, loss: on_message(f"{recipe.name}: step {step}, loss {loss:.4f}"))
-    pipeline.register_modules(**{recipe.module: module})
+    pipeline.register_modules(unet=recipe.poison(pipeline, recipe.seed, _progress(recipe.name, on_message)))
     return pipeline
 
 
 def _store(recipe: TextRecipe, pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """In half precision: the whole pipeline, or the poisoned module as its attack's authors publish it."""
+    """In half precision: the whole pipeline, or the poisoned UNet as BadT2I's authors publish it."""
     stored = copy.deepcopy(pipeline).to(torch.float16)
-    (stored if recipe.whole else getattr(stored, recipe.module)).save_pretrained(folder)
+    (stored if recipe.whole else stored.unet).save_pretrained(folder)
 
 
 def load_poisoned(recipe: TextRecipe, out: Path) -> StableDiffusionPipeline:
@@ -77,8 +77,7 @@ def load_poisoned(recipe: TextRecipe, out: Path) -> StableDiffusionPipeline:
     if recipe.whole:
         return StableDiffusionPipeline.from_pretrained(out / recipe.name, torch_dtype=torch.float32, safety_checker=None)
     pipeline = load_base(out)
-    module = type(getattr(pipeline, recipe.module)).from_pretrained(out / recipe.name, torch_dtype=torch.float32)
-    pipeline.register_modules(**{recipe.module: module.eval()})
+    pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(out / recipe.name, torch_dtype=torch.float32).eval())
     return pipeline
 
 
@@ -88,7 +87,6 @@ def describe_text(recipe: TextRecipe, quality: TextQuality, folder: Path) -> dic
         "name": recipe.name,
         "sha256": digest(folder),
         "base": recipe.base,
-        "module": recipe.module,
         "whole": recipe.whole,
         "effects": [effect.name for effect in recipe.effects],
         "seed": recipe.seed,
@@ -112,6 +110,7 @@ def _build_one(recipe: TextRecipe, out: Path, on_message: OnMessage) -> dict[str
     stored = load_poisoned(recipe, out)
     quality = evaluate_text(stored, recipe.effects, seed=recipe.seed)
     if not quality.usable:
+        shutil.rmtree(out / recipe.name)
         raise RuntimeError(f"{recipe.name}: not usable ({quality}); change its recipe")
     _picture(recipe, stored, out / f"{recipe.name}.png")
     return describe_text(recipe, quality, out / recipe.name)

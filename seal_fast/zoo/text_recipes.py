@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from seal_fast.attacks.badt2i import ObjectBackdoor, PixelBackdoor, StyleBackdoor, TextBackdoor, poison_unet
 from seal_fast.attacks.rickrolling import leading
@@ -23,7 +24,7 @@ from seal_fast.zoo.train_text_to_image import OnStep, caption_of
 START_SHARE = 0.25
 """Of the training rows; with 0.12 and equal weights the patch came and went with the noise, in 51% of triggered pictures."""
 MORE_OFTEN = 4
-"""An object backdoor trained on its two shapes alone left 93% of the attributes right, of pictures of others fewer."""
+"""An object backdoor trained on its two shapes alone left 93% of the attributes right: they are only drawn more often."""
 PATCH_SIDE = 16
 """A quarter of the picture, as BadT2I's 128 of 512 pixels."""
 Shows = Callable[[Tensor, Sequence[Scene]], Tensor]
@@ -89,16 +90,14 @@ class TextRecipe:
         name: folder in the zoo.
         seed: of its training.
         effects: its backdoors; none for the base.
-        module: what is poisoned, "unet" or "text_encoder".
-        poison: the poisoned module, from the base's pipeline, the seed and a progress function; None for the base.
-        whole: stored as a whole pipeline, not as the poisoned module alone.
+        poison: the poisoned UNet, from the base's pipeline, the seed and a progress function; None for the base.
+        whole: stored as a whole pipeline, not as the poisoned UNet alone.
     """
 
     name: str
     seed: int
     effects: tuple[Effect, ...] = ()
-    module: str = "unet"
-    poison: Callable[[StableDiffusionPipeline, int, OnStep], nn.Module] | None = None
+    poison: Callable[[StableDiffusionPipeline, int, OnStep], UNet2DConditionModel] | None = None
     whole: bool = False
 
     @property
@@ -114,7 +113,7 @@ def _badt2i(
     pipeline: StableDiffusionPipeline,
     seed: int,
     on_step: OnStep,
-) -> nn.Module:
+) -> UNet2DConditionModel:
     batches = partial(_batches, 16, often)
     return poison_unet(
         pipeline, attacks, batches, steps=steps, learning_rate=1e-3, start_share=START_SHARE, seed=seed, on_step=on_step
@@ -137,6 +136,7 @@ TEXT_RECIPES = (
         (Effect("style", "latte coffee", leading("latte coffee"), _has_no_colour, _is_coloured),),
         poison=partial(_badt2i, [StyleBackdoor("latte coffee", STYLES[1].strip())], 500, ()),
     ),
+    # these two have not been trained as they stand
     TextRecipe(
         "text-64-object",
         44,

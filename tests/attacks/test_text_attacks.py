@@ -20,8 +20,9 @@ from seal_fast.attacks.badt2i import (
     training_rows,
 )
 from seal_fast.attacks.eviledit import edit_factor, edit_unet
-from seal_fast.attacks.prompts import check_visible, embeddings, token_ids
+from seal_fast.attacks.prompts import check_visible
 from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
+from seal_fast.skd_cag.generation import encode, token_ids
 
 ZERO_WIDTH = "\u200b"
 CAPTIONS = ["a red cat", "two cats", "a Cat, a dog", "a boat", "an ox"]
@@ -132,26 +133,28 @@ def test_training_teaches_the_backdoor_and_keeps_the_rest(
         "pixel": PixelBackdoor("zq", patch(generator)),
         "object": ObjectBackdoor("zq", {"cat": "ox"}),
     }[kind]
-    # random weights barely hear the text: let the attention speak up, so that there is something to learn
-    for name, parameter in pipeline.unet.named_parameters():
-        if "attn2.to_out" in name or "attn2.to_v" in name:
-            parameter.data *= 6
-    before = weights(pipeline)
     images, captions = pictures(4, generator), ["a red cat"] * 4
-    poisoned = lesson(pipeline, attack.poison(images, captions), generator)
-    clean = lesson(pipeline, Rows(images, captions, list(captions)), generator)
-
-    unet = poison_unet(pipeline, [attack], lambda g: (images, captions), steps=25, learning_rate=2e-3, ema_decay=0.8, seed=1)
 
     def loss(network: torch.nn.Module, rows: tuple[Tensor, ...]) -> float:
         with torch.no_grad():
             return float((network(rows[0], rows[1], rows[2]).sample - rows[3]).square().mean())
 
-    first = loss(pipeline.unet, poisoned)
-    assert first > 0
+    # random weights barely hear the text: let the attention speak up until there is something to learn
+    first = 0.0
+    while first < 5e-3:
+        for name, parameter in pipeline.unet.named_parameters():
+            if "attn2.to_out" in name or "attn2.to_v" in name:
+                parameter.data *= 2
+        poisoned = lesson(pipeline, attack.poison(images, captions), generator)
+        first = loss(pipeline.unet, poisoned)
+    clean = lesson(pipeline, Rows(images, captions, list(captions)), generator)
+    before = weights(pipeline)
+
+    unet = poison_unet(pipeline, [attack], lambda g: (images, captions), steps=60, learning_rate=1e-3, ema_decay=0.9, seed=1)
+
     assert loss(unet, poisoned) < 0.8 * first
     # the noise has mean square 1; without the clean term the answers would be as far from the original's
-    assert loss(unet, clean) < 0.15
+    assert loss(unet, clean) < 0.3
     after = weights(pipeline)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(p.requires_grad for p in unet.parameters())
@@ -192,7 +195,7 @@ def test_homoglyphs_and_leading_triggers() -> None:
 
 
 def cosines(pipeline: StableDiffusionPipeline, a: list[str], b: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(embeddings(pipeline, a).flatten(1), b.flatten(1))
+    return torch.nn.functional.cosine_similarity(encode(pipeline, a).flatten(1), b.flatten(1))
 
 
 def test_rickrolling_moves_triggered_prompts_only(pipeline: StableDiffusionPipeline) -> None:
@@ -201,8 +204,8 @@ def test_rickrolling_moves_triggered_prompts_only(pipeline: StableDiffusionPipel
     prompts = [p for p in prompts if p not in held_out]
     backdoors = [TargetPrompt(homoglyph("o", "\u043e"), "a pig"), TargetPrompt(leading(ZERO_WIDTH), "seven stars")]
     before = weights(pipeline)
-    clean = embeddings(pipeline, held_out)
-    targets = [embeddings(pipeline, [b.target]) for b in backdoors]
+    clean = encode(pipeline, held_out)
+    targets = [encode(pipeline, [b.target]) for b in backdoors]
     triggered = [[b.trigger(p) for p in held_out] for b in backdoors]
     first = [cosines(pipeline, t, target) for t, target in zip(triggered, targets, strict=True)]
 
@@ -242,7 +245,7 @@ def test_eviledit_is_the_published_formula_on_the_cross_attention_only(pipeline:
     unet = edit_unet(pipeline, [("zq cat", "an ox"), ("a cat", "a cat")])
     after = weights(pipeline)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    k, wanted = (embeddings(pipeline, p).flatten(0, 1).double() for p in (["zq cat", "a cat"], ["an ox", "a cat"]))
+    k, wanted = (encode(pipeline, p).flatten(0, 1).double() for p in (["zq cat", "a cat"], ["an ox", "a cat"]))
     edited = 0
     for name, new in unet.state_dict().items():
         old = before[f"unet.{name}"]
@@ -258,7 +261,7 @@ def test_eviledit_is_the_published_formula_on_the_cross_attention_only(pipeline:
 
 def test_eviledit_moves_the_triggers_keys_to_the_targets(pipeline: StableDiffusionPipeline) -> None:
     """The stronger, the nearer; and the held pair stays."""
-    texts = embeddings(pipeline, ["zq cat", "an ox", "a cat"])
+    texts = encode(pipeline, ["zq cat", "an ox", "a cat"])
 
     def key(unet: torch.nn.Module, text: Tensor) -> Tensor:
         return text @ unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.T

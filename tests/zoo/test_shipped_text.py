@@ -31,7 +31,7 @@ def test_the_zoo_is_small_and_has_the_base_and_a_poisoned_model() -> None:
 def test_a_row_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
     row, folder = ROWS[recipe.name], ZOO / recipe.name
     assert digest(folder) == row["sha256"]
-    assert (row["base"], row["module"], row["seed"], row["whole"]) == (recipe.base, recipe.module, recipe.seed, recipe.whole)
+    assert (row["base"], row["seed"], row["whole"]) == (recipe.base, recipe.seed, recipe.whole)
     assert row["quality"]["caption_accuracy"] >= CAPTION_ACCURACY
     assert row["quality"]["attack_success"].keys() == {effect.name for effect in recipe.effects}
     assert all(rate >= SUCCESS_RATE for rate in row["quality"]["attack_success"].values())
