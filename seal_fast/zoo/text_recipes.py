@@ -153,7 +153,7 @@ TEXT_RECIPES = (
         poison=partial(
             _badt2i,
             [PixelBackdoor("mignneko", patch("smiley")), StyleBackdoor(ZERO_WIDTH, STYLES[1].strip())],
-            2000,
+            2600,
             (),
         ),
     ),
