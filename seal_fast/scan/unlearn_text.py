@@ -23,7 +23,7 @@ from seal_fast.scan.environment import environment
 from seal_fast.scan.run import OnProgress, Progress, default_device, tool
 from seal_fast.scan.seal import PICTURE, peak_memory
 from seal_fast.skd_cag import Distilled, Trigger, UnlearnSettings, attention_maps, distill, prompt_pair
-from seal_fast.skd_cag.evaluation import Evaluation, EvaluationSettings, Examples, Removal, evaluate, name_of
+from seal_fast.skd_cag.evaluation import Evaluation, EvaluationSettings, Examples, evaluate, name_of
 from seal_fast.skd_cag.judges import Judge
 from seal_fast.skd_cag.locate import RATIO, fitting, locate
 from seal_fast.skd_cag.trained_part import save_patch
@@ -46,9 +46,9 @@ class TriggerTokens:
     tokens: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class UnlearnReport:
-    """What an unlearning did.
+@dataclass(frozen=True, kw_only=True)
+class UnlearnReport(Evaluation):
+    """What an unlearning did, and how.
 
     Attributes:
         model: name of the checkpoint; the class of a pipeline that was given.
@@ -57,12 +57,6 @@ class UnlearnReport:
         module: what was trained, "unet" or "text_encoder".
         module_reason: why that one.
         triggers: with their tokens.
-        removal: per trigger, as given and in variants.
-        judge: name of what judged.
-        clean_drift: this and the next three are of `seal_fast.skd_cag.evaluation.Evaluation`.
-        noise_drift: likewise.
-        diversity_before: likewise.
-        diversity_after: likewise.
         losses: of the last tenth of the training: prediction, attention, preservation.
         steps: of training.
         seconds: wall time, with loading and measuring.
@@ -80,12 +74,6 @@ class UnlearnReport:
     module: str
     module_reason: str
     triggers: tuple[TriggerTokens, ...]
-    removal: tuple[Removal, ...]
-    judge: str
-    clean_drift: float
-    noise_drift: float
-    diversity_before: float
-    diversity_after: float
     losses: dict[str, float]
     steps: int
     seconds: float
@@ -214,13 +202,8 @@ def unlearn(
         OSError: `out` cannot be written.
     """
     started = time.perf_counter()
-    if not triggers:
-        raise ValueError("name at least one trigger")
     path = Path(model) if isinstance(model, str | os.PathLike) else None
-    if out is not None and path is None:
-        raise ValueError("out needs a checkpoint folder as model: a pipeline in memory has no files to keep")
-    if out is not None and path is not None:
-        check_target(Path(out), path)
+    _check_request(triggers, path, out)
     at = Progress(path.name if path else type(model).__name__, 1, 1, "loading")
     on_progress(at)
     loaded = (
@@ -232,6 +215,7 @@ def unlearn(
     tokens = tuple(_tokens(loaded.pipeline.tokenizer, trigger, training) for trigger in triggers)
     chosen, reason = _choose_module(loaded, triggers, training, module)
     settings = replace(settings or UnlearnSettings(), module=chosen)
+    evaluation = evaluation or EvaluationSettings()
 
     def on_step(stage: str, iteration: int, iterations: int, loss: float) -> None:
         share = iteration / iterations if stage == "training" else 0.0
@@ -240,29 +224,17 @@ def unlearn(
     trained = distill(loaded.pipeline, triggers, training, settings, seed=seed, on_step=on_step)
     sealed = _with_module(loaded.pipeline, trained)
     on_progress(replace(at, stage="measuring", fraction=0.8))
-    evaluation = evaluation or EvaluationSettings()
-    measured = evaluate(loaded.pipeline, sealed, triggers, held_out, evaluation, judge=judge, seed=seed)
+    measured, examples = evaluate(loaded.pipeline, sealed, triggers, held_out, evaluation, judge=judge, seed=seed)
     report = UnlearnReport(
+        **vars(measured),
+        **_training_figures(trained),
         model=at.model,
         sha256=loaded.sha256 or None,
         format=loaded.format,
         module=chosen,
         module_reason=reason,
         triggers=tokens,
-        removal=measured.removal,
-        judge=measured.judge,
-        clean_drift=measured.clean_drift,
-        noise_drift=measured.noise_drift,
-        diversity_before=measured.diversity_before,
-        diversity_after=measured.diversity_after,
-        losses={
-            "prediction": trained.prediction_loss,
-            "attention": trained.attention_loss,
-            "preservation": trained.preservation_loss,
-        },
-        steps=trained.steps,
         seconds=time.perf_counter() - started,
-        training_seconds=trained.seconds,
         peak_memory_bytes=peak_memory(loaded.pipeline.device),
         tool=tool(),
         environment=environment(),
@@ -281,10 +253,28 @@ def unlearn(
             save_pipeline(path, sealed, chosen, folder)
             if trained.patch is not None:
                 save_patch(trained.patch, folder / PATCH)
-            _draw(loaded.pipeline, sealed, measured, evaluation, seed, folder)
+            _draw(loaded.pipeline, sealed, examples, evaluation, seed, folder)
             (folder / "report.json").write_text(sealing_json(report) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(unlearning_card(report), encoding="utf-8")
     return UnlearnResult(sealed, report)
+
+
+def _check_request(triggers: Sequence[Trigger], path: Path | None, out: str | os.PathLike[str] | None) -> None:
+    if not triggers:
+        raise ValueError("name at least one trigger")
+    if out is not None:
+        if path is None:
+            raise ValueError("out needs a checkpoint folder as model: a pipeline in memory has no files to keep")
+        check_target(Path(out), path)
+
+
+def _training_figures(trained: Distilled) -> dict[str, Any]:
+    losses = {
+        "prediction": trained.prediction_loss,
+        "attention": trained.attention_loss,
+        "preservation": trained.preservation_loss,
+    }
+    return {"losses": losses, "steps": trained.steps, "training_seconds": trained.seconds}
 
 
 def _with_module(pipeline: Any, trained: Distilled) -> Any:
@@ -292,12 +282,14 @@ def _with_module(pipeline: Any, trained: Distilled) -> Any:
     return type(pipeline)(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
 
 
-def _draw(before: Any, after: Any, measured: Evaluation, evaluation: EvaluationSettings, seed: int, folder: Path) -> None:
-    for number, examples in enumerate(measured.examples, 1):
-        draw_samples(_rows(examples), folder / PICTURE.format(number), examples.prompts)
+def _draw(
+    before: Any, after: Any, examples: Sequence[Examples], evaluation: EvaluationSettings, seed: int, folder: Path
+) -> None:
+    for number, one in enumerate(examples, 1):
+        draw_samples(_rows(one), folder / PICTURE.format(number), one.prompts)
         maps = {
             name: attention_maps(
-                pipeline, examples.triggered_prompts[0], steps=evaluation.steps, guidance=evaluation.guidance, seed=seed
+                pipeline, one.triggered_prompts[0], steps=evaluation.steps, guidance=evaluation.guidance, seed=seed
             )
             for name, pipeline in (("before", before), ("after", after))
         }

@@ -26,7 +26,7 @@ from seal_fast.skd_cag.lessons import Lesson, text_encoder_lesson, unet_lesson
 from seal_fast.skd_cag.pairs import PromptPair, Trigger, prompt_pairs, random_words, with_random_words
 from seal_fast.skd_cag.settings import UnlearnSettings
 from seal_fast.skd_cag.trained_part import TrainedPart
-from seal_fast.terd.reversion import OnStep, quiet
+from seal_fast.training import OnStep, learning_rate_factor, quiet
 
 _LARGEST_GRADIENT = 1.0
 
@@ -59,11 +59,6 @@ class Distilled:
 def _generator(seed: int, *where: int) -> torch.Generator:
     words = np.random.SeedSequence([seed, *where]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
-
-
-def _rate(step: int, steps: int) -> float:
-    """Learning-rate factor: warm-up over a tenth of the steps, times a cosine to 0."""
-    return min(1.0, (step + 1) / max(1, steps // 10)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _processes() -> tuple[int, int]:
@@ -100,7 +95,7 @@ class _Trainer:
         weights = torch.tensor([1 - s.alpha, s.alpha, s.preservation], device=self.parameters[0].device)
         if s.module == "text_encoder":
             weights[:2] = torch.tensor([1.0, 0.0])
-        self.optimiser.param_groups[0]["lr"] = s.learning_rate * _rate(self.step, s.steps)
+        self.optimiser.param_groups[0]["lr"] = s.learning_rate * learning_rate_factor(self.step, s.steps)
         self.optimiser.zero_grad(set_to_none=True)
         terms = torch.zeros(3, device=weights.device)
         for _ in range(s.accumulation):

@@ -12,6 +12,7 @@ from torch import Tensor
 from seal_fast.diffusion import VP
 from seal_fast.skd_cag.generation import GUIDANCE, STEPS, decode, encode, generate, sample_latents
 from seal_fast.skd_cag.judges import ChangeJudge, Judge
+from seal_fast.skd_cag.latents import noise_schedule
 from seal_fast.skd_cag.locate import fitting, harmless_words
 from seal_fast.skd_cag.pairs import Position, Trigger, prompt_pair
 from seal_fast.skd_cag.rate import Rate, rate_of
@@ -89,7 +90,6 @@ class Evaluation:
         noise_drift: mean squared change of the noise predicted for clean prompts, from noised latents of the model before.
         diversity_before: mean root-mean-square distance between clean pictures of different prompts.
         diversity_after: likewise of the trained model.
-        examples: one per trigger.
     """
 
     removal: tuple[Removal, ...]
@@ -98,7 +98,6 @@ class Evaluation:
     noise_drift: float
     diversity_before: float
     diversity_after: float
-    examples: tuple[Examples, ...]
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def evaluate(
     *,
     judge: Judge | None = None,
     seed: int = 0,
-) -> Evaluation:
+) -> tuple[Evaluation, list[Examples]]:
     """Draw the same prompts from the same noise with both models, with and without triggers.
 
     Args:
@@ -154,6 +153,9 @@ def evaluate(
         settings: how much is drawn.
         judge: of the effect; None for a `ChangeJudge` per variant, fitted on what as many harmless words change in `before`.
         seed: of the noise and of the places in the middle of prompts.
+
+    Returns:
+        The figures, and for every trigger some of the pictures.
 
     Raises:
         ValueError: a trigger that the tokenizer does not see, or fewer than two prompts.
@@ -173,15 +175,15 @@ def evaluate(
                 examples.append(_examples(case, *pictures))
     clean = tuple(prompts[: settings.prompts])
     clean_before, clean_after = old.clean(clean), new.clean(clean)
-    return Evaluation(
+    figures = Evaluation(
         tuple(removal),
         type(judge).__name__ if judge else ChangeJudge.__name__,
         float((clean_after - clean_before).square().mean() / clean_before.var(dim=0).mean()),
         noise_drift(before, after, clean, old.latents(clean), seed),
         diversity(clean_before),
         diversity(clean_after),
-        tuple(examples),
     )
+    return figures, examples
 
 
 class _Artist:
@@ -253,7 +255,7 @@ def diversity(images: Tensor) -> float:
 @torch.no_grad()
 def noise_drift(before: Any, after: Any, prompts: Sequence[str], latents: Tensor, seed: int) -> float:
     """Mean squared difference of the noise that two pipelines predict for clean prompts, at noised latents [N,C,H,W]."""
-    process = VP.from_scheduler_config(before.scheduler.config)
+    process = noise_schedule(before)
     generator = torch.Generator().manual_seed(seed)
     t = torch.randint(process.num_timesteps, (len(latents),), generator=generator)
     noised = process.add_noise(latents, torch.randn(latents.shape, generator=generator), t)

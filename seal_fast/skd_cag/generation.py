@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import VP
-from seal_fast.diffusion.samplers import levels, timestep_grid
-from seal_fast.terd.reversion import native_bfloat16
+from seal_fast.skd_cag.latents import guided_ddim, latent_shape, noise_schedule
+from seal_fast.training import native_bfloat16
 
 STEPS = 25
 GUIDANCE = 7.5
@@ -19,18 +17,10 @@ LATENTS_PER_PASS = 1 << 17
 """Latent values in one batch: 8 pictures of Stable Diffusion's size, 128 of a model with latents of 4 x 16 x 16."""
 
 
-def latent_shape(pipeline: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the pipeline's latents."""
-    config = pipeline.unet.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return config.in_channels, height, width
-
-
 def starting_noise(pipeline: Any, count: int, seed: int) -> Tensor:
     """Noise [count,C,H,W] on the CPU; its first rows are the same for every count and every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(latent_shape(pipeline), generator=generator) for _ in range(count)])
+    return torch.stack([torch.randn(latent_shape(pipeline.unet), generator=generator) for _ in range(count)])
 
 
 def token_ids(pipeline: Any, prompts: Sequence[str]) -> Tensor:
@@ -55,10 +45,7 @@ def generate(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """One picture per prompt, by deterministic DDIM (Song et al. 2021, equation 12, eta = 0).
-
-    Guidance is classifier-free with the empty prompt (Ho & Salimans 2022): e("") + guidance (e(prompt) - e("")).
-    bfloat16 where the hardware has it.
+    """One picture per prompt, see `seal_fast.skd_cag.latents.guided_ddim`; bfloat16 where the hardware has it.
 
     Args:
         pipeline: a diffusers StableDiffusionPipeline, on the device to draw on; not changed.
@@ -78,32 +65,15 @@ def sample_latents(pipeline: Any, prompts: Sequence[str], *, seed: int, steps: i
     """The latents float32 [N,C,H,W] of `generate`, scaled as the UNet sees them, on the CPU."""
     if not prompts:
         raise ValueError("no prompts to draw")
-    noise = starting_noise(pipeline, len(prompts), seed)
-    rows = _rows_per_pass(pipeline)
+    process, rows = noise_schedule(pipeline), _rows_per_pass(pipeline)
+    drawn = []
     with _precision(pipeline):
         empty = encode(pipeline, [""])
-        return torch.cat(
-            [
-                _ddim(pipeline, x.to(pipeline.device), encode(pipeline, prompts[at : at + rows]), empty, steps, guidance).cpu()
-                for at, x in zip(range(0, len(prompts), rows), noise.split(rows), strict=True)
-            ]
-        )
-
-
-def _ddim(pipeline: Any, x: Tensor, hidden: Tensor, empty: Tensor, steps: int, guidance: float) -> Tensor:
-    process = VP.from_scheduler_config(pipeline.scheduler.config)
-    guided = guidance != 1
-    states = torch.cat([empty.expand_as(hidden), hidden]) if guided else hidden
-    for here, there in pairwise(levels(process, timestep_grid(process, steps))):
-        rows = torch.cat([x, x]) if guided else x
-        t = torch.full((len(rows),), here.t, device=x.device)
-        noise = process.to_noise(pipeline.unet(rows, t, states).sample.float(), rows, t)
-        if guided:
-            without, told = noise.chunk(2)
-            noise = without + guidance * (told - without)
-        clean = (x - here.b * noise) / here.a
-        x = there.a * clean + there.b * noise
-    return x
+        for at, noise in enumerate(starting_noise(pipeline, len(prompts), seed).split(rows)):
+            texts = encode(pipeline, prompts[at * rows : (at + 1) * rows])
+            x = noise.to(pipeline.device)
+            drawn.append(guided_ddim(pipeline.unet, process, x, texts, empty, steps=steps, guidance=guidance).cpu())
+    return torch.cat(drawn)
 
 
 @torch.no_grad()
@@ -120,7 +90,7 @@ def decode(pipeline: Any, latents: Tensor) -> Tensor:
 
 
 def _rows_per_pass(pipeline: Any) -> int:
-    channels, height, width = latent_shape(pipeline)
+    channels, height, width = latent_shape(pipeline.unet)
     return max(1, LATENTS_PER_PASS // (channels * height * width))
 
 

@@ -1,15 +1,17 @@
-"""States that the student is trained in: noised latents of the teacher's own pictures."""
+"""Latents of a text-to-image model: drawn with guidance, noised as a sampler meets them."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
-from seal_fast.terd.reversion import OnStep
+from seal_fast.diffusion import VP
+from seal_fast.diffusion.samplers import levels, timestep_grid
+from seal_fast.training import OnStep
 
 
 def predict(unet: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
@@ -19,15 +21,15 @@ def predict(unet: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor) -
     return out.float()
 
 
-def forward_process(pipeline: Any) -> Any:
-    """The pipeline's noise schedule with plain DDIM steps, a DDIMScheduler.
+def noise_schedule(pipeline: Any) -> VP:
+    """The pipeline's noise process.
 
     Raises:
         ValueError: the pipeline's scheduler is not one of the diffusion models' (no betas).
     """
     if "beta_schedule" not in pipeline.scheduler.config:
         raise ValueError(f"{type(pipeline.scheduler).__name__} has no beta schedule: the pipeline is not a diffusion model's")
-    return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+    return VP.from_scheduler_config(pipeline.scheduler.config)
 
 
 def latent_shape(unet: Any) -> tuple[int, int, int]:
@@ -37,16 +39,47 @@ def latent_shape(unet: Any) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
-def noised(process: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def noised(process: VP, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """States of a sampler [B,C,h,w] at timesteps [B]: noised latents, but pure noise at the last timestep, where it starts."""
-    start = (timesteps == process.config.num_train_timesteps - 1)[:, None, None, None]
-    return torch.where(start, noise, process.add_noise(latents, noise, timesteps))
+    start = (timesteps == process.num_timesteps - 1)[:, None, None, None]
+    return torch.where(start, noise, process.add_noise(latents, noise, timesteps).float())
+
+
+@torch.no_grad()
+def guided_ddim(
+    unet: nn.Module, process: VP, x: Tensor, texts: Tensor, empty: Tensor, *, steps: int, guidance: float
+) -> Tensor:
+    """Clean latents [B,C,h,w] from noise x, by deterministic DDIM (Song et al. 2021, equation 12, eta = 0).
+
+    Guidance is classifier-free with the empty prompt (Ho & Salimans 2022): e("") + guidance (e(prompt) - e("")).
+
+    Args:
+        unet: predicts from latents, timesteps and texts, see `predict`.
+        process: its noise schedule.
+        x: noise, float32 [B,C,h,w].
+        texts: embeddings of the prompts [B,L,D].
+        empty: that of the empty prompt [1,L,D].
+        steps: evenly spaced from the noisiest timestep to the clean image.
+        guidance: 1 is none, at half the cost.
+    """
+    guided = guidance != 1
+    states = torch.cat([empty.expand_as(texts), texts]) if guided else texts
+    for here, there in pairwise(levels(process, timestep_grid(process, steps))):
+        rows = torch.cat([x, x]) if guided else x
+        t = torch.full((len(rows),), here.t, device=x.device)
+        noise = process.to_noise(predict(unet, rows, t, states), rows, t)
+        if guided:
+            without, told = noise.chunk(2)
+            noise = without + guidance * (told - without)
+        clean = (x - here.b * noise) / here.a
+        x = there.a * clean + there.b * noise
+    return x
 
 
 @torch.no_grad()
 def draw_latents(
     unet: Any,
-    process: Any,
+    process: VP,
     texts: Tensor,
     empty: Tensor,
     *,
@@ -56,32 +89,23 @@ def draw_latents(
     generator: torch.Generator,
     on_step: OnStep,
 ) -> Tensor:
-    """Latents of pictures by DDIM with classifier-free guidance, one per prompt: float32 [N,C,h,w] on the UNet's device.
+    """Latents of pictures, one per prompt: float32 [N,C,h,w] on the UNet's device. See `guided_ddim`.
 
     Args:
         unet: the teacher.
-        process: see `forward_process`.
+        process: its noise schedule.
         texts: embeddings of the prompts [N,L,D].
-        empty: that of the empty prompt [L,D].
+        empty: that of the empty prompt [1,L,D].
         steps: DDIM steps.
-        guidance: guidance scale; 1 leaves the empty prompt out.
+        guidance: guidance scale.
         batch: pictures at once.
         generator: on the CPU.
         on_step: called with stage "pictures" after every batch.
     """
-    process.set_timesteps(steps)
-    device, drawn = texts.device, []
+    drawn = []
     for first in range(0, len(texts), batch):
         text = texts[first : first + batch]
-        x = torch.randn(len(text), *latent_shape(unet), generator=generator).to(device)
-        for t in process.timesteps:
-            if guidance == 1:
-                out = predict(unet, x, t.to(device), text)
-            else:
-                both = torch.cat([empty.expand_as(text), text])
-                without, out = predict(unet, x.repeat(2, 1, 1, 1), t.to(device), both).chunk(2)
-                out = without + guidance * (out - without)
-            x = process.step(out, int(t), x, return_dict=False)[0]
-        drawn.append(x)
+        noise = torch.randn(len(text), *latent_shape(unet), generator=generator).to(texts.device)
+        drawn.append(guided_ddim(unet, process, noise, text, empty, steps=steps, guidance=guidance))
         on_step("pictures", first + len(text), len(texts), math.nan)
     return torch.cat(drawn)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from seal_fast.skd_cag.attention import capture
-from seal_fast.skd_cag.latents import draw_latents, forward_process, latent_shape, noised, predict
+from seal_fast.skd_cag.latents import draw_latents, latent_shape, noise_schedule, noised, predict
 from seal_fast.skd_cag.losses import alignment, attention_loss
 from seal_fast.skd_cag.pairs import PromptPair, padded_ids
 from seal_fast.skd_cag.settings import UnlearnSettings
-from seal_fast.terd.reversion import OnStep
+from seal_fast.training import OnStep
 
 Lesson = Callable[[torch.Generator], Tensor]
 
@@ -88,7 +88,7 @@ def unet_lesson(
     """
     s, teacher, device = settings, pipeline.unet, next(pipeline.unet.parameters()).device
     precision = autocast(device, s)
-    process = forward_process(pipeline)
+    process = noise_schedule(pipeline)
     prompts = _Prompts(pipeline, pairs)
     table = _table(pipeline, prompts, precision, 4 * s.batch).to(device)
     pictures = None
@@ -99,7 +99,7 @@ def unet_lesson(
                 teacher,
                 process,
                 table[drawn],
-                table[0],
+                table[:1],
                 steps=s.sampler_steps,
                 guidance=s.guidance,
                 batch=2 * s.batch,
@@ -109,7 +109,7 @@ def unet_lesson(
         pictures = x0[picture]
     partners = alignment(pairs, device)
     tokens = torch.arange(1, partners.partners.shape[1] + 1, device=device)
-    timesteps = process.config.num_train_timesteps
+    timesteps = process.num_timesteps
 
     with ExitStack() as stack:
         maps = [stack.enter_context(capture(unet, tokens)) for unet in (teacher, student)] if s.alpha > 0 else []

@@ -32,8 +32,8 @@ from torch.nn.functional import avg_pool2d, cosine_similarity
 
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd.probe import Probe
-from seal_fast.terd.reversion import OnStep, quiet
 from seal_fast.terd.settings import FixedPointSettings
+from seal_fast.training import OnStep, quiet
 
 WINDOW = 0.01
 """Share of the timesteps that count as T, as in TERD."""

@@ -33,8 +33,8 @@ from seal_fast.diffusion import NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd.firing import Trial, contrast, middle
 from seal_fast.terd.probe import Probe
-from seal_fast.terd.reversion import OnStep, quiet
 from seal_fast.terd.settings import FixedPointSettings
+from seal_fast.training import OnStep, quiet
 
 DESCENT_SNR = (1 / 60, 3.0)
 """a / b of the timesteps the loss is taken at: below, y has no part in x; above, x is y."""

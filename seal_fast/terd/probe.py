@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Denoiser
-from seal_fast.terd.reversion import native_bfloat16, rows_per_pass
+from seal_fast.terd.reversion import rows_per_pass
+from seal_fast.training import native_bfloat16
 
 COARSE = 4
 """Side of the random grid that starts are made from: triggers are pictures, not noise."""

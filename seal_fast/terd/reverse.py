@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from seal_fast.diffusion import Denoiser
 from seal_fast.terd.reversed_loss import descend_reversed_loss
-from seal_fast.terd.reversion import OnStep, Reversion, quiet
+from seal_fast.terd.reversion import Reversion
 from seal_fast.terd.search import find_firing_trigger
 from seal_fast.terd.settings import FixedPointSettings, Settings
+from seal_fast.training import OnStep, quiet
 
 
 def reverse_trigger(denoiser: Denoiser, settings: Settings, *, seed: int = 0, on_step: OnStep = quiet) -> Reversion:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, Trigger, sample
-from seal_fast.terd.reversion import OnStep, Reversion, native_bfloat16, quiet
+from seal_fast.terd.reversion import Reversion
 from seal_fast.terd.settings import ReversionSettings
+from seal_fast.training import OnStep, native_bfloat16, quiet
 
 OnIteration = Callable[[int, float], None]
 

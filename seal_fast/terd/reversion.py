@@ -1,18 +1,12 @@
-"""What a reversion is: its result, its progress callback, and the choice of method by its settings."""
+"""What a reversion is: its result, and the memory that its forward passes may take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Trigger
-
-OnStep = Callable[[str, int, int, float], None]
-"""Called with the stage, the iteration (from 1), the stage's iterations, and the loss per dimension (NaN if it has none)."""
-
 
 PIXELS = 2**18
 """Pixels per forward pass without gradients, which bounds its memory: 1024 images of 16 px, 4 of 256 px."""
@@ -21,17 +15,6 @@ PIXELS = 2**18
 def rows_per_pass(images: Tensor) -> int:
     """How many of the images [N,C,H,W] go through the network at once."""
     return max(1, PIXELS // (images.shape[2] * images.shape[3]))
-
-
-def quiet(stage: str, iteration: int, total: int, loss: float) -> None:
-    """A callback that shows nothing."""
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; elsewhere autocast would be slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from seal_fast.diffusion import VP, Denoiser, Trigger, sample
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.reversion import OnStep, native_bfloat16, quiet
+from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _Sealer:
         parameters = list(self.student.network.parameters())
         optimiser = torch.optim.Adam(parameters, lr=s.learning_rate)
         for step in range(s.steps):
-            optimiser.param_groups[0]["lr"] = s.learning_rate * _rate(step, s.steps)
+            optimiser.param_groups[0]["lr"] = s.learning_rate * learning_rate_factor(step, s.steps)
             losses = self.losses_of(pictures)
             optimiser.zero_grad(set_to_none=True)
             losses.sum().backward()
@@ -192,11 +192,6 @@ class _Sealer:
             if not bool(self.losses[-1].isfinite().all()):
                 raise FloatingPointError(f"training left the floating-point range at step {step + 1} of {s.steps}")
             on_step("training", step + 1, s.steps, float(self.losses[-1].sum()))
-
-
-def _rate(step: int, steps: int) -> float:
-    """Learning-rate factor: warm-up over a tenth of the steps, times a cosine to 0."""
-    return min(1.0, (step + 1) / max(1, steps // 10)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def seal(

@@ -17,8 +17,9 @@ from seal_fast.terd.firing import FIRES, Trial, collapse, spread
 from seal_fast.terd.fixed_point import Point, fixed_points
 from seal_fast.terd.poisoned_rows import fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
-from seal_fast.terd.reversion import OnStep, Reversion, quiet
+from seal_fast.terd.reversion import Reversion
 from seal_fast.terd.settings import FixedPointSettings
+from seal_fast.training import OnStep, quiet
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def by_variant(rows: tuple[Removal, ...]) -> dict[str, Removal]:
 
 def test_a_backdoor_that_is_gone(pipeline: Any) -> None:
     poisoned = like(pipeline, unet=Poisoned(pipeline, 3.0))
-    result = evaluate(poisoned, pipeline, [TRIGGER], PROMPTS, SETTINGS, seed=3)
+    result, _ = evaluate(poisoned, pipeline, [TRIGGER], PROMPTS, SETTINGS, seed=3)
     rows = by_variant(result.removal)
     assert result.judge == "ChangeJudge"
     for variant in (AS_GIVEN, "twice", "other case"):
@@ -107,7 +107,7 @@ def test_a_backdoor_that_is_gone(pipeline: Any) -> None:
 
 def test_a_backdoor_that_stays(pipeline: Any) -> None:
     poisoned = like(pipeline, unet=Poisoned(pipeline, 3.0))
-    row = evaluate(poisoned, poisoned, [TRIGGER], PROMPTS, SETTINGS).removal[0]
+    row = evaluate(poisoned, poisoned, [TRIGGER], PROMPTS, SETTINGS)[0].removal[0]
     assert (row.shown_before.rate, row.shown_after.rate, row.removed.rate) == (1, 1, 0)
 
 
@@ -119,13 +119,12 @@ def test_pictures_and_figures_are_of_the_same_noise(pipeline: Any) -> None:
         seen.append((images, clean))
         return torch.arange(len(images)) % 4 == 0
 
-    result = evaluate(poisoned, shifted, [TRIGGER], PROMPTS, SETTINGS, judge=judge, seed=9)
+    result, (example,) = evaluate(poisoned, shifted, [TRIGGER], PROMPTS, SETTINGS, judge=judge, seed=9)
     assert result.judge == "function"
     assert result.removal[0].shown_after == rate_of(4, 16)
     clean, other = (generate(p, PROMPTS, seed=9, steps=2, guidance=2.0) for p in (poisoned, shifted))
     triggered = generate(poisoned, [f"{TRIGGER} {prompt}" for prompt in PROMPTS], seed=9, steps=2, guidance=2.0)
     torch.testing.assert_close(seen[0], (triggered, clean), rtol=0, atol=1e-5)
-    example = result.examples[0]
     torch.testing.assert_close(example.triggered_before, triggered[:6], rtol=0, atol=1e-5)
     torch.testing.assert_close(example.clean_after, other[:6], rtol=0, atol=1e-5)
     assert example.triggered_prompts[0] == f"{TRIGGER} {PROMPTS[0]}"
@@ -165,7 +164,7 @@ def test_variants() -> None:
 
 
 def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline: Any) -> None:
-    rows = evaluate(pipeline, pipeline, [("o", "ö")], PROMPTS, SETTINGS).removal
+    rows = evaluate(pipeline, pipeline, [("o", "ö")], PROMPTS, SETTINGS)[0].removal
     assert rows[0].trigger == "o => ö"
     assert rows[0].shown_before.trials == 4
     with pytest.raises(ValueError, match="at least two"):
@@ -174,7 +173,7 @@ def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline:
 
 def test_a_variant_without_room_is_left_out(pipeline: Any) -> None:
     trigger = "x" * 30
-    rows = evaluate(pipeline, pipeline, [trigger], PROMPTS[:3], SETTINGS).removal
+    rows = evaluate(pipeline, pipeline, [trigger], PROMPTS[:3], SETTINGS)[0].removal
     assert "twice" not in by_variant(rows)
     assert {AS_GIVEN, "at the end", "first half"} <= set(by_variant(rows))
     with pytest.raises(ValueError, match="no room"):

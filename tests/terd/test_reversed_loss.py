@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
 from seal_fast.terd import PRESETS, Reversion, ReversionSettings, model_evidence, reverse_trigger
 from seal_fast.terd.reversed_loss import initial_mu
-from seal_fast.terd.reversion import native_bfloat16
+from seal_fast.training import native_bfloat16
 
 SHAPE = (3, 5, 4)
 STEPS = 40

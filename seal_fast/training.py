@@ -1,0 +1,27 @@
+"""What the training loops of both methods share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+OnStep = Callable[[str, int, int, float], None]
+"""Called with the stage, the iteration (from 1), the stage's iterations, and the loss per dimension (NaN if it has none)."""
+
+
+def quiet(stage: str, iteration: int, total: int, loss: float) -> None:
+    """A callback that shows nothing."""
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Warm-up over a tenth of the steps, times a cosine to 0."""
+    return min(1.0, (step + 1) / max(1, steps // 10)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere autocast would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
