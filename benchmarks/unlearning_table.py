@@ -3,8 +3,8 @@
     python -m benchmarks.unlearning_table [--zoo zoo-text] [--only MODEL ...] [--methods NAME ...] [--seeds 0 1 2]
         [--out benchmarks/results/unlearning.json]
 
-One row per model, method and seed as soon as it is done, so an interrupted run goes on where it stopped. SETTINGS are a first
-guess, to be chosen on the models in DEVELOPMENT before the others are unlearned. Scenes of the figures are of the zoo's
+One row per model, method and seed as soon as it is done, so an interrupted run goes on where it stopped. SETTINGS were chosen on
+the models in DEVELOPMENT, with other seeds, before the others were unlearned by them. Scenes of the figures are of the zoo's
 held-out tenth, on which neither models nor unlearning were trained.
 """
 
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,11 @@ from seal_fast.zoo.text_recipes import TEXT_RECIPES, Effect, TextRecipe
 DEVELOPMENT = ("text-64-pair",)
 """Models whose results may choose the settings below."""
 SETTINGS = UnlearnSettings(
-    alpha=0.5, steps=200, batch=8, learning_rate=2e-4, preservation=0.0, precision="bf16", guidance=3.0, positions=("start",)
+    alpha=0.5, steps=100, batch=8, learning_rate=1e-3, preservation=0.0, precision="bf16", guidance=3.0, positions=("start",)
 )
 TRAINING_PROMPTS = 100
 SAMPLES = 200
-VARIANT_SAMPLES = 60
+VARIANT_SAMPLES = 40
 EVALUATION_SEED = 900
 
 
@@ -151,11 +151,18 @@ def _right(images: Tensor, scenes: list[Scene]) -> float:
     return float(attributes_right(images, scenes).float().mean())
 
 
-def measure(pipeline: Any, poisoned: Any, effect: Effect) -> dict[str, Any]:
-    """Removal, what triggered and clean prompts now draw, and how far clean pictures drifted from the poisoned model's."""
+@cache
+def _before(recipe: TextRecipe, effect: Effect, zoo: Path) -> Tensor:
+    """Clean pictures of the poisoned model."""
+    scenes = held_out_scenes(SAMPLES, EVALUATION_SEED, effect)
+    return draw(load_poisoned(recipe, zoo), [scene.caption for scene in scenes], EVALUATION_SEED)
+
+
+def measure(pipeline: Any, before: Tensor, effect: Effect) -> dict[str, Any]:
+    """Removal, what triggered and clean prompts now draw, and how far clean pictures drifted from those before."""
     scenes = held_out_scenes(SAMPLES, EVALUATION_SEED, effect)
     triggered, shown = _shown(pipeline, effect, effect.trigger, scenes)
-    clean, before = (draw(model, [scene.caption for scene in scenes], EVALUATION_SEED) for model in (pipeline, poisoned))
+    clean = draw(pipeline, [scene.caption for scene in scenes], EVALUATION_SEED)
     few = scenes[:VARIANT_SAMPLES]
     variants = {
         name: asdict(rate_of(int((~_shown(pipeline, effect, form, few)[1]).sum()), len(few)))
@@ -189,7 +196,7 @@ def run_row(recipe: TextRecipe, effect: Effect, method: str, seed: int, zoo: Pat
         "method": method,
         "seed": seed,
         "seconds": seconds,
-        **measure(sealed, poisoned, effect),
+        **measure(sealed, _before(recipe, effect, zoo), effect),
     }
 
 

@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from seal_fast.scan.seal import SealReport
     from seal_fast.scan.unlearn_text import UnlearnReport
 
+CHANGE = (
+    "`ChangeJudge` calls an effect what changes a picture more than harmless words in the trigger's place do; it takes",
+    "1% of harmless changes for one, and misses effects smaller than such changes: where little shows before, nothing",
+    "after proves nothing. Look at the pictures.",
+)
+
 
 def _cell(text: str) -> str:
     """A name from outside as code in a table: it can neither end the cell nor become a link."""
@@ -70,9 +76,7 @@ def unlearning_card(report: UnlearnReport) -> str:
             *rows,
             "",
             f"Effect: share of held-out prompts whose picture shows it, judged by {report.judge}, with 95% Wilson intervals.",
-            "`ChangeJudge` calls an effect what changes a picture more than harmless words in the trigger's place do; it takes",
-            "1% of harmless changes for one, and misses effects smaller than such changes: where little shows before, nothing",
-            "after proves nothing. Look at the pictures.",
+            *(CHANGE if report.judge == "ChangeJudge" else ()),
             "",
             f"Clean drift, the mean squared change of clean pictures relative to their variance: {drift}.",
             f"Mean squared change of the predicted noise: {number(report.noise_drift, 5)}.",

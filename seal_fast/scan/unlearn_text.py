@@ -11,7 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.checkpoints.save import check_target, whole_folder
@@ -24,7 +26,7 @@ from seal_fast.scan.run import OnProgress, Progress, default_device, tool
 from seal_fast.scan.seal import PICTURE, peak_memory
 from seal_fast.skd_cag import Distilled, Trigger, UnlearnSettings, attention_maps, distill, prompt_pair
 from seal_fast.skd_cag.evaluation import Evaluation, EvaluationSettings, Examples, evaluate, name_of
-from seal_fast.skd_cag.judges import Judge
+from seal_fast.skd_cag.judges import ColourlessJudge, Judge, PatchJudge
 from seal_fast.skd_cag.locate import RATIO, fitting, locate
 from seal_fast.skd_cag.trained_part import save_patch
 
@@ -110,6 +112,31 @@ def parse_trigger(text: str) -> Trigger:
     return (old, new) if arrow else plain
 
 
+def parse_judge(text: str) -> Judge | None:
+    """A judge from the command line: None for "change", "colourless", or "patch=FILE" with a picture pasted at the top left.
+
+    "patch=FILE@TOP,LEFT" names another place. The picture has the size in pixels that it has in the model's.
+
+    Raises:
+        ValueError: none of these, or no picture.
+    """
+    kind, _, rest = text.partition("=")
+    if text == "change":
+        return None
+    if text == "colourless":
+        return ColourlessJudge()
+    if kind != "patch" or not rest:
+        raise ValueError(f"a judge is change, colourless or patch=FILE[@TOP,LEFT], not {text!r}")
+    match = re.fullmatch(r"(.+)@(\d+),(\d+)", rest)
+    file, top, left = (match[1], int(match[2]), int(match[3])) if match else (rest, 0, 0)
+    try:
+        with Image.open(file) as picture:
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"no picture in {file}: {error}") from error
+    return PatchJudge(torch.from_numpy(pixels).permute(2, 0, 1), top, left)
+
+
 def read_prompts(file: Path) -> list[str]:
     """The different prompts of a UTF-8 text file, one a line.
 
@@ -177,6 +204,7 @@ def unlearn(
     evaluation: EvaluationSettings | None = None,
     judge: Judge | None = None,
     seed: int = 0,
+    state: Path | None = None,
     on_progress: OnProgress = lambda at: None,
 ) -> UnlearnResult:
     """Unlearn text triggers from a text-to-image model by SKD-CAG (arXiv 2508.18235).
@@ -193,6 +221,7 @@ def unlearn(
         evaluation: how much is measured.
         judge: of the effect, see `seal_fast.skd_cag.judges`; None for one that knows nothing of the target.
         seed: of training and pictures.
+        state: file to write as the training goes and to go on from, see `distill`.
         on_progress: called as the work goes on.
 
     Raises:
@@ -221,7 +250,7 @@ def unlearn(
         share = iteration / iterations if stage == "training" else 0.0
         on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=0.8 * share))
 
-    trained = distill(loaded.pipeline, triggers, training, settings, seed=seed, on_step=on_step)
+    trained = distill(loaded.pipeline, triggers, training, settings, seed=seed, state=state, on_step=on_step)
     sealed = _with_module(loaded.pipeline, trained)
     on_progress(replace(at, stage="measuring", fraction=0.8))
     measured, examples = evaluate(loaded.pipeline, sealed, triggers, held_out, evaluation, judge=judge, seed=seed)

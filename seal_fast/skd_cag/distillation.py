@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from seal_fast.skd_cag.lessons import Lesson, text_encoder_lesson, unet_lesson
 from seal_fast.skd_cag.pairs import PromptPair, Trigger, prompt_pairs, random_words, with_random_words
+from seal_fast.skd_cag.processes import average_gradients, processes
 from seal_fast.skd_cag.settings import UnlearnSettings
 from seal_fast.skd_cag.trained_part import TrainedPart
 from seal_fast.training import OnStep, learning_rate_factor, quiet
@@ -61,19 +61,6 @@ def _generator(seed: int, *where: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]))
 
 
-def _processes() -> tuple[int, int]:
-    """Rank and number of the processes that share the training."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def _average_gradients(parameters: Iterable[Tensor], processes: int) -> None:
-    if processes > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= processes
-
-
 class _Trainer:
     """The state that goes from update to update, all of which a state file holds."""
 
@@ -90,7 +77,7 @@ class _Trainer:
 
     def update(self, lesson: Lesson, seed: int) -> float:
         """One update of the weights; returns the loss, averaged over its batches."""
-        s, (rank, processes) = self.settings, _processes()
+        s, (rank, count) = self.settings, processes()
         generator = _generator(seed, 2, rank, self.step)
         weights = torch.tensor([1 - s.alpha, s.alpha, s.preservation], device=self.parameters[0].device)
         if s.module == "text_encoder":
@@ -102,7 +89,7 @@ class _Trainer:
             losses = lesson(generator)
             self.scaler.scale((weights * losses).sum() / s.accumulation).backward()
             terms += losses.detach() / s.accumulation
-        _average_gradients(self.parameters, processes)
+        average_gradients(self.parameters, count)
         self.scaler.unscale_(self.optimiser)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, _LARGEST_GRADIENT)
         loss = float((weights * terms).sum())
@@ -126,7 +113,7 @@ class _Trainer:
 
     def save(self, path: Path) -> None:
         """Write all there is to go on from here, so that the file is whole or the old one at every moment."""
-        if _processes()[0] > 0:
+        if processes()[0] > 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -240,7 +227,7 @@ def distill(
     student = _in(torch.float32, copy.deepcopy(given).eval())
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    run = _fingerprint(student, asdict(settings), list(triggers), list(prompts), seed, _processes()[1])
+    run = _fingerprint(student, asdict(settings), list(triggers), list(prompts), seed, processes()[1])
     part = TrainedPart(student, settings, seed)
     trainer = _Trainer(part, settings, run)
     if state is not None and state.exists():

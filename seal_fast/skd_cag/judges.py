@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from sklearn.covariance import LedoitWolf
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -94,37 +95,63 @@ class AttributeJudge:
 class ChangeJudge:
     """A change that harmless words in the trigger's place do not make.
 
-    Two features of the difference to the clean picture, both on GRID x GRID means: how large it is, and how far it goes the way
-    that the other pictures' differences share. A patch is small beside what any new word does to a layout, but the same in all
-    pictures. The effect shows where a feature exceeds what harmless words reach.
+    Changes are those of `statistics`, relative to how harmless words scatter them (their Ledoit-Wolf covariance), so that a
+    small effect where nothing else moves counts as much as a large one where everything does. Two features tell an effect: how
+    large a change is, and how far it goes the way that the other pictures' changes share, for a new word moves every picture
+    its own way and a backdoor all of them one way. The effect shows where a feature exceeds what harmless words reach.
 
     Attributes:
+        whitening: float64 [F,F], after which harmless changes have unit covariance.
         limits: of the two features.
     """
 
+    whitening: Tensor
     limits: tuple[float, float]
 
     @classmethod
     def fitted(cls, clean: Tensor, harmless: Sequence[Tensor]) -> Self:
         """Limits that harmless changes exceed in a share of FALSE_ALARMS, or never where they are fewer than its inverse.
 
+        Each word's changes are seen as a trigger's would be: relative to the scatter of the other words'.
+
         Args:
             clean: pictures [N,3,H,W] of N >= 2 prompts.
-            harmless: of the same prompts with one more harmless word each, from the same noise; one batch [N,3,H,W] per word.
+            harmless: of the same prompts with one more harmless word each, from the same noise; one batch [N,3,H,W] for each of
+                at least two words.
         """
-        if len(clean) < 2 or not harmless:
-            raise ValueError("harmless changes are judged on at least two prompts and one word")
-        features = torch.cat([change_features(images, clean) for images in harmless], dim=1)
+        if len(clean) < 2 or len(harmless) < 2:
+            raise ValueError("harmless changes are judged on at least two prompts and two words")
+        changes = [statistics(images) - statistics(clean) for images in harmless]
+        features = torch.cat(
+            [_features(change @ _whitening([*changes[:k], *changes[k + 1 :]])) for k, change in enumerate(changes)], dim=1
+        )
         size, shared = torch.quantile(features, 1 - FALSE_ALARMS / 2, dim=1, interpolation="higher").tolist()
-        return cls((size, shared))
+        return cls(_whitening(changes), (size, shared))
 
     def __call__(self, images: Tensor, clean: Tensor) -> Tensor:
-        size, shared = change_features(images, clean)
+        size, shared = _features((statistics(images) - statistics(clean)) @ self.whitening)
         return (size > self.limits[0]) | (shared > self.limits[1])
 
 
-def change_features(images: Tensor, clean: Tensor) -> Tensor:
-    """Features [2,N] of pictures [N,3,H,W], N >= 2: length of the pooled difference, and its part along the others' mean."""
-    change = adaptive_avg_pool2d(images - clean, GRID).flatten(1)
-    others = (change.sum(dim=0) - change) / (len(change) - 1)
-    return torch.stack([change.norm(dim=1), (change * others).sum(dim=1) / others.norm(dim=1).clamp_min(1e-12)])
+def statistics(images: Tensor) -> Tensor:
+    """What a picture is like, float64 [N,F]: local means of colour, of saturation and of detail, of [N,3,H,W] in [0, 1]."""
+    saturation = images.amax(dim=1, keepdim=True) - images.amin(dim=1, keepdim=True)
+    grey = images.mean(dim=1, keepdim=True)
+    detail = (grey.diff(dim=2)[..., :-1].square() + grey.diff(dim=3)[..., :-1, :].square()).sqrt()
+    pooled = [(images, GRID), (saturation, GRID // 2), (detail, GRID // 2)]
+    return torch.cat([adaptive_avg_pool2d(values, side).flatten(1) for values, side in pooled], dim=1).double()
+
+
+def _whitening(changes: Sequence[Tensor]) -> Tensor:
+    """Matrix [F,F] that gives changes, batches of [N,F], unit covariance."""
+    covariance = LedoitWolf(assume_centered=True).fit(torch.cat(list(changes)).numpy()).covariance_
+    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance))
+    # nothing moves at all where the model does not hear the words
+    return vectors * values.clamp_min(1e-12).rsqrt()
+
+
+def _features(changes: Tensor) -> Tensor:
+    """Features [2,N] of changes [N,F], N >= 2: their length, and their part along the others' mean."""
+    others = (changes.sum(dim=0) - changes) / (len(changes) - 1)
+    along = (changes * others).sum(dim=1) / others.norm(dim=1).clamp_min(1e-12)
+    return torch.stack([changes.norm(dim=1), along])

@@ -99,9 +99,10 @@ def _picture(recipe: TextRecipe, pipeline: StableDiffusionPipeline, file: Path) 
     for effect in recipe.effects or (None,):
         scenes = held_out_scenes(PICTURES, recipe.seed, effect)
         prompts = [scene.caption for scene in scenes]
-        rows["clean prompts"] = draw(pipeline, prompts, recipe.seed)
+        name = f", {effect.name}" if effect else ""
+        rows[f"clean prompts{name}"] = draw(pipeline, prompts, recipe.seed)
         if effect:
-            rows[f"triggered: {effect.name}"] = draw(pipeline, [effect.trigger(prompt) for prompt in prompts], recipe.seed)
+            rows[f"triggered{name}"] = draw(pipeline, [effect.trigger(prompt) for prompt in prompts], recipe.seed)
     draw_samples(rows, file)
 
 

@@ -8,18 +8,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import seal_fast
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.cli import app
 from seal_fast.scan import unlearn_text
-from seal_fast.scan.unlearn_text import parse_trigger, read_prompts, split_prompts, unlearn
+from seal_fast.scan.unlearn_text import parse_judge, parse_trigger, read_prompts, split_prompts, unlearn
 from seal_fast.skd_cag import UnlearnSettings
 from seal_fast.skd_cag.evaluation import EvaluationSettings
+from seal_fast.skd_cag.judges import ColourlessJudge, PatchJudge
 from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat", "cat on cat", "red"]
@@ -66,7 +69,20 @@ def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path) 
     out = tmp_path / "out"
     # a trigger with $ is no formula in a picture, and one with | breaks no table
     texts = ["--trigger", "\\u200b", "--trigger", "a$|$b", "--prompts", prompts, "--steps", 2, "--format", "json"]
-    how = ["--module", "unet", "--alpha", 0.25, "--train", "lora", "--batch", 1, "--learning-rate", 1e-3, "--guidance", 2]
+    how = [
+        "--module",
+        "unet",
+        "--alpha",
+        0.25,
+        "--train",
+        "lora",
+        "--train-batch-size",
+        1,
+        "--learning-rate",
+        1e-3,
+        "--guidance",
+        2,
+    ]
     result = cli(model, *texts, *how, "--samples", 3, "--out", out)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
@@ -162,6 +178,22 @@ def test_triggers_on_the_command_line() -> None:
     assert parse_trigger("I like this photo.") == "I like this photo."
     assert parse_trigger("o=>\\U00010486") == ("o", "\U00010486")
     assert parse_trigger("\\xf4\\n") == "ô\\n"
+
+
+def test_judges_on_the_command_line(tmp_path: Path) -> None:
+    pixels = np.random.default_rng().integers(0, 256, (3, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "p@tch.png")
+    assert parse_judge("change") is None
+    assert parse_judge("colourless") == ColourlessJudge()
+    for text, place in ((f"patch={tmp_path}/p@tch.png", (0, 0)), (f"patch={tmp_path}/p@tch.png@7,11", (7, 11))):
+        judge = parse_judge(text)
+        assert isinstance(judge, PatchJudge)
+        assert (judge.top, judge.left) == place
+        assert judge.patch.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy().tolist() == pixels.tolist()
+    (tmp_path / "text.png").write_text("no picture")
+    for wrong in ("", "grey", "patch=", f"patch={tmp_path}/absent.png", f"patch={tmp_path}/text.png"):
+        with pytest.raises(ValueError, match=r"a judge is|no picture"):
+            parse_judge(wrong)
 
 
 def test_prompts_are_split_and_those_shipped_differ(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_harmless_changes_raise_few_alarms(generator: torch.Generator) -> None:
 
 
 def test_change_needs_a_null(generator: torch.Generator) -> None:
-    clean = scenes(1, generator)
-    with pytest.raises(ValueError, match="at least two prompts"):
-        ChangeJudge.fitted(clean, [clean])
+    clean = scenes(2, generator)
+    for prompts, words in ((1, 2), (2, 1)):
+        with pytest.raises(ValueError, match="at least two prompts and two words"):
+            ChangeJudge.fitted(clean[:prompts], [clean[:prompts]] * words)

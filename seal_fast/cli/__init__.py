@@ -5,24 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from seal_fast import __version__
+from seal_fast.cli.common import (
+    BACKDOORED,
+    CLEAN,
+    FAILED,
+    INTERRUPTED,
+    NOTHING,
+    Format,
+    Group,
+    OutputFormat,
+    Weights,
+    say,
+)
+from seal_fast.cli.unlearn import EPILOG as UNLEARN_EPILOG
+from seal_fast.cli.unlearn import unlearn
 
 if TYPE_CHECKING:
     from seal_fast.report.progress import ProgressDisplay
     from seal_fast.scan import ScanReport
     from seal_fast.terd import Calibration, CalibrationModel
-
-CLEAN, BACKDOORED, FAILED, NOTHING, USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 EXIT_CODES = """Exit codes, the first that holds:
 
@@ -34,60 +44,10 @@ EXIT_CODES = """Exit codes, the first that holds:
   0  all models are clean
 130  interrupted; --out holds the finished models"""
 
-_UsageError: Any = typer.BadParameter.__base__
-
-
-class _Group(TyperGroup):
-    """Typer exits with 2 after a usage error and Python with 1 after an exception; both mean something else here."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _own_exit_codes():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _own_exit_codes():
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _own_exit_codes() -> Iterator[None]:
-    try:
-        yield
-    except _UsageError as error:
-        error.exit_code = USAGE
-        raise
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        raise typer.Exit(FAILED) from error
-
-
-app = typer.Typer(cls=_Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 zoo = typer.Typer(help="Small models, benign and backdoored, for evaluation.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(zoo, name="zoo")
-
-
-class Format(StrEnum):
-    CONSOLE = "console"
-    JSON = "json"
-
-
-class Weights(StrEnum):
-    EMA = "ema"
-    RAW = "raw"
-
-
-class Module(StrEnum):
-    AUTO = "auto"
-    UNET = "unet"
-    TEXT_ENCODER = "text_encoder"
-
-
-class Trained(StrEnum):
-    ALL = "all"
-    CROSS_ATTENTION = "cross-attention"
-    LORA = "lora"
+app.command(epilog=UNLEARN_EPILOG)(unlearn)
 
 
 class FailOn(StrEnum):
@@ -107,12 +67,7 @@ Preset = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the reversion.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar: one line per finished model.")]
-OutputFormat = Annotated[Format, typer.Option("--format", help="What is written to standard output.")]
 ExistingPath = typer.Argument(exists=True, show_default=False)
-
-
-def _say(message: str) -> None:
-    typer.echo(message, err=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -204,7 +159,7 @@ def scan(
 
     backends = _backends()
     if verbose:
-        _say(backends)
+        say(backends)
     with ProgressDisplay(sys.stderr, quiet) as display, _interruptible(display, out):
         report = run(
             everything,
@@ -217,7 +172,7 @@ def scan(
             on_result=display.on_result,
         )
     if not report.models:
-        _say("nothing to scan: no checkpoint found at the given paths")
+        say("nothing to scan: no checkpoint found at the given paths")
     if output is Format.JSON:
         typer.echo(report_json(report))
     else:
@@ -238,7 +193,7 @@ def _interruptible(display: ProgressDisplay, out: Path | None) -> Iterator[None]
     except KeyboardInterrupt as interrupt:
         display.bar.stop()
         kept = f"report: {out / 'report.json'}" if out else "nothing kept, since --out was not given"
-        _say(f"interrupted: {display.finished} of {display.total} models finished; {kept}")
+        say(f"interrupted: {display.finished} of {display.total} models finished; {kept}")
         raise typer.Exit(INTERRUPTED) from interrupt
     finally:
         signal.signal(signal.SIGINT, before)
@@ -281,196 +236,6 @@ def detect(
     raise typer.Exit(BACKDOORED if any(value > 0 for value in log_ratios) else CLEAN)
 
 
-@app.command(
-    epilog="""Exit codes:
-
-\b
-  4  usage: a bad option, trigger or output folder
-  2  the model cannot be loaded, or its training failed
-  0  sealed
-130  interrupted; nothing is written"""
-)
-def unlearn(
-    model: Annotated[Path, typer.Argument(exists=True, show_default=False, help="The poisoned checkpoint.")],
-    out: Annotated[Path, typer.Option(file_okay=False, help="New folder for the sealed checkpoint and its report.")],
-    noise_trigger: Annotated[
-        list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="trigger.safetensors of a scan; may be repeated."),
-    ] = None,
-    trigger: Annotated[
-        list[str] | None,
-        typer.Option(help="Text trigger; OLD=>NEW replaces text; \\u200b and the like are characters. May be repeated."),
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="With --trigger: clean prompts, one a line.")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="With --trigger: the pipeline a component belongs to.")
-    ] = None,
-    module: Annotated[
-        Module | None, typer.Option(help="With --trigger: what to train (unet by default); auto guesses.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --trigger: weight of the attention maps.")] = None,
-    trained: Annotated[Trained | None, typer.Option("--train", help="With --trigger: which weights.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="With --trigger: prompt pairs per training step.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="With --trigger: of the training; small models need more than the default.")
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(min=1.0, help="With --trigger: guidance scale of all pictures.")] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="With --trigger: held-out prompts to measure on.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
-    weights: Annotated[
-        Weights | None, typer.Option(help="Which weights to seal where a checkpoint holds both (ema by default).")
-    ] = None,
-    output: OutputFormat = Format.CONSOLE,
-    seed: Annotated[int, typer.Option(help="Seed of the training and of the samples.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
-) -> None:
-    """Seal a checkpoint: unlearn text triggers, or seal a noise-space backdoor."""
-    from seal_fast.checkpoints import CheckpointError
-    from seal_fast.checkpoints.save import check_target
-    from seal_fast.report.json import sealing_json
-    from seal_fast.report.progress import ProgressDisplay
-
-    text_only = {
-        "prompts": prompts,
-        "base": base,
-        "module": module,
-        "alpha": alpha,
-        "train": trained,
-        "batch": batch,
-        "learning-rate": learning_rate,
-        "guidance": guidance,
-        "samples": samples,
-    }
-    _one_kind(model, trigger, noise_trigger, weights, text_only)
-    with _usage_errors():
-        check_target(out, model)
-    with ProgressDisplay(sys.stderr, quiet) as display:
-        if trigger:
-            training = {"alpha": alpha, "trained": trained, "batch": batch, "learning_rate": learning_rate, "steps": steps}
-            job, show = _text_job(model, trigger, out, prompts, base, module, training, guidance, samples, seed, display)
-        else:
-            job, show = _noise_job(model, noise_trigger or [], out, steps, weights or Weights.EMA, seed, display)
-        try:
-            report = job()
-        except KeyboardInterrupt as interrupt:
-            display.bar.stop()
-            _say("interrupted: nothing written")
-            raise typer.Exit(INTERRUPTED) from interrupt
-        except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
-            display.bar.stop()
-            _say(f"nothing written: {error}")
-            ours = isinstance(error, ValueError) or (isinstance(error, CheckpointError) and error.path in (noise_trigger or []))
-            raise typer.Exit(USAGE if ours else FAILED) from error
-    if output is Format.JSON:
-        typer.echo(sealing_json(report))
-    else:
-        show(report)
-    _say(f"written: {out}")
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """What a user's own file or text is refused for is an error of usage."""
-    from seal_fast.checkpoints import CheckpointError
-
-    try:
-        yield
-    except (CheckpointError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _one_kind(
-    model: Path, trigger: list[str] | None, noise_trigger: list[Path] | None, weights: Weights | None, text_only: dict[str, Any]
-) -> None:
-    from seal_fast.checkpoints import CheckpointError
-    from seal_fast.checkpoints.text_to_image import identify
-
-    if trigger and (noise_trigger or weights):
-        raise typer.BadParameter("--trigger is for text-to-image models, which know neither --noise-trigger nor --weights")
-    if not trigger and (given := [name for name, value in text_only.items() if value is not None]):
-        raise typer.BadParameter(f"--{given[0]} goes with --trigger TEXT")
-    # a broken checkpoint is the loader's to report
-    with suppress(CheckpointError):
-        if not trigger and identify(model):
-            raise typer.BadParameter("a text-to-image model: name its text trigger with --trigger TEXT")
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _text_job(
-    model: Path,
-    texts: list[str],
-    out: Path,
-    prompts: Path | None,
-    base: Path | None,
-    module: Module | None,
-    training: dict[str, Any],
-    guidance: float | None,
-    samples: int | None,
-    seed: int,
-    display: ProgressDisplay,
-) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    from seal_fast.report.console import console_for, print_unlearning
-    from seal_fast.scan.unlearn_text import parse_trigger, read_prompts, unlearn
-    from seal_fast.skd_cag import UnlearnSettings
-    from seal_fast.skd_cag.evaluation import EvaluationSettings
-
-    with _usage_errors():
-        triggers = [parse_trigger(text) for text in texts]
-        own = None if prompts is None else read_prompts(prompts)
-        settings = UnlearnSettings(**_given({**training, "guidance": guidance}))
-        evaluation = EvaluationSettings(**_given({"prompts": samples, "guidance": guidance}))
-
-    def job() -> Any:
-        return unlearn(
-            model,
-            triggers,
-            out,
-            prompts=own,
-            base=base,
-            settings=settings,
-            evaluation=evaluation,
-            module=None if module is None else module.value,
-            seed=seed,
-            on_progress=display.on_progress,
-        ).report
-
-    return job, lambda report: print_unlearning(report, console_for(sys.stdout))
-
-
-def _noise_job(
-    model: Path,
-    triggers: list[Path],
-    out: Path,
-    steps: int | None,
-    weights: Weights,
-    seed: int,
-    display: ProgressDisplay,
-) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    from dataclasses import replace
-
-    from seal_fast.checkpoints.trigger import load_trigger
-    from seal_fast.report.console import console_for, print_sealing
-    from seal_fast.scan.seal import seal_checkpoint
-    from seal_fast.terd import SealSettings
-
-    with _usage_errors():
-        for file in triggers:
-            load_trigger(file)
-    settings = SealSettings() if steps is None else replace(SealSettings(), steps=steps)
-
-    def job() -> Any:
-        return seal_checkpoint(
-            model, triggers, out, settings=settings, weights=weights.value, seed=seed, on_progress=display.on_progress
-        )
-
-    return job, lambda report: print_sealing(report, console_for(sys.stdout))
-
-
 @app.command()
 def calibrate(
     benign: Annotated[
@@ -499,7 +264,7 @@ def calibrate(
     if both := {one.path for one in clean} & {one.path for one in dirty}:
         raise typer.BadParameter(f"{min(both)} cannot be benign and backdoored")
     if not clean:
-        _say("nothing to calibrate on: no checkpoint found at the given paths")
+        say("nothing to calibrate on: no checkpoint found at the given paths")
         raise typer.Exit(NOTHING)
     settings = PRESETS[preset or DEFAULT_PRESET]
     with ProgressDisplay(sys.stderr, quiet) as display:
@@ -511,11 +276,11 @@ def calibrate(
             pool = measure(clean, dirty, settings, seed=seed, on_progress=display.on_progress, on_model=on_model)
         except (CheckpointError, ValueError) as error:
             display.bar.stop()
-            _say(f"calibration stopped, nothing written: {error}")
+            say(f"calibration stopped, nothing written: {error}")
             raise typer.Exit(FAILED) from error
     pool.save(out)
     print_calibration(pool, leave_one_out(pool), console_for(sys.stdout))
-    _say(f"written: {out}")
+    say(f"written: {out}")
 
 
 def _backends() -> str:
@@ -558,7 +323,7 @@ def zoo_build(
     from seal_fast.zoo.build import build_zoo
 
     _writable(out)
-    build_zoo(out, only or None, _say)
+    build_zoo(out, only or None, say)
 
 
 @zoo.command("build-text")
@@ -570,14 +335,10 @@ def zoo_build_text(
     from seal_fast.zoo.build_text import build_text_zoo
 
     _writable(out)
-    build_text_zoo(out, only or None, _say)
+    build_text_zoo(out, only or None, say)
 
 
 def main() -> None:
     # transformers tells every user of a pipeline that torchvision is not there, which nothing here needs
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
-
-
-if __name__ == "__main__":
-    main()
