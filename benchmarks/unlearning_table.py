@@ -3,9 +3,9 @@
     python -m benchmarks.unlearning_table [--zoo zoo-text] [--only MODEL ...] [--methods NAME ...] [--seeds 0 1 2]
         [--out benchmarks/results/unlearning.json]
 
-One row per model, method and seed as soon as it is done, so an interrupted run goes on where it stopped. SETTINGS were chosen on
-the models in DEVELOPMENT, with other seeds, before the others were unlearned by them. Scenes of the figures are of the zoo's
-held-out tenth, on which neither models nor unlearning were trained.
+One row per model, method and seed as soon as it is done, so an interrupted run goes on where it stopped. SETTINGS were
+chosen on the models in DEVELOPMENT, with other seeds, before the others were unlearned by them. Scenes of the figures are of
+the zoo's held-out tenth, on which neither models nor unlearning were trained.
 """
 
 from __future__ import annotations
