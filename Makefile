@@ -32,7 +32,9 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/speed.json
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/bench_cross_attention.py --benchmark-json=benchmarks/results/speed.json
+	$(BIN)/python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=benchmarks/results/cross_attention.json
+	$(BIN)/python -m benchmarks.render_results
 
 accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy_table

@@ -1,15 +1,21 @@
-"""cross_attention: seal-fast against plain torch with maps, and against torch's fused attention, which has none.
+"""cross_attention: seal-fast against plain torch with maps, compiled or not, and against torch's fused attention without maps.
 
     python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=results.json
 
-Compare rows of one run only. `gemm_share` is the share of the measured float32 matrix rate that the matrix products amount to:
-two forward, five more backward (one of them the recomputed logits), 2 B H M N D FLOP each. Half precision is measured against
-the float32 rate too.
+Compare rows of one run only. `gemm_share` is the share of the matrix rate measured in the row's dtype that the matrix products
+amount to: two forward, five more backward (one of them the recomputed logits), 2 B H M N D FLOP each.
+
+Memory is what torch's allocator hands out, which the kernels' workspaces come from too. Of one layer: `kept_bytes` is what
+lives between the forward and the backward pass, inputs and results included, `peak_bytes` the most at any time in a training
+step. Of a model: with `largest_batch`, kept bytes of all text cross-attention layers and what the worst layer needs above them
+in passing make 8 GB (8e9 bytes); both grow with the batch. Weights and other layers are not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -17,18 +23,34 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
 from seal_fast.ops import cross_attention
 
+BATCH = 2
+"""One prompt with guidance."""
 LAYERS = {
-    "64x64": (2, 8, 64 * 64, 77, 40),
-    "32x32": (2, 8, 32 * 32, 77, 80),
-    "16x16": (2, 8, 16 * 16, 77, 160),
-    "8x8": (2, 8, 8 * 8, 77, 160),
+    "sd15 64x64": (BATCH, 8, 64 * 64, 77, 40),
+    "sd15 32x32": (BATCH, 8, 32 * 32, 77, 80),
+    "sd15 16x16": (BATCH, 8, 16 * 16, 77, 160),
+    "sd15 8x8": (BATCH, 8, 8 * 8, 77, 160),
+    "sd21 96x96": (BATCH, 5, 96 * 96, 77, 64),
+    "sd21 48x48": (BATCH, 10, 48 * 48, 77, 64),
+    "sd21 24x24": (BATCH, 20, 24 * 24, 77, 64),
+    "sd21 12x12": (BATCH, 20, 12 * 12, 77, 64),
+    "sdxl 64x64": (BATCH, 10, 64 * 64, 77, 64),
+    "sdxl 32x32": (BATCH, 20, 32 * 32, 77, 64),
 }
-"""B, H, M, N, D of the text cross-attention of Stable Diffusion 1.5 at 512 pixels, one prompt with guidance."""
+"""B, H, M, N, D of the text cross-attention of Stable Diffusion 1.5 at 512 pixels, 2.1 at 768 and XL at 1024."""
+MODELS = {
+    "sd15": {"sd15 64x64": 5, "sd15 32x32": 5, "sd15 16x16": 5, "sd15 8x8": 1},
+    "sd21": {"sd21 96x96": 5, "sd21 48x48": 5, "sd21 24x24": 5, "sd21 12x12": 1},
+    "sdxl": {"sdxl 64x64": 10, "sdxl 32x32": 60},
+}
+"""How many layers of each size they have."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BUDGET = 8e9
 SEED = 0
 
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -43,16 +65,51 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return p @ v, p.mean(1).transpose(1, 2)
 
 
+_compiled_eager = torch.compile(eager, dynamic=False)
+
+
+def compiled(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return _compiled_eager(q, k, v)
+
+
 def fused_without_maps(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return (scaled_dot_product_attention(q, k, v),)
 
 
-def inputs(layer: str, dtype: torch.dtype, requires_grad: bool) -> list[Tensor]:
+METHODS: list[Attention] = [kernel, eager, compiled, fused_without_maps]
+CASES = [
+    pytest.param(layer, dtype, method, id=f"{layer}-{dtype}-{method.__name__}")
+    for layer in LAYERS
+    for dtype in DTYPES
+    for method in METHODS
+    # compiling takes seconds: the largest layer of each model speaks for it
+    if method is not compiled or layer in [next(iter(layers)) for layers in MODELS.values()]
+]
+
+
+@pytest.fixture(autouse=True)
+def _compile_afresh() -> None:
+    """Compiled for the shapes of each test alone: torch gives up on a function that meets too many."""
+    torch.compiler.reset()
+
+
+def inputs(layer: str, dtype: str, requires_grad: bool) -> list[Tensor]:
     """q, k, v as a UNet makes them: heads of joined rows."""
     b, h, m, n, d = LAYERS[layer]
     generator = torch.Generator().manual_seed(SEED)
-    joined = [torch.randn(b, rows, h, d, generator=generator).to(dtype) for rows in (m, n, n)]
+    joined = [torch.randn(b, rows, h, d, generator=generator, dtype=DTYPES[dtype]) for rows in (m, n, n)]
     return [x.transpose(1, 2).requires_grad_(requires_grad) for x in joined]
+
+
+def gradients(method: Attention, layer: str, dtype: str) -> list[Tensor]:
+    """Of a method's results, laid out as a UNet and a loss would: heads of joined rows, and maps as the method made them."""
+    out, *maps = method(*inputs(layer, dtype, requires_grad=False))
+    b, h, m, _, d = LAYERS[layer]
+    return [torch.randn(b, m, h, d).to(out.dtype).transpose(1, 2), *(torch.randn_like(y) for y in maps)]
+
+
+def train(method: Attention, arguments: list[Tensor], grads: list[Tensor]) -> None:
+    torch.autograd.grad(method(*arguments), arguments, grads)
 
 
 def record(benchmark: BenchmarkFixture, layer: str, dtype: str, products: int) -> None:
@@ -60,36 +117,85 @@ def record(benchmark: BenchmarkFixture, layer: str, dtype: str, products: int) -
     b, h, m, n, d = LAYERS[layer]
     stats: Any = benchmark.stats
     rate = products * 2 * b * h * m * n * d / stats.stats.median
+    limits = machine.measure()
+    limit = {"float32": limits.gemm_rate, "bfloat16": limits.bfloat16_gemm_rate}[dtype]
     benchmark.extra_info.update(
-        machine.describe_machine(),
-        shape=[b, h, m, n, d],
-        dtype=dtype,
-        seed=SEED,
-        gemm_share=rate / machine.measure().gemm_rate,
+        machine.describe_machine(), shape=[b, h, m, n, d], dtype=dtype, seed=SEED, gemm_share=rate / limit
     )
 
 
-@pytest.mark.parametrize("method", [kernel, eager, fused_without_maps], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("layer", "dtype", "method"), CASES)
 def test_forward(benchmark: BenchmarkFixture, layer: str, dtype: str, method: Attention) -> None:
-    arguments = inputs(layer, DTYPES[dtype], requires_grad=False)
+    arguments = inputs(layer, dtype, requires_grad=False)
     benchmark.group = f"cross_attention forward {layer} {dtype}"
-    benchmark.pedantic(method, arguments, rounds=9, warmup_rounds=2)
+    benchmark.pedantic(method, arguments, rounds=15, warmup_rounds=3)
     record(benchmark, layer, dtype, products=2)
 
 
-@pytest.mark.parametrize("method", [kernel, eager, fused_without_maps], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("layer", "dtype", "method"), CASES)
 def test_forward_and_backward(benchmark: BenchmarkFixture, layer: str, dtype: str, method: Attention) -> None:
-    arguments = inputs(layer, DTYPES[dtype], requires_grad=True)
-    generator = torch.Generator().manual_seed(SEED)
-    grads = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in method(*arguments)]
+    arguments = inputs(layer, dtype, requires_grad=True)
+    benchmark.group = f"cross_attention forward and backward {layer} {dtype}"
+    grads = gradients(method, layer, dtype)
+    benchmark.pedantic(train, (method, arguments, grads), rounds=11, warmup_rounds=3)
+    record(benchmark, layer, dtype, products=7)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, see the top of this file."""
+
+    kept: int
+    peak: int
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes that torch's allocator has handed out since the beginning, after each change; the last with the result alive."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del result
+    return list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def memory(method: Attention, layer: str, dtype: str) -> Memory:
+    """Of a training step on one layer."""
+
+    def forward() -> object:
+        arguments = inputs(layer, dtype, requires_grad=True)
+        return arguments, method(*arguments)
 
     def step() -> None:
-        torch.autograd.grad(method(*arguments), arguments, grads)
+        train(method, inputs(layer, dtype, requires_grad=True), grads)
 
-    benchmark.group = f"cross_attention forward and backward {layer} {dtype}"
-    benchmark.pedantic(step, rounds=9, warmup_rounds=2)
-    record(benchmark, layer, dtype, products=7)
+    grads = gradients(method, layer, dtype)
+    # whatever is made once is made before
+    step()
+    return Memory(kept=allocations(forward)[-1], peak=max(allocations(step)))
+
+
+def largest_batch(method: Attention, model: str, dtype: str) -> int:
+    """See the top of this file."""
+    layers = {layer: memory(method, layer, dtype) for layer in MODELS[model]}
+    kept = sum(MODELS[model][layer] * needed.kept for layer, needed in layers.items())
+    passing = max(needed.peak - needed.kept for needed in layers.values())
+    return int(BUDGET * BATCH / (kept + passing))
+
+
+@pytest.mark.parametrize(("layer", "dtype", "method"), CASES)
+def test_memory(benchmark: BenchmarkFixture, layer: str, dtype: str, method: Attention) -> None:
+    """The time is that of measuring."""
+    needed = benchmark.pedantic(memory, (method, layer, dtype), rounds=1)
+    benchmark.group = f"cross_attention memory {layer} {dtype}"
+    benchmark.extra_info.update(machine.describe_machine(), shape=list(LAYERS[layer]), dtype=dtype)
+    benchmark.extra_info.update(kept_bytes=needed.kept, peak_bytes=needed.peak)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_largest_batch(benchmark: BenchmarkFixture, model: str, dtype: str) -> None:
+    """The time is that of measuring."""
+    benchmark.group = f"cross_attention largest batch {model} {dtype}"
+    ours = benchmark.pedantic(largest_batch, (kernel, model, dtype), rounds=1)
+    benchmark.extra_info.update(machine.describe_machine(), model=model, dtype=dtype, budget_bytes=BUDGET)
+    benchmark.extra_info.update(largest_batch=ours, eager_largest_batch=largest_batch(eager, model, dtype))

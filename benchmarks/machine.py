@@ -30,6 +30,7 @@ class Machine:
         read_bandwidth: bytes/s of a sum over an array larger than the caches.
         copy_bandwidth: bytes/s of a copy, read and written bytes counted.
         gemm_rate: float32 FLOP/s of a square matrix product.
+        bfloat16_gemm_rate: bfloat16 FLOP/s, likewise.
     """
 
     processor: str
@@ -39,6 +40,7 @@ class Machine:
     read_bandwidth: float
     copy_bandwidth: float
     gemm_rate: float
+    bfloat16_gemm_rate: float
 
 
 def best_seconds(call: Callable[[], object], repeats: int = 5) -> float:
@@ -77,6 +79,7 @@ def measure() -> Machine:
     source = torch.ones(BYTES // 4)
     target = torch.empty_like(source)
     matrix = torch.randn(GEMM_SIZE, GEMM_SIZE)
+    half = matrix.bfloat16()
     return Machine(
         processor=processor_name(),
         threads=torch.get_num_threads(),
@@ -85,6 +88,7 @@ def measure() -> Machine:
         read_bandwidth=BYTES / best_seconds(source.sum),
         copy_bandwidth=2 * BYTES / best_seconds(lambda: target.copy_(source)),
         gemm_rate=2 * GEMM_SIZE**3 / best_seconds(lambda: matrix @ matrix),
+        bfloat16_gemm_rate=2 * GEMM_SIZE**3 / best_seconds(lambda: half @ half),
     )
 
 

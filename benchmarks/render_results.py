@@ -222,6 +222,42 @@ def speed_page(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+METHODS = ("eager", "compiled", "fused_without_maps")
+
+ATTENTION = """## Cross-attention with maps
+
+`python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=benchmarks/results/cross_attention.json` on
+{machine}, {threads} threads, batch 2. Times as many as seal-fast's: eager gives the maps too, `torch.compile` of it where it was
+tried, torch's fused attention gives none. Share: of the matrix rate measured in the same dtype that the products amount to.
+"""
+
+
+def attention_page(content: dict[str, Any]) -> list[str]:
+    """One row per layer, dtype and direction; then memory."""
+    groups: dict[str, dict[str, Any]] = {}
+    for bench in content["benchmarks"]:
+        groups.setdefault(bench["group"].removeprefix("cross_attention "), {})[bench["params"].get("method")] = bench
+    info = content["benchmarks"][0]["extra_info"]
+    lines = [
+        ATTENTION.format(machine=info["processor"], threads=info["threads"]),
+        "| layer | ms | share | eager | compiled | fused, no maps |",
+        "|---|---|---|---|---|---|",
+    ]
+    timed = {name: row for name, row in groups.items() if name.startswith("forward")}
+    for name, row in timed.items():
+        ours = row["kernel"]["stats"]["median"]
+        others = [row[method]["stats"]["median"] / ours if method in row else None for method in METHODS]
+        told = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in others)
+        lines.append(f"| {name} | {1000 * ours:.1f} | {row['kernel']['extra_info']['gemm_share']:.2f} | {told} |")
+    lines += ["", "| largest batch that trains in 8 GB, attention alone | ours | eager |", "|---|---|---|"]
+    for name, row in groups.items():
+        if name.startswith("largest batch"):
+            (bench,) = row.values()
+            told = f"{bench['extra_info']['largest_batch']} | {bench['extra_info']['eager_largest_batch']}"
+            lines.append(f"| {name.removeprefix('largest batch ')} | {told} |")
+    return [*lines, ""]
+
+
 def main() -> None:
     lines = [INTRODUCTION]
     for title, name in (("Preset fixed-point, the default", "accuracy"), ("Published settings", "accuracy_published")):
@@ -236,6 +272,9 @@ def main() -> None:
     unlearning = RESULTS / "unlearning.json"
     if unlearning.exists():
         lines += unlearning_page(json.loads(unlearning.read_text()))
+    attention = RESULTS / "cross_attention.json"
+    if attention.exists():
+        lines += attention_page(json.loads(attention.read_text()))
     speed = RESULTS / "speed.json"
     if speed.exists():
         lines += speed_page(json.loads(speed.read_text()))

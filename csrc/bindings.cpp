@@ -29,7 +29,7 @@ int checked(int isa) {
 }
 
 std::vector<std::string> isa_levels() {
-    const std::vector<std::string> names = {"baseline", "avx2", "avx512"};
+    const std::vector<std::string> names = {"baseline", "avx2", "avx512", "avx512bf16"};
     return {names.begin(), names.begin() + best_isa() + 1};
 }
 
@@ -78,7 +78,17 @@ template <class T>
 void attention_forward(const ShapeTuple& shape, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, uintptr_t tokens,
                        double scale, const HeadsTuple& out, uintptr_t maps, uintptr_t workspace, int threads, int isa) {
     const AttentionForward<T> call{attention_shape(shape), heads<const T>(q),  heads<const T>(k), heads<const T>(v),
-                                   at<const int64_t>(tokens), scale, heads<T>(out), at<float>(maps)};
+                                   at<const int64_t>(tokens), scale, heads<T>(out), at<float>(maps), {}};
+    SEAL_SELECT(checked(isa), cross_attention_forward<T>)(call, at<float>(workspace), threads);
+}
+
+template <class T>
+void distillation_forward(const ShapeTuple& shape, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
+                          uintptr_t tokens, double scale, const HeadsTuple& out, uintptr_t residual, uintptr_t targets,
+                          uintptr_t weights, uintptr_t errors, uintptr_t loss, uintptr_t workspace, int threads, int isa) {
+    const MapsLoss compare{at<const float>(targets), at<const float>(weights), at<float>(errors), at<float>(loss)};
+    const AttentionForward<T> call{attention_shape(shape), heads<const T>(q),  heads<const T>(k), heads<const T>(v),
+                                   at<const int64_t>(tokens), scale, heads<T>(out), at<float>(residual), compare};
     SEAL_SELECT(checked(isa), cross_attention_forward<T>)(call, at<float>(workspace), threads);
 }
 
@@ -99,6 +109,9 @@ void define_cross_attention(py::module_& m, const std::string& suffix) {
     const int best = best_isa();
     m.def(("cross_attention_forward_" + suffix).c_str(), &attention_forward<T>, unlocked, "shape"_a, "q"_a, "k"_a, "v"_a,
           "tokens"_a, "scale"_a, "out"_a, "maps"_a, "workspace"_a, "threads"_a, "isa"_a = best);
+    m.def(("attention_distillation_forward_" + suffix).c_str(), &distillation_forward<T>, unlocked, "shape"_a, "q"_a, "k"_a,
+          "v"_a, "tokens"_a, "scale"_a, "out"_a, "residual"_a, "targets"_a, "weights"_a, "errors"_a, "loss"_a, "workspace"_a,
+          "threads"_a, "isa"_a = best);
     m.def(("cross_attention_backward_" + suffix).c_str(), &attention_backward<T>, unlocked, "shape"_a, "q"_a, "k"_a, "v"_a,
           "tokens"_a, "scale"_a, "out_grad"_a, "maps_grad"_a, "q_grad"_a, "k_grad"_a, "v_grad"_a, "workspace"_a, "threads"_a,
           "isa"_a = best);

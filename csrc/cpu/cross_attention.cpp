@@ -7,9 +7,12 @@
 // sums of the softmax run over vectors and never across lanes, a row of the tile is a piece of a row of the maps, and no key is
 // padded. The backward pass recomputes the tile. Results do not depend on the number of threads: forward, one task owns a block of
 // queries for all heads; backward, one task owns a fixed slice of queries of one head, and slices are added in order.
+//
+// The softmax, the maps and all sums are float. What enters a product is packed by cells.h: bfloat16 stays bfloat16 where the
+// processor multiplies it, and then P and dS are rounded to it too.
 #include "cross_attention.h"
 
-#include "matmul.h"
+#include "cells.h"
 
 namespace {
 
@@ -17,15 +20,10 @@ using namespace seal_fast;
 
 constexpr int64_t kTile = 64;
 constexpr int64_t kSlice = 1024;
-constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
-
-typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+constexpr double kLog2E = 1.44269504088896340736;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Rows are padded to a cache line, at every level alike.
-inline int64_t padded(int64_t dims) { return ceil_div(dims, 16) * 16; }
+inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // 2^x for x <= 0, to about one unit in the last place: 2^round(x) times a polynomial in the rest, |rest| <= 1/2, with relative
 // error 2e-8. Results that would be subnormal are zero; NaN stays NaN.
@@ -40,12 +38,12 @@ inline Floats exp2_nonpositive(Floats x) {
     power = power * rest + 2.4022647738456726e-1f;
     power = power * rest + 6.931471824645996e-1f;
     power = power * rest + 1.0f;
-    return x < -126.0f ? Floats{} : power * (Floats)((Words)shifted << 23);
+    return x < -126.0f ? Floats{} : power * (Floats)((Vec<uint32_t>)shifted << 23);
 }
 
-// kVectors columns of vectors of a tile, from logits (in units of log 2) to exponentials; `inverse` gets 1 / their sum.
+// kVectors columns of vectors of a tile, from logits to 2^(factor (logit - largest)); `inverse` gets 1 / their sum.
 template <int kVectors>
-inline void exponentials(float* tile, int64_t keys, float* inverse) {
+inline void exponentials(float* tile, int64_t keys, float factor, float* inverse) {
     Floats top[kVectors], sum[kVectors] = {};
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) top[j] = load(tile + j * kFloats);
@@ -60,7 +58,7 @@ inline void exponentials(float* tile, int64_t keys, float* inverse) {
 #pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) {
             float* at = tile + n * kTile + j * kFloats;
-            const Floats e = exp2_nonpositive(load(at) - top[j]);
+            const Floats e = exp2_nonpositive((load(at) - top[j]) * factor);
             sum[j] += e;
             store(at, e);
         }
@@ -69,113 +67,136 @@ inline void exponentials(float* tile, int64_t keys, float* inverse) {
     for (int j = 0; j < kVectors; ++j) store(inverse + j * kFloats, 1.0f / sum[j]);
 }
 
-void exponentials(float* tile, int64_t keys, int64_t width, float* inverse) {
+void exponentials(float* tile, int64_t keys, int64_t width, float factor, float* inverse) {
     int64_t m = 0;
-    for (; m + 4 * kFloats <= width; m += 4 * kFloats) exponentials<4>(tile + m, keys, inverse + m);
-    for (; m < width; m += kFloats) exponentials<1>(tile + m, keys, inverse + m);
-}
-
-// Chunks of constant length become vector instructions without a remainder; head sizes are mostly multiples of eight.
-template <int kCount, class From, class To>
-inline void convert(const From* __restrict from, float factor, To* __restrict to) {
-#pragma GCC unroll 1
-    for (int i = 0; i < kCount; ++i) from_float(to_float(from[i]) * factor, to[i]);
-}
-
-template <class From, class To>
-inline void convert(const From* from, float factor, int64_t count, To* to) {
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) convert<16>(from + i, factor, to + i);
-    for (; i + 8 <= count; i += 8) convert<8>(from + i, factor, to + i);
-    for (; i < count; ++i) convert<1>(from + i, factor, to + i);
-}
-
-// Rows as floats, padded with zeros up to `stride` and to `height` rows.
-template <class T>
-void pack(const T* from, int64_t from_stride, int64_t rows, int64_t height, int64_t dims, Matrix to) {
-    for (int64_t i = 0; i < rows; ++i) {
-        float* row = to.data + i * to.stride;
-        for (int d = 0; d < 16; ++d) row[to.stride - 16 + d] = 0;
-        convert(from + i * from_stride, 1.0f, dims, row);
-    }
-    for (int64_t i = rows * to.stride; i < height * to.stride; ++i) to.data[i] = 0;
+    for (; m + 4 * kFloats <= width; m += 4 * kFloats) exponentials<4>(tile + m, keys, factor, inverse + m);
+    for (; m < width; m += kFloats) exponentials<1>(tile + m, keys, factor, inverse + m);
 }
 
 template <class T>
-void unpack(Matrix from, double factor, int64_t rows, int64_t dims, T* to, int64_t to_stride) {
-    for (int64_t i = 0; i < rows; ++i) convert(from.data + i * from.stride, float(factor), dims, to + i * to_stride);
+T* rows_of(Heads<T> x, int64_t head, int64_t heads, int64_t start) {
+    return x.data + head / heads * x.batch + head % heads * x.head + start * x.row;
 }
 
+// Asks the second-level cache for a row: rows of a head lie too far apart for the processor to foresee them.
 template <class T>
-T* head_of(Heads<T> x, int64_t head, int64_t heads) {
-    return x.data + head / heads * x.batch + head % heads * x.head;
+inline void prefetch_row(Heads<T> x, int64_t head, int64_t row, const AttentionShape& s) {
+    const T* data = rows_of(x, head, s.heads, row);
+    for (int64_t d = 0; d < s.dims; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + d, 0, 2);
 }
 
-// Keys and values of all heads as floats, [batches * heads, keys, padded dims] each. Keys carry the scale, so that the tile comes
-// out in units of log 2; it is multiplied in double, one rounding instead of two.
-struct Packed {
-    float *keys, *values;
+// Matrices of all heads, [batches * heads, height, padded width] floats or cells.
+template <class Cell>
+struct PerHead {
+    Cell* data;
     int64_t size, stride;
 
-    Packed(float* workspace, const AttentionShape& s) {
-        stride = padded(s.dims);
-        size = s.keys * stride;
-        keys = workspace;
-        values = workspace + s.batches * s.heads * size;
-    }
-    Matrix key(int64_t head) const { return {keys + head * size, stride}; }
-    Matrix value(int64_t head) const { return {values + head * size, stride}; }
-    static int64_t floats(const AttentionShape& s) { return 2 * s.batches * s.heads * s.keys * padded(s.dims); }
+    Matrix<Cell> operator[](int64_t head) const { return {data + head * size, stride}; }
 };
 
-template <class T>
-void pack_head(const AttentionShape& s, Heads<const T> k, Heads<const T> v, double scale, const Packed& packed, int64_t head) {
-    const Matrix key = packed.key(head);
-    pack(head_of(k, head, s.heads), k.row, s.keys, s.keys, s.dims, key);
-    const double factor = scale * kLog2E;
-    for (int64_t i = 0; i < packed.size; ++i) key.data[i] = static_cast<float>(key.data[i] * factor);
-    pack(head_of(v, head, s.heads), v.row, s.keys, s.keys, s.dims, packed.value(head));
+// Keys and values of all heads as a pass multiplies them. Keys are negated if the scale is negative: the largest logit is then
+// the largest product.
+template <class Cell>
+struct Packed {
+    PerHead<Cell> key_rows, key_columns, values;
+
+    Packed(float* workspace, const AttentionShape& s, bool backward) {
+        auto take = [&](int64_t height, int64_t width) {
+            const PerHead<Cell> matrices{reinterpret_cast<Cell*>(workspace), height * padded(width), padded(width)};
+            workspace += s.batches * s.heads * matrices.size;
+            return matrices;
+        };
+        const int64_t dim_cells = cells<Cell>(s.dims), key_cells = cells<Cell>(s.keys);
+        key_rows = take(s.keys, dim_cells);
+        values = backward ? take(s.keys, dim_cells) : take(key_cells, s.dims);
+        key_columns = backward && kDepth<Cell> > 1 ? take(key_cells, s.dims) : key_rows;
+    }
+    static int64_t floats(const AttentionShape& s, bool backward) {
+        const int64_t rows = s.keys * padded(cells<Cell>(s.dims)), columns = cells<Cell>(s.keys) * padded(s.dims);
+        const int64_t again = backward && kDepth<Cell> > 1 ? columns : 0;
+        return s.batches * s.heads * (rows + (backward ? rows : columns) + again);
+    }
+};
+
+template <class Call, class Cell>
+void pack_head(const Call& call, bool backward, const Packed<Cell>& packed, int64_t head) {
+    const AttentionShape& s = call.shape;
+    const auto *k = rows_of(call.k, head, s.heads, 0), *v = rows_of(call.v, head, s.heads, 0);
+    pack_rows(k, call.k.row, s.keys, s.keys, s.dims, packed.key_rows[head]);
+    if (backward)
+        pack_rows(v, call.v.row, s.keys, s.keys, s.dims, packed.values[head]);
+    else
+        pack_columns(v, call.v.row, s.keys, s.dims, packed.values[head]);
+    const bool both = packed.key_columns.data != packed.key_rows.data;
+    if (both) pack_columns(k, call.k.row, s.keys, s.dims, packed.key_columns[head]);
+    if (call.scale >= 0) return;
+    for (int64_t i = 0; i < packed.key_rows.size; ++i) negate(packed.key_rows[head].data[i]);
+    for (int64_t i = 0; both && i < packed.key_columns.size; ++i) negate(packed.key_columns[head].data[i]);
 }
 
-// What one thread works in. `transposed` holds queries or gradients as columns, the tiles keys x queries.
+// What one thread works in. `transposed` holds queries or gradients as columns, the tiles keys x queries, `packed` a tile as a
+// product takes it. Columns of queries and gradients lie where their rows lay before they were transposed.
+template <class Cell>
 struct Scratch {
-    Matrix rows, grads, transposed, tile, tile_grad, maps;
+    Matrix<Cell> query_rows, query_columns, grad_rows, grad_columns, transposed, packed;
+    Matrix<float> product, tile, tile_grad, maps;
     float* inverse;
 
     Scratch(float* workspace, const AttentionShape& s) {
-        const int64_t stride = padded(s.dims);
         auto take = [&](int64_t height, int64_t width) {
-            const Matrix matrix{workspace, width};
+            const Matrix<float> matrix{workspace, width};
             workspace += height * width;
             return matrix;
         };
-        rows = take(kTile, stride);
-        grads = take(kTile, stride);
-        transposed = take(stride, kTile);
+        auto take_cells = [&](int64_t height, int64_t width) {
+            return Matrix<Cell>{reinterpret_cast<Cell*>(take(height, width).data), width};
+        };
+        const int64_t row_stride = padded(cells<Cell>(s.dims)), stride = padded(s.dims);
+        query_columns = take_cells(kTile, stride);
+        grad_columns = take_cells(kTile, stride);
+        query_rows = {query_columns.data, row_stride};
+        grad_rows = {grad_columns.data, row_stride};
+        transposed = take_cells(stride, kTile);
+        packed = take_cells(s.keys, kTile);
+        product = take(kTile, stride);
         tile = take(s.keys, kTile);
         tile_grad = take(s.keys, kTile);
         maps = take(s.tokens, kTile);
         inverse = take(1, kTile).data;
     }
     static int64_t floats(const AttentionShape& s) {
-        return 3 * kTile * padded(s.dims) + (2 * s.keys + s.tokens + 1) * kTile;
+        return 4 * kTile * padded(s.dims) + (3 * s.keys + s.tokens + 1) * kTile;
     }
 };
 
+// tile = left x^T for `rows` rows x of a tensor, which is left in x_rows. Columns are rounded up to whole vectors of rows
+// that are zero; returns how many there are.
+template <class T, class Cell>
+int64_t multiply_rows(const AttentionShape& s, Matrix<Cell> left, const T* x, int64_t x_stride, int64_t rows,
+                      Matrix<Cell> x_rows, Matrix<float> tile, const Scratch<Cell>& scratch) {
+    const int64_t width = ceil_div(rows, kFloats) * kFloats, steps = cells<Cell>(s.dims);
+    pack_rows(x, x_stride, rows, width, s.dims, x_rows);
+    transpose(x_rows, scratch.transposed, width, steps);
+    multiply<false>(left, scratch.transposed, tile, s.keys, width, steps);
+    return width;
+}
+
 // Exponentials of `rows` queries against all keys of a head in scratch.tile, 1 / their sums in scratch.inverse; the queries
-// remain in scratch.rows. Columns are rounded up to whole vectors of queries that are zero.
-template <class T>
-int64_t recompute_tile(const AttentionShape& s, const T* q, int64_t q_stride, int64_t rows, Matrix key, const Scratch& scratch) {
-    const int64_t width = ceil_div(rows, kFloats) * kFloats;
-    pack(q, q_stride, rows, width, s.dims, scratch.rows);
-    transpose(scratch.rows, scratch.transposed, width, s.dims);
-    multiply<false>(key, scratch.transposed, scratch.tile, s.keys, width, s.dims);
-    exponentials(scratch.tile.data, s.keys, width, scratch.inverse);
+// remain in scratch.query_rows. Returns the columns in use, rounded up to whole vectors of queries that are zero.
+template <class Call, class Cell>
+int64_t recompute_tile(const Call& call, const Packed<Cell>& packed, int64_t head, int64_t start, int64_t rows,
+                       const Scratch<Cell>& scratch) {
+    const AttentionShape& s = call.shape;
+    const auto* q = rows_of(call.q, head, s.heads, start);
+    const int64_t width = multiply_rows(s, packed.key_rows[head], q, call.q.row, rows, scratch.query_rows, scratch.tile, scratch);
+    const double factor = (call.scale < 0 ? -call.scale : call.scale) * kLog2E;
+    exponentials(scratch.tile.data, s.keys, width, static_cast<float>(factor), scratch.inverse);
     return width;
 }
 
 // Adds the probabilities of the chosen tokens, or sets the maps to them for the first head.
-void add_maps(const AttentionShape& s, const int64_t* tokens, int64_t width, bool first, const Scratch& scratch) {
+template <class Cell>
+void add_maps(const AttentionShape& s, const int64_t* tokens, int64_t width, bool first, const Scratch<Cell>& scratch) {
     for (int64_t t = 0; t < s.tokens; ++t) {
         const float* from = scratch.tile.data + (tokens ? tokens[t] : t) * kTile;
         float* to = scratch.maps.data + t * kTile;
@@ -186,48 +207,89 @@ void add_maps(const AttentionShape& s, const int64_t* tokens, int64_t width, boo
     }
 }
 
+// residuals = weight (share sums - targets), and errors += residuals (share sums - targets), for one token.
+inline void compare(const float* __restrict sums, float share, float weight, const float* __restrict targets, int64_t rows,
+                    float* __restrict residuals, float* __restrict errors) {
+    for (int64_t m = 0; m < rows; ++m) {
+        const float difference = sums[m] * share - targets[m];
+        residuals[m] = weight * difference;
+        errors[m] += residuals[m] * difference;
+    }
+}
+
+// The mean over heads, or its residuals and the error of each query, see MapsLoss.
+template <class T, class Cell>
+void write_maps(const AttentionForward<T>& call, int64_t batch, int64_t start, int64_t rows, const Scratch<Cell>& scratch) {
+    const AttentionShape& s = call.shape;
+    const MapsLoss& to = call.compare;
+    const float share = 1.0f / float(s.heads);
+    float* errors = to.loss ? to.errors + batch * s.queries + start : nullptr;
+    if (errors) clear(errors, rows);
+    for (int64_t t = 0; t < s.tokens; ++t) {
+        const int64_t row = batch * s.tokens + t, at = row * s.queries + start;
+        const float* sums = scratch.maps.data + t * kTile;
+        if (errors)
+            compare(sums, share, to.weights[row], to.targets + at, rows, call.maps + at, errors);
+        else
+            convert(sums, share, rows, call.maps + at);
+    }
+}
+
+// Adds up the errors of all queries in order.
+void add_errors(const AttentionShape& s, const MapsLoss& to) {
+    for (int64_t batch = 0; batch < s.batches; ++batch) {
+        double sum = 0;
+        for (int64_t m = 0; m < s.queries; ++m) sum += double(to.errors[batch * s.queries + m]);
+        to.loss[batch] = float(sum / double(s.queries));
+    }
+}
+
 // All heads of `rows` queries of one batch.
-template <class T>
-void forward_queries(const AttentionForward<T>& call, const Packed& packed, int64_t batch, int64_t start, int64_t rows,
-                     const Scratch& scratch) {
+template <class T, class Cell>
+void forward_queries(const AttentionForward<T>& call, const Packed<Cell>& packed, int64_t batch, int64_t start, int64_t rows,
+                     const Scratch<Cell>& scratch) {
     const AttentionShape& s = call.shape;
     for (int64_t h = 0; h < s.heads; ++h) {
         const int64_t head = batch * s.heads + h;
-        const T* q = head_of(call.q, head, s.heads) + start * call.q.row;
-        const int64_t width = recompute_tile(s, q, call.q.row, rows, packed.key(head), scratch);
+        const int64_t width = recompute_tile(call, packed, head, start, rows, scratch);
+        // with each head a share of the next block, all heads of a row at once: mostly they lie side by side
+        const int64_t ahead = smaller(rows, s.queries - start - rows);
+        for (int64_t m = h * ahead / s.heads; m < (h + 1) * ahead / s.heads; ++m)
+            for (int64_t other = 0; other < s.heads; ++other)
+                prefetch_row(call.q, batch * s.heads + other, start + rows + m, s);
         add_maps(s, call.tokens, width, h == 0, scratch);
-        multiply<true>(scratch.tile, packed.value(head), scratch.rows, rows, s.dims, s.keys);
-        T* out = head_of(call.out, head, s.heads) + start * call.out.row;
+        const Matrix<Cell> tile = packed_columns(scratch.tile, s.keys, width, scratch.packed);
+        multiply<true>(tile, packed.values[head], scratch.product, rows, s.dims, cells<Cell>(s.keys));
+        T* out = rows_of(call.out, head, s.heads, start);
         for (int64_t m = 0; m < rows; ++m)
-            convert(scratch.rows.data + m * scratch.rows.stride, scratch.inverse[m], s.dims, out + m * call.out.row);
+            convert(scratch.product.data + m * scratch.product.stride, scratch.inverse[m], s.dims, out + m * call.out.row);
     }
-    for (int64_t t = 0; t < s.tokens; ++t)
-        convert(scratch.maps.data + t * kTile, 1.0f / float(s.heads), rows,
-                call.maps + (batch * s.tokens + t) * s.queries + start);
+    write_maps(call, batch, start, rows, scratch);
 }
 
-// G = dO v^T + dA / H in scratch.tile_grad. The gradients dO are expected in scratch.grads.
-template <class T>
-void probability_grad(const AttentionBackward<T>& call, Matrix value, int64_t batch, int64_t start, int64_t rows,
-                      int64_t width, const Scratch& scratch) {
+// G = dO v^T + dA / H in scratch.tile_grad.
+template <class T, class Cell>
+void probability_grad(const AttentionBackward<T>& call, Matrix<Cell> values, int64_t head, int64_t start, int64_t rows,
+                      const Scratch<Cell>& scratch) {
     const AttentionShape& s = call.shape;
     if (call.out_grad.data) {
-        transpose(scratch.grads, scratch.transposed, width, s.dims);
-        multiply<false>(value, scratch.transposed, scratch.tile_grad, s.keys, width, s.dims);
+        const T* grad = rows_of(call.out_grad, head, s.heads, start);
+        multiply_rows(s, values, grad, call.out_grad.row, rows, scratch.grad_rows, scratch.tile_grad, scratch);
     } else {
-        for (int64_t i = 0; i < s.keys * kTile; ++i) scratch.tile_grad.data[i] = 0;
+        clear(scratch.tile_grad.data, s.keys * kTile);
     }
     if (!call.maps_grad) return;
     const float share = 1.0f / static_cast<float>(s.heads);
     for (int64_t t = 0; t < s.tokens; ++t) {
-        const float* from = call.maps_grad + (batch * s.tokens + t) * s.queries + start;
+        const float* from = call.maps_grad + (head / s.heads * s.tokens + t) * s.queries + start;
         float* to = scratch.tile_grad.data + (call.tokens ? call.tokens[t] : t) * kTile;
         for (int64_t m = 0; m < rows; ++m) to[m] += from[m] * share;
     }
 }
 
 // Exponentials become probabilities P, and G becomes dS = P (G - rowsum(P G)).
-void logit_grad(int64_t keys, int64_t width, const Scratch& scratch) {
+template <class Cell>
+void logit_grad(int64_t keys, int64_t width, const Scratch<Cell>& scratch) {
     for (int64_t m = 0; m < width; m += kFloats) {
         const Floats inverse = load(scratch.inverse + m);
         Floats mean = {};
@@ -244,7 +306,8 @@ void logit_grad(int64_t keys, int64_t width, const Scratch& scratch) {
     }
 }
 
-void normalise(int64_t keys, int64_t width, const Scratch& scratch) {
+template <class Cell>
+void normalise(int64_t keys, int64_t width, const Scratch<Cell>& scratch) {
     for (int64_t n = 0; n < keys; ++n)
         for (int64_t m = 0; m < width; m += kFloats) {
             float* p = scratch.tile.data + n * kTile + m;
@@ -253,39 +316,61 @@ void normalise(int64_t keys, int64_t width, const Scratch& scratch) {
 }
 
 // At most kTile queries of one head. Gradients of k and v are added to the sums of their slice, or start them.
-template <class T>
-void backward_queries(const AttentionBackward<T>& call, const Packed& packed, int64_t head, int64_t start, int64_t rows,
-                      Matrix k_sum, Matrix v_sum, bool first, const Scratch& scratch) {
+template <class T, class Cell>
+void backward_queries(const AttentionBackward<T>& call, const Packed<Cell>& packed, int64_t head, int64_t start, int64_t rows,
+                      Matrix<float> k_sum, Matrix<float> v_sum, bool first, const Scratch<Cell>& scratch) {
     const AttentionShape& s = call.shape;
-    const T* q = head_of(call.q, head, s.heads) + start * call.q.row;
-    const int64_t width = recompute_tile(s, q, call.q.row, rows, packed.key(head), scratch);
-    if (call.out_grad.data) {
-        const T* grad = head_of(call.out_grad, head, s.heads) + start * call.out_grad.row;
-        pack(grad, call.out_grad.row, rows, width, s.dims, scratch.grads);
+    const int64_t width = recompute_tile(call, packed, head, start, rows, scratch), steps = cells<Cell>(rows);
+    for (int64_t m = start + rows; m < smaller(start + 2 * rows, s.queries); ++m) {
+        prefetch_row(call.q, head, m, s);
+        if (call.out_grad.data) prefetch_row(call.out_grad, head, m, s);
     }
-    if (call.q_grad.data || call.k_grad.data) {
-        probability_grad(call, packed.value(head), head / s.heads, start, rows, width, scratch);
+    const bool needs_logits = call.q_grad.data || call.k_grad.data;
+    if (needs_logits) {
+        probability_grad(call, packed.values[head], head, start, rows, scratch);
         logit_grad(s.keys, width, scratch);
     } else {
         normalise(s.keys, width, scratch);
     }
-    if (call.v_grad.data) multiply<false>(scratch.tile, scratch.grads, v_sum, s.keys, s.dims, rows, !first);
-    if (call.k_grad.data) multiply<false>(scratch.tile_grad, scratch.rows, k_sum, s.keys, s.dims, rows, !first);
+    if (call.v_grad.data) {
+        const T* grad = rows_of(call.out_grad, head, s.heads, start);
+        if (kDepth<Cell> > 1 || !needs_logits) pack_columns(grad, call.out_grad.row, rows, s.dims, scratch.grad_columns);
+        const Matrix<Cell> tile = packed_rows(scratch.tile, s.keys, rows, width, scratch.packed);
+        multiply<false>(tile, scratch.grad_columns, v_sum, s.keys, s.dims, steps, !first);
+    }
+    if (call.k_grad.data) {
+        const T* q = rows_of(call.q, head, s.heads, start);
+        if (kDepth<Cell> > 1) pack_columns(q, call.q.row, rows, s.dims, scratch.query_columns);
+        const Matrix<Cell> tile = packed_rows(scratch.tile_grad, s.keys, rows, width, scratch.packed);
+        multiply<false>(tile, scratch.query_columns, k_sum, s.keys, s.dims, steps, !first);
+    }
     if (call.q_grad.data) {
-        multiply<true>(scratch.tile_grad, packed.key(head), scratch.grads, rows, s.dims, s.keys);
-        // the packed keys are scale * log2(e) * k
-        unpack(scratch.grads, kLn2, rows, s.dims, head_of(call.q_grad, head, s.heads) + start * call.q_grad.row, call.q_grad.row);
+        const Matrix<Cell> tile = packed_columns(scratch.tile_grad, s.keys, width, scratch.packed);
+        multiply<true>(tile, packed.key_columns[head], scratch.product, rows, s.dims, cells<Cell>(s.keys));
+        // keys are packed with the sign of the scale
+        const double size = call.scale < 0 ? -call.scale : call.scale;
+        unpack(scratch.product, size, rows, s.dims, rows_of(call.q_grad, head, s.heads, start), call.q_grad.row);
     }
 }
 
+// Sums of the gradients of keys and values of all heads in one slice of the queries.
+struct Sums {
+    PerHead<float> keys, values;
+
+    Sums(float* workspace, const AttentionShape& s) {
+        const int64_t stride = padded(s.dims), size = s.keys * stride;
+        keys = {workspace, size, stride};
+        values = {workspace + s.batches * s.heads * size, size, stride};
+    }
+    static int64_t floats(const AttentionShape& s) { return 2 * s.batches * s.heads * s.keys * padded(s.dims); }
+};
+
 // Adds the slices of one head's gradient of keys or values in order, into the first of them, and writes it.
 template <class T>
-void add_slices(float* sums, int64_t slices, int64_t slice_stride, const AttentionShape& s, double factor, T* out,
-                int64_t out_stride) {
-    const int64_t stride = padded(s.dims), size = s.keys * stride;
+void add_slices(Matrix<float> first, int64_t slices, const AttentionShape& s, double factor, Heads<T> grad, int64_t head) {
     for (int64_t slice = 1; slice < slices; ++slice)
-        for (int64_t i = 0; i < size; ++i) sums[i] += sums[slice * slice_stride + i];
-    unpack({sums, stride}, factor, s.keys, s.dims, out, out_stride);
+        for (int64_t i = 0; i < s.keys * first.stride; ++i) first.data[i] += first.data[slice * Sums::floats(s) + i];
+    unpack(first, factor, s.keys, s.dims, rows_of(grad, head, s.heads, 0), grad.row);
 }
 
 }  // namespace
@@ -295,17 +380,19 @@ namespace SEAL_ISA {
 
 int64_t cross_attention_workspace(const AttentionShape& s, bool backward, int threads) {
     const int64_t slices = backward ? ceil_div(s.queries, kSlice) : 0;
-    return (1 + slices) * Packed::floats(s) + threads * Scratch::floats(s);
+    const int64_t packed = larger(Packed<float>::floats(s, backward), Packed<Pair>::floats(s, backward));
+    return packed + slices * Sums::floats(s) + threads * Scratch<float>::floats(s);
 }
 
 template <class T>
 void cross_attention_forward(const AttentionForward<T>& call, float* workspace, int threads) {
+    typedef typename CellOf<T>::Type Cell;
     const AttentionShape& s = call.shape;
-    const Packed packed(workspace, s);
-    float* scratches = workspace + Packed::floats(s);
+    const Packed<Cell> packed(workspace, s, false);
+    float* scratches = workspace + Packed<Cell>::floats(s, false);
     const int64_t heads = s.batches * s.heads;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t head = 0; head < heads; ++head) pack_head(s, call.k, call.v, call.scale, packed, head);
+    for (int64_t head = 0; head < heads; ++head) pack_head(call, false, packed, head);
 
     // every thread gets queries before blocks get large: a query's results do not depend on its block
     int64_t block = kTile;
@@ -313,45 +400,45 @@ void cross_attention_forward(const AttentionForward<T>& call, float* workspace, 
     const int64_t blocks = ceil_div(s.queries, block), tasks = s.batches * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t worker = 0; worker < threads; ++worker) {
-        const Scratch scratch(scratches + worker * Scratch::floats(s), s);
+        const Scratch<Cell> scratch(scratches + worker * Scratch<Cell>::floats(s), s);
         for (int64_t task = worker * tasks / threads; task < (worker + 1) * tasks / threads; ++task) {
             const int64_t start = task % blocks * block;
             forward_queries(call, packed, task / blocks, start, smaller(block, s.queries - start), scratch);
         }
     }
+    if (call.compare.loss) add_errors(s, call.compare);
 }
 
 template <class T>
 void cross_attention_backward(const AttentionBackward<T>& call, float* workspace, int threads) {
+    typedef typename CellOf<T>::Type Cell;
     const AttentionShape& s = call.shape;
-    const Packed packed(workspace, s);
-    float* sums = workspace + Packed::floats(s);
+    const Packed<Cell> packed(workspace, s, true);
+    float* sums = workspace + Packed<Cell>::floats(s, true);
     const int64_t heads = s.batches * s.heads, slices = ceil_div(s.queries, kSlice), tasks = heads * slices;
-    float* scratches = sums + slices * Packed::floats(s);
+    float* scratches = sums + slices * Sums::floats(s);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t head = 0; head < heads; ++head) pack_head(s, call.k, call.v, call.scale, packed, head);
+    for (int64_t head = 0; head < heads; ++head) pack_head(call, true, packed, head);
 
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t worker = 0; worker < threads; ++worker) {
-        const Scratch scratch(scratches + worker * Scratch::floats(s), s);
+        const Scratch<Cell> scratch(scratches + worker * Scratch<Cell>::floats(s), s);
         for (int64_t task = worker * tasks / threads; task < (worker + 1) * tasks / threads; ++task) {
-            const int64_t head = task / slices, begin = task % slices * kSlice, end = smaller(begin + kSlice, s.queries);
-            const Packed slice(sums + task % slices * Packed::floats(s), s);
+            // the heads of a slice follow one another: they read the same dA, and queries that lie side by side
+            const int64_t number = task / s.heads % slices, head = task / s.heads / slices * s.heads + task % s.heads;
+            const int64_t begin = number * kSlice, end = smaller(begin + kSlice, s.queries);
+            const Sums slice(sums + number * Sums::floats(s), s);
             for (int64_t start = begin; start < end; start += kTile)
-                backward_queries(call, packed, head, start, smaller(kTile, end - start), slice.key(head), slice.value(head),
+                backward_queries(call, packed, head, start, smaller(kTile, end - start), slice.keys[head], slice.values[head],
                                  start == begin, scratch);
         }
     }
 
-    const Packed first(sums, s);
+    const Sums first(sums, s);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t head = 0; head < heads; ++head) {
-        if (call.k_grad.data)
-            add_slices(first.key(head).data, slices, Packed::floats(s), s, call.scale, head_of(call.k_grad, head, s.heads),
-                       call.k_grad.row);
-        if (call.v_grad.data)
-            add_slices(first.value(head).data, slices, Packed::floats(s), s, 1.0, head_of(call.v_grad, head, s.heads),
-                       call.v_grad.row);
+        if (call.k_grad.data) add_slices(first.keys[head], slices, s, call.scale, call.k_grad, head);
+        if (call.v_grad.data) add_slices(first.values[head], slices, s, 1.0, call.v_grad, head);
     }
 }
 

@@ -6,7 +6,7 @@
 
 namespace seal_fast {
 
-enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // The highest level this processor (and its operating system) supports.
 Isa best_isa();
@@ -14,8 +14,12 @@ Isa best_isa();
 }  // namespace seal_fast
 
 #if defined(__x86_64__)
-#define SEAL_FOR_EACH_ISA(M) M(baseline) M(avx2) M(avx512)
-#define SEAL_SELECT(isa, function) ((isa) == kAvx512 ? avx512::function : (isa) == kAvx2 ? avx2::function : baseline::function)
+#define SEAL_FOR_EACH_ISA(M) M(baseline) M(avx2) M(avx512) M(avx512bf16)
+#define SEAL_SELECT(isa, function)                     \
+    ((isa) == kAvx512Bf16 ? avx512bf16::function       \
+     : (isa) == kAvx512   ? avx512::function           \
+     : (isa) == kAvx2     ? avx2::function             \
+                          : baseline::function)
 #else
 #define SEAL_FOR_EACH_ISA(M) M(baseline)
 #define SEAL_SELECT(isa, function) (baseline::function)

@@ -1,15 +1,24 @@
-// Small float matrix products whose operands lie in cache, and the transposition that prepares them.
+// Small matrix products whose operands lie in cache, and the transposition that prepares them.
 //
-// The result is cut into blocks that stay in the vector registers while the depth is walked once: per step one load for each
+// Operands are made of cells. A cell is what one step of a sum takes in: a float, or a pair of bfloat16 that are neighbours
+// along the sum. Sums are float.
+//
+// The result is cut into blocks that stay in the vector registers while the sum is walked once: per step one load for each
 // vector of b, one broadcast for each row of a, and kRows x kColumns multiply-adds. Rows are shared out evenly among the blocks,
 // so that no block is so small that it waits for its own additions.
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "simd.h"
 
 namespace {
+
+// Two bfloat16, the first in the low half.
+typedef uint32_t Pair;
 
 typedef Vec<float> Floats;
 constexpr int kFloats = kLanes<float>;
@@ -26,36 +35,73 @@ constexpr int kMaxRows[kMaxColumns + 1] = {0, 6, 6, 4};
 // AVX-512 has narrower vectors too, so the last vector of a row may be a half one: 40 columns are 2.5 vectors, not 3.
 constexpr bool kHasHalves = kFloats == 16;
 constexpr int kHalf = kHasHalves ? kFloats / 2 : kFloats;
-typedef float Halves __attribute__((vector_size(4 * kHalf)));
-typedef float UnalignedHalves __attribute__((vector_size(4 * kHalf), aligned(4), may_alias));
 
-inline void store(float* p, Floats v) { *reinterpret_cast<Simd<float>::Unaligned*>(p) = v; }
+template <class T>
+struct HalfSimd;
 
+template <>
+struct HalfSimd<float> {
+    typedef float Vec __attribute__((vector_size(4 * kHalf)));
+    typedef float Unaligned __attribute__((vector_size(4 * kHalf), aligned(4), may_alias));
+};
+
+template <>
+struct HalfSimd<Pair> {
+    typedef Pair Vec __attribute__((vector_size(4 * kHalf)));
+    typedef Pair Unaligned __attribute__((vector_size(4 * kHalf), aligned(4), may_alias));
+};
+
+template <class T>
+using Halves = typename HalfSimd<T>::Vec;
+
+template <class T>
+inline Halves<T> load_half(const T* p) {
+    return *reinterpret_cast<const typename HalfSimd<T>::Unaligned*>(p);
+}
+
+inline void store_half(float* p, Halves<float> v) { *reinterpret_cast<HalfSimd<float>::Unaligned*>(p) = v; }
+
+template <class Sums, class Right>
+inline void add_product(Sums& sums, float left, Right right) {
+    sums += left * right;
+}
+
+#if defined(__AVX512BF16__)
+inline void add_product(Floats& sums, Pair left, Vec<Pair> right) {
+    sums = (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
+}
+
+inline void add_product(Halves<float>& sums, Pair left, Halves<Pair> right) {
+    sums = (Halves<float>)_mm256_dpbf16_ps((__m256)sums, (__m256bh)_mm256_set1_epi32(int(left)), (__m256bh)right);
+}
+#endif
+
+template <class T>
 struct Matrix {
-    float* data;
+    T* data;
     int64_t stride;
 };
 
 // c = a b, or c += a b if add; with kHalved, the last of the columns of vectors is a half one.
 // Element (row, step) of a is a[step * stride + row] if kAdjacentRows, else a[row * stride + step].
-template <int kRows, int kColumns, bool kHalved, bool kAdjacentRows>
-__attribute__((noinline)) void multiply_block(Matrix a, Matrix b, Matrix c, int64_t depth, bool add) {
+template <int kRows, int kColumns, bool kHalved, bool kAdjacentRows, class Cell>
+__attribute__((noinline)) void multiply_block(Matrix<Cell> a, Matrix<Cell> b, Matrix<float> c, int64_t steps, bool add) {
     constexpr int kFull = kColumns - kHalved;
     Floats sums[kRows][kColumns] = {};
-    Halves halves[kRows] = {};
-    for (int64_t step = 0; step < depth; ++step) {
-        const float* row = b.data + step * b.stride;
-        Floats right[kColumns];
-        Halves last = {};
+    Halves<float> halves[kRows] = {};
+    for (int64_t step = 0; step < steps; ++step) {
+        const Cell* row = b.data + step * b.stride;
+        Vec<Cell> right[kColumns];
+        Halves<Cell> last = {};
 #pragma GCC unroll 8
         for (int j = 0; j < kFull; ++j) right[j] = load(row + j * kFloats);
-        if constexpr (kHalved) last = *reinterpret_cast<const UnalignedHalves*>(row + kFull * kFloats);
+        if constexpr (kHalved) last = load_half(row + kFull * kFloats);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-            const float left = kAdjacentRows ? a.data[step * a.stride + i] : a.data[i * a.stride + step];
+            const Cell left = kAdjacentRows ? a.data[step * a.stride + i] : a.data[i * a.stride + step];
 #pragma GCC unroll 8
-            for (int j = 0; j < kFull; ++j) sums[i][j] += left * right[j];
-            if constexpr (kHalved) halves[i] += left * last;
+            for (int j = 0; j < kFull; ++j) add_product(sums[i][j], left, right[j]);
+            if constexpr (kHalved) add_product(halves[i], left, last);
         }
     }
 #pragma GCC unroll 8
@@ -67,48 +113,51 @@ __attribute__((noinline)) void multiply_block(Matrix a, Matrix b, Matrix c, int6
             store(at, add ? load(at) + sums[i][j] : sums[i][j]);
         }
         if constexpr (kHalved) {
-            auto* at = reinterpret_cast<UnalignedHalves*>(row + kFull * kFloats);
-            *at = add ? *at + halves[i] : halves[i];
+            float* at = row + kFull * kFloats;
+            store_half(at, add ? load_half(at) + halves[i] : halves[i]);
         }
     }
 }
 
-template <int kRows, int kColumns, bool kHalved, bool kAdjacentRows>
-inline void multiply_rows(int64_t rows, Matrix a, Matrix b, Matrix c, int64_t depth, bool add) {
+template <int kRows, int kColumns, bool kHalved, bool kAdjacentRows, class Cell>
+inline void multiply_rows(int64_t rows, Matrix<Cell> a, Matrix<Cell> b, Matrix<float> c, int64_t steps, bool add) {
     if constexpr (kRows > 1) {
-        if (rows < kRows) return multiply_rows<kRows - 1, kColumns, kHalved, kAdjacentRows>(rows, a, b, c, depth, add);
+        if (rows < kRows) return multiply_rows<kRows - 1, kColumns, kHalved, kAdjacentRows>(rows, a, b, c, steps, add);
     }
-    multiply_block<kRows, kColumns, kHalved, kAdjacentRows>(a, b, c, depth, add);
+    multiply_block<kRows, kColumns, kHalved, kAdjacentRows>(a, b, c, steps, add);
 }
 
-template <int kColumns, bool kHalved, bool kAdjacentRows>
-inline void multiply_columns(int64_t columns, int64_t rows, Matrix a, Matrix b, Matrix c, int64_t depth, bool add) {
+template <int kColumns, bool kHalved, bool kAdjacentRows, class Cell>
+inline void multiply_columns(int64_t columns, int64_t rows, Matrix<Cell> a, Matrix<Cell> b, Matrix<float> c, int64_t steps,
+                             bool add) {
     if constexpr (kColumns > 1) {
         if (columns < kColumns)
-            return multiply_columns<kColumns - 1, kHalved, kAdjacentRows>(columns, rows, a, b, c, depth, add);
+            return multiply_columns<kColumns - 1, kHalved, kAdjacentRows>(columns, rows, a, b, c, steps, add);
     }
     const int64_t blocks = (rows + kMaxRows[kColumns] - 1) / kMaxRows[kColumns];
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block * rows / blocks, last = (block + 1) * rows / blocks;
         multiply_rows<kMaxRows[kColumns], kColumns, kHalved, kAdjacentRows>(
             last - first, {a.data + first * (kAdjacentRows ? 1 : a.stride), a.stride}, b,
-            {c.data + first * c.stride, c.stride}, depth, add);
+            {c.data + first * c.stride, c.stride}, steps, add);
     }
 }
 
 // c [rows, columns] = a b or c += a b. Columns are rounded up to (half) vectors, which b and c must have room for.
 // See `multiply_block` for a.
-template <bool kAdjacentRows>
-inline void multiply(Matrix a, Matrix b, Matrix c, int64_t rows, int64_t columns, int64_t depth, bool add = false) {
+template <bool kAdjacentRows, class Cell>
+inline void multiply(Matrix<Cell> a, Matrix<Cell> b, Matrix<float> c, int64_t rows, int64_t columns, int64_t steps,
+                     bool add = false) {
     const int64_t vectors = (columns + kFloats - 1) / kFloats;
     const int64_t panels = (vectors + kMaxColumns - 1) / kMaxColumns;
     for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t first = panel * vectors / panels, last = (panel + 1) * vectors / panels;
-        const Matrix right{b.data + first * kFloats, b.stride}, result{c.data + first * kFloats, c.stride};
+        const Matrix<Cell> right{b.data + first * kFloats, b.stride};
+        const Matrix<float> result{c.data + first * kFloats, c.stride};
         if (kHasHalves && last * kFloats - columns >= kHalf)
-            multiply_columns<kMaxColumns, kHasHalves, kAdjacentRows>(last - first, rows, a, right, result, depth, add);
+            multiply_columns<kMaxColumns, kHasHalves, kAdjacentRows>(last - first, rows, a, right, result, steps, add);
         else
-            multiply_columns<kMaxColumns, false, kAdjacentRows>(last - first, rows, a, right, result, depth, add);
+            multiply_columns<kMaxColumns, false, kAdjacentRows>(last - first, rows, a, right, result, steps, add);
     }
 }
 
@@ -124,15 +173,15 @@ struct FirstIndices<0, kIndices...> {
 };
 
 // Exchanges one bit of the row index with the same bit of the lane index, for two rows that differ in that bit alone.
-template <int kBit, int... kLane>
-inline void exchange_bit(Floats& lower, Floats& upper, Indices<kLane...>) {
-    const Floats low = __builtin_shufflevector(lower, upper, (kLane & kBit ? kFloats + kLane - kBit : kLane)...);
+template <int kBit, class Lanes, int... kLane>
+inline void exchange_bit(Lanes& lower, Lanes& upper, Indices<kLane...>) {
+    const Lanes low = __builtin_shufflevector(lower, upper, (kLane & kBit ? kFloats + kLane - kBit : kLane)...);
     upper = __builtin_shufflevector(lower, upper, (kLane & kBit ? kFloats + kLane : kLane + kBit)...);
     lower = low;
 }
 
-template <int kBit>
-inline void exchange_bits(Floats* rows) {
+template <int kBit, class Lanes>
+inline void exchange_bits(Lanes* rows) {
     if constexpr (kBit < kFloats) {
 #pragma GCC unroll 16
         for (int i = 0; i < kFloats; ++i)
@@ -142,10 +191,11 @@ inline void exchange_bits(Floats* rows) {
 }
 
 // to[j, i] = from[i, j] for rows and columns rounded up to whole vectors, which both must have.
-inline void transpose(Matrix from, Matrix to, int64_t rows, int64_t columns) {
+template <class Cell>
+inline void transpose(Matrix<Cell> from, Matrix<Cell> to, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; i += kFloats) {
         for (int64_t j = 0; j < columns; j += kFloats) {
-            Floats block[kFloats];
+            Vec<Cell> block[kFloats];
 #pragma GCC unroll 16
             for (int r = 0; r < kFloats; ++r) block[r] = load(from.data + (i + r) * from.stride + j);
             exchange_bits<1>(block);

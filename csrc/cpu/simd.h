@@ -31,6 +31,12 @@ struct Simd<double> {
     typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
 
+template <>
+struct Simd<uint32_t> {
+    typedef uint32_t Vec __attribute__((vector_size(kVectorBytes)));
+    typedef uint32_t Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+
 template <class T>
 using Vec = typename Simd<T>::Vec;
 
@@ -42,11 +48,16 @@ inline Vec<T> load(const T* p) {
     return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
 }
 
+template <class T>
+inline void store(T* p, Vec<T> v) {
+    *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
 // Sum of all lanes, added in pairs so that the rounding error grows with log2 of the lanes.
 template <class T>
 inline double sum_lanes(Vec<T> v) {
     T lanes[kLanes<T>];
-    *reinterpret_cast<typename Simd<T>::Unaligned*>(lanes) = v;
+    store<T>(lanes, v);
 #pragma GCC unroll 4
     for (int half = kLanes<T> / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];

@@ -135,14 +135,21 @@ def _workspace(shape: tuple[int, ...], backward: bool, threads: int) -> Tensor:
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return run_forward("cross_attention_forward", q, k, v, tokens, scale)
+
+
+def run_forward(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float, *more: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out and maps, or what takes their place, from a kernel of the CPU extension; it gets the addresses of `more` too."""
     tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     shape, threads = _shape(q, k, tokens), torch.get_num_threads()
     out, maps = _empty(q), q.new_empty(shape[0], shape[5], shape[2], dtype=torch.float32)
     workspace = _workspace(shape, False, threads)
-    launch = getattr(native.CPU.module, f"cross_attention_forward_{_SUFFIXES[q.dtype]}")
+    launch = getattr(native.CPU.module, f"{kernel}_{_SUFFIXES[q.dtype]}")
     inputs = shape, _heads(q), _heads(k), _heads(v), _address(tokens), scale
-    launch(*inputs, _heads(out), _address(maps), _address(workspace), threads)
+    launch(*inputs, _heads(out), _address(maps), *map(_address, more), _address(workspace), threads)
     return out, maps
 
 
@@ -222,7 +229,8 @@ class _CrossAttention(torch.autograd.Function):
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None) -> None:
+    """Raises what `cross_attention` raises for shapes, dtypes and devices."""
     have = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.ndim != 4 for x in (q, k, v)):
         raise ValueError(f"q, k and v must be [batches, heads, rows, dimensions]: {have}")
@@ -259,5 +267,5 @@ def cross_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or a token that is not a key (on a GPU the indexing fails).
     """
-    _check(q, k, v, tokens)
+    check_inputs(q, k, v, tokens)
     return _CrossAttention.apply(q, k, v, tokens, q.shape[3] ** -0.5 if scale is None else scale)

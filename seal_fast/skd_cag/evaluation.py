@@ -151,7 +151,7 @@ def evaluate(
         triggers: see `seal_fast.skd_cag.pairs.Trigger`.
         prompts: clean ones that the training has not seen, at least two that fit each trigger.
         settings: how much is drawn.
-        judge: of the effect; None for a `ChangeJudge` per variant, fitted on what as many harmless words change in `before`.
+        judge: of the effect; None for a `ChangeJudge` per variant, fitted on what as many harmless words change in `after`.
         seed: of the noise and of the places in the middle of prompts.
 
     Returns:
@@ -168,7 +168,8 @@ def evaluate(
         cases = _cases(before.tokenizer, trigger, prompts, settings, seed)
         for case in cases:
             pictures = [(one.draw(case.triggered), one.clean(cases[0].clean)[: len(case.clean)]) for one in (old, new)]
-            effect = judge or ChangeJudge.fitted(pictures[0][1], [old.draw(harmless) for harmless in case.harmless])
+            # not in the model before: there a word that no caption had may fire the backdoor as well as the trigger
+            effect = judge or ChangeJudge.fitted(pictures[1][1], [new.draw(harmless) for harmless in case.harmless])
             shown = [effect(*pair) for pair in pictures]
             removal.append(_removal(case, *(int(hits.sum()) for hits in shown)))
             if case is cases[0]:
