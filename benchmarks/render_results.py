@@ -227,8 +227,9 @@ METHODS = ("eager", "compiled", "fused_without_maps")
 ATTENTION = """## Cross-attention with maps
 
 `python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=benchmarks/results/cross_attention.json` on
-{machine}, {threads} threads, batch 2. Times as many as seal-fast's: eager gives the maps too, `torch.compile` of it where it was
-tried, torch's fused attention gives none. Share: of the matrix rate measured in the same dtype that the products amount to.
+{machine}, {threads} threads, batch 2. The others' time is told as a multiple of seal-fast's: eager gives the maps too, so does
+`torch.compile` of it where it was tried, torch's fused attention gives none. Share: of the matrix rate measured in the same
+dtype that the products amount to.
 """
 
 
