@@ -8,19 +8,19 @@
 #include <string>
 #include <vector>
 
+#include "addresses.h"
+#include "cpu/counter_normal.h"
 #include "cpu/cross_attention.h"
 #include "cpu/gaussian.h"
 #include "cpu/isa.h"
+#include "cpu/perturbed_pair.h"
+#include "cpu/reversed_loss.h"
+#include "cpu/sampler_step.h"
 
 namespace py = pybind11;
 using namespace seal_fast;
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 int checked(int isa) {
     if (isa < kBaseline || isa > best_isa())
@@ -117,6 +117,32 @@ void define_cross_attention(py::module_& m, const std::string& suffix) {
           "isa"_a = best);
 }
 
+void step(const StepAddresses& addresses, const StepSizes& sizes, double limit, int threads, int isa) {
+    SEAL_SELECT(checked(isa), sampler_step)(sampler_step_arguments(addresses, sizes, limit), threads);
+}
+
+void noise(uintptr_t out, int64_t seed, uint32_t draw, int64_t rows, int64_t dims, int threads, int isa) {
+    SEAL_SELECT(checked(isa), counter_normal)(at<float>(out), static_cast<uint64_t>(seed), draw, rows, dims, threads);
+}
+
+void pair(const PairAddresses& addresses, const PairSizes& sizes, int64_t seed, int threads, int isa) {
+    SEAL_SELECT(checked(isa), perturbed_pair)(perturbed_pair_arguments(addresses, sizes, seed), threads);
+}
+
+void loss(const LossAddresses& addresses, int64_t rows, int64_t dims, int threads, int isa) {
+    SEAL_SELECT(checked(isa), reversed_loss)(reversed_loss_arguments(addresses, rows, dims), threads);
+}
+
+void define_reversion(py::module_& m) {
+    using namespace py::literals;
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    const int best = best_isa();
+    m.def("sampler_step", &step, unlocked, "addresses"_a, "sizes"_a, "limit"_a, "threads"_a, "isa"_a = best);
+    m.def("counter_normal", &noise, unlocked, "out"_a, "seed"_a, "draw"_a, "rows"_a, "dims"_a, "threads"_a, "isa"_a = best);
+    m.def("perturbed_pair", &pair, unlocked, "addresses"_a, "sizes"_a, "seed"_a, "threads"_a, "isa"_a = best);
+    m.def("reversed_loss", &loss, unlocked, "addresses"_a, "rows"_a, "dims"_a, "threads"_a, "isa"_a = best);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -128,4 +154,5 @@ PYBIND11_MODULE(_native, m) {
     define_cross_attention<float>(m, "f32");
     define_cross_attention<Bfloat16>(m, "bf16");
     define_cross_attention<Float16>(m, "f16");
+    define_reversion(m);
 }

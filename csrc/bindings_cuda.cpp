@@ -1,22 +1,23 @@
 // Python face of the GPU kernels: addresses and a stream in; a failed launch raises RuntimeError.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "addresses.h"
+#include "cuda/counter_normal.h"
 #include "cuda/gaussian.h"
+#include "cuda/perturbed_pair.h"
+#include "cuda/reversed_loss.h"
+#include "cuda/sampler_step.h"
 
 namespace py = pybind11;
 using namespace seal_fast;
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 cudaStream_t stream_at(uintptr_t address) { return reinterpret_cast<cudaStream_t>(address); }
 
@@ -66,6 +67,35 @@ void define(py::module_& m, const std::string& suffix) {
           "rows"_a, "triggers"_a, "dims"_a, "device"_a, "stream"_a);
 }
 
+void step(const StepAddresses& addresses, const StepSizes& sizes, double limit, int device, uintptr_t stream) {
+    const DeviceGuard guard(device);
+    check(sampler_step(sampler_step_arguments(addresses, sizes, limit), stream_at(stream)), "sampler_step");
+}
+
+void noise(uintptr_t out, int64_t seed, uint32_t draw, int64_t rows, int64_t dims, int device, uintptr_t stream) {
+    const DeviceGuard guard(device);
+    check(counter_normal(at<float>(out), static_cast<uint64_t>(seed), draw, rows, dims, stream_at(stream)), "counter_normal");
+}
+
+void pair(const PairAddresses& addresses, const PairSizes& sizes, int64_t seed, int device, uintptr_t stream) {
+    const DeviceGuard guard(device);
+    check(perturbed_pair(perturbed_pair_arguments(addresses, sizes, seed), stream_at(stream)), "perturbed_pair");
+}
+
+void loss(const LossAddresses& addresses, int64_t rows, int64_t dims, int device, uintptr_t stream) {
+    const DeviceGuard guard(device);
+    check(reversed_loss(reversed_loss_arguments(addresses, rows, dims), stream_at(stream)), "reversed_loss");
+}
+
+void define_reversion(py::module_& m) {
+    using namespace py::literals;
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    m.def("sampler_step", &step, unlocked, "addresses"_a, "sizes"_a, "limit"_a, "device"_a, "stream"_a);
+    m.def("counter_normal", &noise, unlocked, "out"_a, "seed"_a, "draw"_a, "rows"_a, "dims"_a, "device"_a, "stream"_a);
+    m.def("perturbed_pair", &pair, unlocked, "addresses"_a, "sizes"_a, "seed"_a, "device"_a, "stream"_a);
+    m.def("reversed_loss", &loss, unlocked, "addresses"_a, "rows"_a, "dims"_a, "device"_a, "stream"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cuda, m) {
@@ -73,4 +103,5 @@ PYBIND11_MODULE(_native_cuda, m) {
     m.def("gaussian_log_ratio_slices", &gaussian_log_ratio_slices, py::arg("rows"), py::arg("triggers"), py::arg("dims"));
     define<float>(m, "f32");
     define<double>(m, "f64");
+    define_reversion(m);
 }

@@ -1,7 +1,7 @@
 // Sixteen-bit floating point to float and back, rounding to nearest even, in integer arithmetic that every level vectorises.
 #pragma once
 
-#include <cstdint>
+#include "../bits.h"
 
 namespace seal_fast {
 
@@ -16,18 +16,6 @@ struct Float16 {
 }  // namespace seal_fast
 
 namespace {
-
-inline float as_float(uint32_t bits) {
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-inline uint32_t as_bits(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
 
 inline float to_float(float x) { return x; }
 

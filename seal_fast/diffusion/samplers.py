@@ -22,6 +22,7 @@ from torch import Tensor
 from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.process import NoiseProcess
 from seal_fast.diffusion.trigger import Trigger
+from seal_fast.ops import StepCoefficients, sampler_step
 
 
 @dataclass(frozen=True)
@@ -74,76 +75,97 @@ def levels(process: NoiseProcess, timesteps: Sequence[int]) -> list[Level]:
     return [*rungs, Level(-1, 1.0, 0.0)]
 
 
-class Prediction:
-    """What every sampler asks of the model at one level: clean image x0 and noise n, with a x0 + b n = x."""
+@dataclass(frozen=True)
+class _Walk:
+    """What every sampler asks for on its way: predicted noise, and steps."""
 
-    def __init__(self, denoiser: Denoiser, trigger: Trigger | None, clip: bool) -> None:
-        self.denoiser, self.clip = denoiser, clip
-        self.mu: Tensor | float = 0.0 if trigger is None else trigger.mu
-        self.gamma: Tensor | float = 1.0 if trigger is None else trigger.gamma
+    denoiser: Denoiser
+    trigger: Trigger | None
+    limit: float
+    generator: torch.Generator | None
 
-    def __call__(self, x: Tensor, at: Level) -> tuple[Tensor, Tensor]:
-        t = torch.full((len(x),), at.t, dtype=torch.int64, device=x.device)
-        n = self.gamma * self.denoiser(x, t) + self.mu
-        x0 = (x - at.b * n) / at.a
-        if self.clip:
-            x0 = x0.clamp(-1, 1)
-            n = (x - at.a * x0) / at.b
-        return x0, n
+    def predicted(self, x: Tensor, at: Level) -> Tensor:
+        return self.denoiser(x, torch.full((len(x),), at.t, dtype=torch.int64, device=x.device))
+
+    def fresh(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator, device=like.device, dtype=like.dtype)
+
+    def step(
+        self, x: Tensor, eps: Tensor, step: StepCoefficients, fresh: Tensor | None = None, previous: Tensor | None = None
+    ) -> Tensor:
+        """From x [N,C,H,W], where eps was predicted."""
+        coefficients = torch.tensor([step], dtype=torch.float64, device=x.device)
+        mu, gamma = (None, None) if self.trigger is None else (self.trigger.mu[None], self.trigger.gamma[None])
+        return sampler_step(x, eps, coefficients, mu=mu, gamma=gamma, fresh=fresh, previous=previous, limit=self.limit)
 
 
-def _ddim(
-    predict: Prediction, x: Tensor, rungs: Sequence[Level], generator: torch.Generator | None, eta: float = 0.0
-) -> Tensor:
+def _image_step(here: Level) -> StepCoefficients:
+    """All the way to the predicted clean image."""
+    return StepCoefficients(here.a, here.b, from_x=0.0, from_image=1.0)
+
+
+def _ddim_step(here: Level, there: Level, eta: float) -> StepCoefficients:
+    """a' x0 + b' mu + kept (n - mu) + fresh gamma z, with n = (x - a x0) / b."""
+    ratio = here.a / there.a * there.b / here.b
+    fresh = eta * there.b * max(0.0, 1 - ratio**2) ** 0.5
+    kept = (there.b**2 - fresh**2) ** 0.5
+    from_x = kept / here.b
+    return StepCoefficients(here.a, here.b, from_x, there.a - from_x * here.a, from_mu=there.b - kept, from_fresh=fresh)
+
+
+def _ddim(walk: _Walk, x: Tensor, rungs: Sequence[Level], eta: float = 0.0) -> Tensor:
     """DDIM (Song et al. 2021, equation 12 and 16), in a, b form so that it also holds for VE and EDM.
 
     eta scales the fresh noise; eta = 1 is ancestral sampling with the posterior ("fixed small") variance. With a trigger this
     is TrojDiff's Trojan DDIM, whose mean keeps b_s mu and whose noise shrinks by gamma.
     """
     for here, there in pairwise(rungs):
-        x0, n = predict(x, here)
-        ratio = here.a / there.a * there.b / here.b
-        fresh = eta * there.b * max(0.0, 1 - ratio**2) ** 0.5
-        kept = (there.b**2 - fresh**2) ** 0.5
-        if fresh == 0:
-            x = there.a * x0 + there.b * n
-            continue
-        z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = there.a * x0 + there.b * predict.mu + kept * (n - predict.mu) + predict.gamma * fresh * z
+        step = _ddim_step(here, there, eta)
+        x = walk.step(x, walk.predicted(x, here), step, fresh=walk.fresh(x) if step.from_fresh else None)
     return x
 
 
-def _ddpm(predict: Prediction, x: Tensor, rungs: Sequence[Level], generator: torch.Generator | None) -> Tensor:
+def _ddpm(walk: _Walk, x: Tensor, rungs: Sequence[Level]) -> Tensor:
     """DDPM ancestral sampling (Ho et al. 2020, equation 7): DDIM with eta = 1."""
-    return _ddim(predict, x, rungs, generator, eta=1.0)
+    return _ddim(walk, x, rungs, eta=1.0)
 
 
-def _dpm_solver_pp(predict: Prediction, x: Tensor, rungs: Sequence[Level], generator: torch.Generator | None) -> Tensor:
-    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2); the first and the last step are of first order."""
+def _dpm_solver_pp(walk: _Walk, x: Tensor, rungs: Sequence[Level]) -> Tensor:
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2); the first and the last step are of first order, which is DDIM's.
+
+    The second order extrapolates the clean image by r = h / (2 h_before), in steps h of log_snr.
+    """
     previous: tuple[Tensor, float] | None = None
     for here, there in pairwise(rungs):
-        x0, _ = predict(x, here)
+        eps = walk.predicted(x, here)
+        step = _ddim_step(here, there, eta=0.0)
         if there.b == 0:
-            return x0
-        h = there.log_snr - here.log_snr
-        direction = x0
-        if previous is not None:
-            x0_before, h_before = previous
-            direction = x0 + h / (2 * h_before) * (x0 - x0_before)
-        x = there.b / here.b * x + (there.a - there.b / here.b * here.a) * direction
-        previous = x0, h
+            return walk.step(x, eps, step)
+        image, h = walk.step(x, eps, _image_step(here)), there.log_snr - here.log_snr
+        image_before, r = (None, 0.0) if previous is None else (previous[0], h / (2 * previous[1]))
+        extrapolating = step._replace(from_image=step.from_image * (1 + r), from_previous=-step.from_image * r)
+        x = walk.step(x, eps, extrapolating, previous=image_before)
+        previous = image, h
     return x
 
 
-def _heun(predict: Prediction, x: Tensor, rungs: Sequence[Level], generator: torch.Generator | None) -> Tensor:
+def _slope_step(here: Level, there: Level, length: float) -> StepCoefficients:
+    """a' (x / a + length n), with n = (x - a x0) / b."""
+    from_n = there.a * length / here.b
+    return StepCoefficients(here.a, here.b, there.a / here.a + from_n, -from_n * here.a)
+
+
+def _heun(walk: _Walk, x: Tensor, rungs: Sequence[Level]) -> Tensor:
     """Heun's second order ODE step (Karras et al. 2022, algorithm 1 without churn) on x / a with time sigma = b / a."""
     for here, there in pairwise(rungs):
-        step = there.b / there.a - here.b / here.a
-        _, n = predict(x, here)
-        end = there.a * (x / here.a + step * n)
+        length = there.b / there.a - here.b / here.a
+        eps = walk.predicted(x, here)
+        end = walk.step(x, eps, _slope_step(here, there, length))
         if there.b > 0:
-            _, n_end = predict(end, there)
-            end = there.a * (x / here.a + step * (n + n_end) / 2)
+            half = walk.step(x, eps, _slope_step(here, there, length / 2))
+            slope = _slope_step(there, there, length / 2)
+            rest = slope._replace(from_x=slope.from_x - 1, from_previous=1.0)
+            end = walk.step(end, walk.predicted(end, there), rest, previous=half)
         x = end
     return x
 
@@ -182,4 +204,5 @@ def sample(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, not {sampler!r}")
     grid = timestep_grid(denoiser.process, timesteps) if isinstance(timesteps, int) else timesteps
-    return SAMPLERS[sampler](Prediction(denoiser, trigger, clip), start, levels(denoiser.process, grid), generator)
+    walk = _Walk(denoiser, trigger, 1.0 if clip else math.inf, generator)
+    return SAMPLERS[sampler](walk, start, levels(denoiser.process, grid))

@@ -1,6 +1,7 @@
 """Public face of every kernel: differentiable functions that run on the fastest implementation this machine has."""
 
 from seal_fast.ops.attention_distillation import attention_distillation
+from seal_fast.ops.counter_normal import counter_normal
 from seal_fast.ops.cross_attention import cross_attention
 from seal_fast.ops.dispatch import OpStatus, explain
 from seal_fast.ops.gaussian import (
@@ -12,17 +13,26 @@ from seal_fast.ops.gaussian import (
     standardise,
     standardised_log_ratio,
 )
+from seal_fast.ops.perturbed_pair import PerturbedPair, perturbed_pair
+from seal_fast.ops.reversed_loss import reversed_loss
+from seal_fast.ops.sampler_step import StepCoefficients, sampler_step
 
 __all__ = [
     "GAMMA_FLOOR",
     "GaussianKlStats",
     "OpStatus",
+    "PerturbedPair",
     "Standardisation",
+    "StepCoefficients",
     "attention_distillation",
+    "counter_normal",
     "cross_attention",
     "explain",
     "gaussian_kl_stats",
     "gaussian_log_ratio",
+    "perturbed_pair",
+    "reversed_loss",
+    "sampler_step",
     "standardise",
     "standardised_log_ratio",
 ]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.ops import reversed_loss
 from seal_fast.terd.reversion import Reversion
 from seal_fast.terd.settings import ReversionSettings
 from seal_fast.training import OnStep, native_bfloat16, quiet
@@ -58,19 +59,19 @@ class _Reverter:
         return torch.randint(low, low + width, (self.settings.batch,), generator=self.generator).to(self.denoiser.device)
 
     def noised_pair(self, x0: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Both noised inputs, their noises and timesteps, stacked to twice the batch."""
+        """Both noised inputs and their timesteps, stacked to twice the batch, and the difference of their noises."""
         t = self.timesteps(last).repeat(2)
-        eps = torch.cat([self.noise(), self.noise()])
+        first, second = self.noise(), self.noise()
         shift = self.process.prior_scale * self.mu if last else 0.0
-        return self.process.add_noise(x0.repeat(2, 1, 1, 1), self.gamma * eps, t) + shift, eps, t
+        x = self.process.add_noise(x0.repeat(2, 1, 1, 1), self.gamma * torch.cat([first, second]), t) + shift
+        return x, t, first - second
 
     def reversed_loss(self, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Mean of L over the given pairs, all in one forward pass."""
-        x, eps, t = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        x, t, difference = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         self.evaluations += len(x)
-        residual = eps - self.denoiser(x, t)
-        first, second = residual.reshape(len(pairs), 2, -1, *self.denoiser.shape).unbind(1)
-        return 0.5 * (first - second).square().sum(dim=(2, 3, 4)).mean()
+        first, second = self.denoiser(x, t).unflatten(0, (len(pairs), 2, -1)).unbind(1)
+        return reversed_loss(first.flatten(0, 1), second.flatten(0, 1), difference).squeeze(0)
 
     def estimation_loss(self) -> Tensor:
         return self.reversed_loss([self.noised_pair(self.noise(), last=True)])

@@ -1,0 +1,33 @@
+"""Contenders in turns: on a shared machine only what ran side by side compares."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Any
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import machine
+
+ROUNDS = 15
+
+
+def compare(benchmark: BenchmarkFixture, contenders: Mapping[str, Callable[[], object]], repeats: int, **facts: Any) -> None:
+    """Median seconds per call of each, and how many times faster than the first every other is; `repeats` calls per turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def turns() -> None:
+        for name, run in contenders.items():
+            begin = perf_counter()
+            for _ in range(repeats):
+                run()
+            seconds[name].append((perf_counter() - begin) / repeats)
+
+    benchmark.pedantic(turns, rounds=ROUNDS, warmup_rounds=1)
+    # the first entry of each list is the warm-up round
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    first = next(iter(contenders))
+    speedups = {f"{name}_speedup": medians[first] / median for name, median in medians.items() if name != first}
+    benchmark.extra_info.update(machine.describe_machine(), seconds=medians, **speedups, **facts)

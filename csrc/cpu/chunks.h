@@ -1,0 +1,36 @@
+// Elementwise kernels walk rows in chunks that stay in the first-level cache. An absent array is a chunk of one constant, so the
+// inner loop has no branches.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+constexpr int64_t kChunk = 512;
+
+// Below this many elements waking the other threads costs more than they save.
+constexpr int64_t kWorthThreads = 32768;
+
+struct Constant {
+    float values[kChunk];
+    constexpr explicit Constant(float value) : values() {
+        for (int64_t i = 0; i < kChunk; ++i) values[i] = value;
+    }
+};
+
+constexpr Constant kZeros(0.0f), kOnes(1.0f);
+
+// Calls work(row, start, length) for every chunk of every row.
+template <class Work>
+void for_each_chunk(int64_t rows, int64_t dims, int threads, Work work) {
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (rows * dims > kWorthThreads)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t start = 0; start < dims; start += kChunk) work(row, start, dims - start < kChunk ? dims - start : kChunk);
+}
+
+// Element `at` of an array, or the constant that stands for an absent one.
+inline const float* at_or(const float* array, int64_t at, const Constant& absent) {
+    return array == nullptr ? absent.values : array + at;
+}
+
+}  // namespace

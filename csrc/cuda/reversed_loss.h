@@ -1,0 +1,12 @@
+// reversed_loss on the GPU; returns cudaGetLastError() after its launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../arguments.h"
+
+namespace seal_fast {
+
+cudaError_t reversed_loss(const ReversedLoss& call, cudaStream_t stream);
+
+}  // namespace seal_fast

@@ -1,0 +1,57 @@
+"""Fixtures of the tests of ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seal_fast.ops import native
+
+
+@pytest.fixture
+def seed(generator: torch.Generator) -> int:
+    """A fresh seed of 64 bits."""
+    high, low = torch.randint(2**32, (2,), generator=generator).tolist()
+    return high << 32 | low
+
+
+@pytest.fixture(
+    params=[
+        (1, 1, 1, (1,)),
+        (6, 3, 2, (7,)),
+        (6, 2, 6, (3, 17, 5)),
+        (4, 4, 1, (3, 16, 16)),
+        (15, 5, 3, (1, 33, 31)),
+        (2, 1, 2, (3, 113, 113)),
+    ],
+    ids=str,
+)
+def sizes(request: pytest.FixtureRequest) -> tuple[int, int, int, tuple[int, ...]]:
+    """Rows, candidates, rows of coefficients, dimensions; the last is large enough for several threads."""
+    return request.param
+
+
+@pytest.fixture(params=["auto", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run once on the fastest implementation and once on the reference."""
+    monkeypatch.setenv("SEAL_FAST_BACKEND", request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """What kernels are compiled for, and what only the reference knows."""
+    return request.param
+
+
+@pytest.fixture
+def gpu() -> None:
+    """Skips where torch sees none."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture
+def kernels_without_gpu() -> None:
+    """Skips where a launch would not fail: with a GPU it would use address 0."""
+    if native.CUDA.module is None or torch.cuda.is_available():
+        pytest.skip(f"CUDA kernels: {native.CUDA.reason or 'built, and there is a GPU'}")
