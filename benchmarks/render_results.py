@@ -203,6 +203,29 @@ def pooled(rates: list[dict[str, Any]]) -> dict[str, Any]:
     return wilson(round(sum(r["rate"] * r["trials"] for r in rates)), sum(r["trials"] for r in rates))
 
 
+COMPILED = """## Triton kernels
+
+`{command}`, Triton {triton}: what its compiler makes of the kernels of `cross_attention`, without a GPU, for 77 keys and maps
+of chosen tokens. Cells are registers of a thread + bytes of stack (0: nothing spilled), KiB of shared memory, queries / warps
+of a program. No time was measured.
+"""
+
+
+def compiled_page(content: dict[str, Any]) -> list[str]:
+    """One row per kernel, dtype and architecture, one column per head size."""
+    table: dict[str, dict[str, str]] = {}
+    for row in content["rows"]:
+        kernel, head, dtype, architecture = row["name"].split("-")
+        tiles = f"{row['queries']}/{row['warps']}"
+        cell = f"{row['registers']} + {row['stack_bytes']}, {row['shared_bytes'] / 1024:.0f}, {tiles}"
+        table.setdefault(f"{kernel} | {dtype} | sm_{architecture}", {})[head] = cell
+    heads = list(next(iter(table.values())))
+    lines = [COMPILED.format(**content), "| kernel | dtype | GPU | " + " | ".join(f"D = {head}" for head in heads) + " |"]
+    lines.append("|---" * (3 + len(heads)) + "|")
+    lines += [f"| {name} | " + " | ".join(cells[head] for head in heads) + " |" for name, cells in table.items()]
+    return [*lines, ""]
+
+
 def speed_page(content: dict[str, Any]) -> list[str]:
     lines = [
         "## Speed",
@@ -276,6 +299,9 @@ def main() -> None:
     attention = RESULTS / "cross_attention.json"
     if attention.exists():
         lines += attention_page(json.loads(attention.read_text()))
+    compiled = RESULTS / "triton_compile.json"
+    if compiled.exists():
+        lines += compiled_page(json.loads(compiled.read_text()))
     speed = RESULTS / "speed.json"
     if speed.exists():
         lines += speed_page(json.loads(speed.read_text()))

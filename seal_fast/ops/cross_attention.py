@@ -15,19 +15,23 @@ The kernels recompute P in the backward pass, a few queries at a time, so no [B,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seal_fast.ops import native
+from seal_fast.ops import jit, native
 from seal_fast.ops.dispatch import Implementation, Op
+
+Maybe = Tensor | None
 
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def reference_cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def reference_cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
     """See `cross_attention`. Half precision is computed in float32."""
     p = _probabilities(q, k, scale)
     maps = _select(p.mean(1), tokens).transpose(1, 2).contiguous()
@@ -35,14 +39,7 @@ def reference_cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | 
 
 
 def reference_cross_attention_backward(
-    out_grad: Tensor | None,
-    maps_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor | None,
-    scale: float,
-    needs: list[bool],
+    out_grad: Maybe, maps_grad: Maybe, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each empty unless `needs` asks for it. A gradient that is None counts as zero."""
     p = _probabilities(q, k, scale)
@@ -78,11 +75,11 @@ def _like(x: Tensor, values: Tensor) -> Tensor:
     return _empty(x).copy_(values)
 
 
-def _select(maps: Tensor, tokens: Tensor | None) -> Tensor:
+def _select(maps: Tensor, tokens: Maybe) -> Tensor:
     return maps if tokens is None else maps.index_select(2, _in_range(tokens, maps.shape[2]))
 
 
-def _scatter(grad: Tensor, tokens: Tensor | None, keys: int) -> Tensor:
+def _scatter(grad: Tensor, tokens: Maybe, keys: int) -> Tensor:
     if tokens is None:
         return grad
     return grad.new_zeros(*grad.shape[:2], keys).index_add_(2, _in_range(tokens, keys), grad)
@@ -95,20 +92,13 @@ def _in_range(tokens: Tensor, keys: int) -> Tensor:
     return tokens
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
     count = k.shape[2] if tokens is None else tokens.shape[0]
     return _empty(q), q.new_empty(q.shape[0], count, q.shape[2], dtype=_maps_dtype(q))
 
 
 def _fake_backward(
-    out_grad: Tensor | None,
-    maps_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor | None,
-    scale: float,
-    needs: list[bool],
+    out_grad: Maybe, maps_grad: Maybe, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     return tuple(_empty(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=True))
 
@@ -117,16 +107,16 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _heads(x: Tensor | None) -> tuple[int, ...]:
+def _heads(x: Maybe) -> tuple[int, ...]:
     """Address and strides as the kernels take them; all zero for a tensor that is absent."""
     return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
 
 
-def _address(x: Tensor | None) -> int:
+def _address(x: Maybe) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _shape(q: Tensor, k: Tensor, tokens: Tensor | None) -> tuple[int, ...]:
+def _shape(q: Tensor, k: Tensor, tokens: Maybe) -> tuple[int, ...]:
     return (*q.shape[:3], k.shape[2], q.shape[3], k.shape[2] if tokens is None else len(tokens))
 
 
@@ -134,12 +124,12 @@ def _workspace(shape: tuple[int, ...], backward: bool, threads: int) -> Tensor:
     return torch.empty(native.CPU.module.cross_attention_workspace(shape, backward, threads), dtype=torch.float32)
 
 
-def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
     return run_forward("cross_attention_forward", q, k, v, tokens, scale)
 
 
 def run_forward(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float, *more: Tensor
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, *more: Tensor
 ) -> tuple[Tensor, Tensor]:
     """out and maps, or what takes their place, from a kernel of the CPU extension; it gets the addresses of `more` too."""
     tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
@@ -153,13 +143,33 @@ def run_forward(
     return out, maps
 
 
-def _backward_cpu(
-    out_grad: Tensor | None,
-    maps_grad: Tensor | None,
+def _forward_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
+    tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    out, maps = _fake(q, k, v, tokens, scale)
+    _run(jit.kernels("cross_attention").forward(q, k, v, tokens, scale, out, maps), q)
+    return out, maps
+
+
+def _run(launches: list[Any], like: Tensor) -> None:
+    with torch.cuda.device_of(like):
+        for launch in launches:
+            launch()
+
+
+Fill = Callable[..., None]
+"""Fills gradients of q, k and v. Called with the arguments of the backward op, rows dense and maps_grad contiguous, but instead
+of `needs` the three gradients, None where nobody needs one."""
+
+
+def _backward(
+    fill: Fill,
+    out_grad: Maybe,
+    maps_grad: Maybe,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tokens: Tensor | None,
+    tokens: Maybe,
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
@@ -172,17 +182,50 @@ def _backward_cpu(
         return tuple(x.new_empty(0) if grad is None else grad.zero_() for x, grad in zip((q, k, v), grads, strict=True))
     if out_grad is None and grads[2] is not None:
         grads[2].zero_()
+    fill(out_grad, maps_grad, q, k, v, tokens, scale, *grads[:2], None if out_grad is None else grads[2])
+    return tuple(x.new_empty(0) if grad is None else grad for x, grad in zip((q, k, v), grads, strict=True))
+
+
+def _fill_cpu(
+    out_grad: Maybe, maps_grad: Maybe, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, *grads: Maybe
+) -> None:
     shape, threads = _shape(q, k, tokens), torch.get_num_threads()
     workspace = _workspace(shape, True, threads)
     launch = getattr(native.CPU.module, f"cross_attention_backward_{_SUFFIXES[q.dtype]}")
     inputs = shape, _heads(q), _heads(k), _heads(v), _address(tokens), scale
-    outputs = _heads(grads[0]), _heads(grads[1]), _heads(None if out_grad is None else grads[2])
-    launch(*inputs, _heads(out_grad), _address(maps_grad), *outputs, _address(workspace), threads)
-    return tuple(x.new_empty(0) if grad is None else grad for x, grad in zip((q, k, v), grads, strict=True))
+    launch(*inputs, _heads(out_grad), _address(maps_grad), *map(_heads, grads), _address(workspace), threads)
+
+
+def _fill_triton(
+    out_grad: Maybe, maps_grad: Maybe, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, *grads: Maybe
+) -> None:
+    kernels = jit.kernels("cross_attention")
+    batches, heads, keys, dims = k.shape
+    partial_shape = kernels.query_slices(q, k), batches, keys, heads, dims
+    sums = [None if grad is None else k.new_empty(partial_shape, dtype=torch.float32) for grad in grads[1:]]
+    _run(kernels.backward(out_grad, maps_grad, q, k, v, tokens, scale, grads[0], *sums), q)
+    for grad, slices in zip(grads[1:], sums, strict=True):
+        if grad is not None and slices is not None:
+            grad.copy_(slices.sum(0).transpose(1, 2))
 
 
 def _cpu_missing() -> str | None:
     return native.CPU.reason
+
+
+def _triton_missing() -> str | None:
+    return jit.missing("cross_attention")
+
+
+def _refuse_triton(*args: Any) -> str | None:
+    # the last three of four axes are q, k and v in both ops
+    q, k = [a for a in args if isinstance(a, Tensor) and a.ndim == 4][-3:-1]
+    limits = jit.kernels("cross_attention")
+    if k.shape[2] > limits.MAX_KEYS:
+        return f"its kernels take up to {limits.MAX_KEYS} keys, not {k.shape[2]}"
+    if q.shape[3] > limits.MAX_DIMENSIONS:
+        return f"its kernels take heads of up to {limits.MAX_DIMENSIONS} dimensions, not {q.shape[3]}"
+    return _refuse_float64(*args)
 
 
 def _refuse_float64(*args: Any) -> str | None:
@@ -193,6 +236,7 @@ def _refuse_float64(*args: Any) -> str | None:
 forward_op = Op(
     "cross_attention(Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale) -> (Tensor, Tensor)",
     [
+        Implementation("triton", _forward_triton, "cuda", _triton_missing, _refuse_triton),
         Implementation("cpu", _forward_cpu, "cpu", _cpu_missing, _refuse_float64),
         Implementation("reference", reference_cross_attention),
     ],
@@ -202,7 +246,8 @@ backward_op = Op(
     "cross_attention_backward(Tensor? out_grad, Tensor? maps_grad, Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale, "
     "bool[] needs) -> (Tensor, Tensor, Tensor)",
     [
-        Implementation("cpu", _backward_cpu, "cpu", _cpu_missing, _refuse_float64),
+        Implementation("triton", partial(_backward, _fill_triton), "cuda", _triton_missing, _refuse_triton),
+        Implementation("cpu", partial(_backward, _fill_cpu), "cpu", _cpu_missing, _refuse_float64),
         Implementation("reference", reference_cross_attention_backward),
     ],
     fake=_fake_backward,
@@ -211,7 +256,7 @@ backward_op = Op(
 
 class _CrossAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, tokens)
         ctx.scale = scale
@@ -219,7 +264,7 @@ class _CrossAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, out_grad: Tensor | None, maps_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, out_grad: Maybe, maps_grad: Maybe) -> tuple[Maybe, ...]:
         if out_grad is None and maps_grad is None:
             return (None,) * 5
         q, k, v, tokens = ctx.saved_tensors
@@ -229,7 +274,7 @@ class _CrossAttention(torch.autograd.Function):
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe) -> None:
     """Raises what `cross_attention` raises for shapes, dtypes and devices."""
     have = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.ndim != 4 for x in (q, k, v)):

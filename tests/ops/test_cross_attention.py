@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +13,16 @@ from torch.autograd import gradcheck
 
 from seal_fast.ops import cross_attention, native
 from seal_fast.ops.cross_attention import backward_op, forward_op
+from tests.ops.attention import (
+    FLOAT_EPSILON,
+    HALVES,
+    SUFFIXES,
+    assert_at_most_twice_the_error_of_plain,
+    draw,
+    plain,
+    views,
+    with_grads,
+)
 
 # B, H, M, N, D: every head size of Stable Diffusion and an odd one, prompts of one and of many chunks, blocks that are cut off
 SHAPES = [
@@ -26,38 +35,7 @@ SHAPES = [
     (1, 1, 1, 1, 1),
     (1, 3, 65, 3, 17),
 ]
-HALVES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-SUFFIXES = {torch.float32: "f32", **HALVES}
-FLOAT_EPSILON = 2.0**-24
-
 needs_native = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.reason))
-
-
-def draw(generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    b, h, m, n, d = shape
-    return [torch.randn(b, h, rows, d, generator=generator, dtype=torch.float64).to(dtype) for rows in (m, n, n)]
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What users write today, in the dtype of the arguments."""
-    p = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3)
-    maps = p.mean(1).transpose(1, 2)
-    return p @ v, maps if tokens is None else maps[:, tokens]
-
-
-def with_grads(
-    attention: Callable[..., tuple[Tensor, Tensor]],
-    inputs: list[Tensor],
-    tokens: Tensor | None,
-    weights: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """out, maps and the gradients of q, k, v for the given gradients of out and maps; None leaves an output out of the loss."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    results = attention(*leaves, tokens)
-    used = [(y, w.to(y.dtype)) for y, w in zip(results, weights, strict=True) if w is not None]
-    grads = torch.autograd.grad([y for y, _ in used], leaves, [w for _, w in used], allow_unused=True)
-    filled = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, leaves, strict=True)]
-    return [*(y.detach() for y in results), *filled]
 
 
 @pytest.mark.parametrize(("loss", "chosen"), [("out", False), ("maps", True), ("both", False), ("both", True)])
@@ -72,16 +50,7 @@ def test_error_is_at_most_twice_that_of_plain_torch(
     tokens = torch.randint(n, (5,), generator=generator) if chosen else None
     out_grad = torch.randn(b, h, m, d, generator=generator).to(dtype) if loss != "maps" else None
     maps_grad = torch.randn(b, 5 if chosen else n, m, generator=generator) if loss != "out" else None
-    got = with_grads(cross_attention, inputs, tokens, (out_grad, maps_grad))
-    usual = with_grads(plain, inputs, tokens, (out_grad, maps_grad))
-    exact = with_grads(plain, [x.double() for x in inputs], tokens, (out_grad, maps_grad))
-    assert [y.dtype for y in got] == [dtype, torch.float32, dtype, dtype, dtype]
-    # errors are equal on average, but the fewer rows there are the more their ratio scatters, and plain torch may be exact
-    luck = FLOAT_EPSILON * (4 + 100 / (b * h * m) ** 0.5)
-    for name, ours, theirs, want in zip(("out", "maps", "q", "k", "v"), got, usual, exact, strict=True):
-        assert ours.shape == want.shape
-        error, allowed = (ours.double() - want).norm(), 2 * (theirs.double() - want).norm()
-        assert error <= allowed + luck * (want.norm() + (n == 1 or m == 1)), name
+    assert_at_most_twice_the_error_of_plain(cross_attention, inputs, tokens, out_grad, maps_grad)
 
 
 @pytest.mark.parametrize("chosen", [False, True])
@@ -174,27 +143,10 @@ def test_spoiled_inputs_spoil_what_they_spoil_in_plain_torch(which: int, spoiler
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-def views(generator: torch.Generator) -> dict[str, list[Tensor]]:
-    b, h, m, n, d = 2, 3, 50, 77, 24
-
-    def joined(rows: int) -> Tensor:
-        return torch.randn(b, rows, h * d, generator=generator)
-
-    both = torch.randn(b, n, 2, h, d, generator=generator)
-    shared = torch.randn(1, 1, n, d, generator=generator).expand(b, h, n, d)
-    return {
-        "heads of joined rows": [joined(rows).view(b, rows, h, d).transpose(1, 2) for rows in (m, n, n)],
-        "keys and values in one": [joined(m).view(b, m, h, d).transpose(1, 2), *both.permute(2, 0, 3, 1, 4).unbind(0)],
-        "every second row": [torch.randn(b, h, 2 * r, d + 5, generator=generator)[:, :, ::2, 5:] for r in (m, n, n)],
-        "dimensions not dense": [torch.randn(b, h, d, rows, generator=generator).transpose(2, 3) for rows in (m, n, n)],
-        "shared by heads": [joined(m).view(b, m, h, d).transpose(1, 2), shared, shared],
-    }
-
-
 def test_strided_inputs(generator: torch.Generator) -> None:
     maps_grad = torch.randn(2, 50, 77, generator=generator).transpose(1, 2)
     out_grad = torch.randn(2, 50, 3 * 24, generator=generator).view(2, 50, 3, 24).transpose(1, 2)
-    for name, inputs in views(generator).items():
+    for name, inputs in views(generator, (2, 3, 50, 77, 24)).items():
         dense = [x.contiguous() for x in inputs]
         got = with_grads(cross_attention, inputs, None, (out_grad, maps_grad))
         want = with_grads(cross_attention, dense, None, (out_grad.contiguous(), maps_grad.contiguous()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import pytest
 import torch
 
-from seal_fast.ops import explain, gaussian_log_ratio, native
+from seal_fast.ops import explain, gaussian_log_ratio, jit, native
 from seal_fast.ops.gaussian import log_ratio_op
 
 ABSENT = native.Extension("_native", None, "compiled extension missing: removed for this test")
@@ -74,3 +75,16 @@ def test_a_missing_extension_keeps_its_cause() -> None:
     assert extension.module is None
     assert extension.reason is not None
     assert "_no_such_extension" in extension.reason
+
+
+def test_without_triton_its_kernels_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as if it were not installed
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "seal_fast.kernels.cross_attention", raising=False)
+    jit.missing.cache_clear()
+    reason = jit.missing("cross_attention")
+    jit.missing.cache_clear()
+    assert reason is not None
+    assert "triton" in reason
+    cross_attention_status = next(s for s in explain() if s.op == "cross_attention" and s.device == "cpu")
+    assert "needs tensors on cuda" in cross_attention_status.refusals["triton"]

@@ -1,0 +1,172 @@
+"""What the compiler makes of the Triton kernels, without a GPU: registers, stack and shared memory.
+
+    python -m benchmarks.triton_table [--out benchmarks/results/triton_compile.json]
+    python -m benchmarks.triton_table --check NAME ...
+
+Compiles what `kernels.cross_attention` would launch, for two architectures and all head sizes of Stable Diffusion. A stack
+means that registers spilled. --check compiles these rows again and fails where a stack has grown or shared memory does not
+fit. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from seal_fast.kernels import cross_attention as kernels
+
+OUT = Path("benchmarks/results/triton_compile.json")
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+KERNELS = ("forward", "query_grad", "key_value_grad")
+HEADS = (40, 64, 80, 128, 160)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
+"""Architecture -> bytes of shared memory that one program can have."""
+
+Row = dict[str, Any]
+
+
+def launches(
+    dimensions: int, dtype: torch.dtype, queries: int = 1024, chosen: int | None = 5, loss: str = "both"
+) -> dict[str, kernels.Launch]:
+    """By name, for two prompts and eight heads of joined rows, with maps of chosen or all tokens; no memory is touched.
+
+    loss: "out", "maps" or "both" have a gradient.
+    """
+
+    def heads(rows: int) -> Tensor:
+        return torch.empty(2, rows, 8, dimensions, dtype=dtype, device="meta").transpose(1, 2)
+
+    q, k, v = heads(queries), heads(77), heads(77)
+    tokens = None if chosen is None else torch.empty(chosen, dtype=torch.int64, device="meta")
+    maps = torch.empty(2, chosen or 77, queries, device="meta")
+    sums = torch.empty(kernels.query_slices(q, k), 2, 77, 8, dimensions, device="meta")
+    out_grad, maps_grad = (None if loss == "maps" else heads(queries)), (None if loss == "out" else maps)
+    given = kernels.forward(q, k, v, tokens, 0.1, heads(queries), maps)
+    v_sums = None if out_grad is None else sums
+    given += kernels.backward(out_grad, maps_grad, q, k, v, tokens, 0.1, heads(queries), sums, v_sums)
+    return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in given}
+
+
+def names() -> list[str]:
+    """Of all rows: kernel, dimensions of a head, dtype, architecture."""
+    return ["-".join(map(str, case)) for case in product(KERNELS, HEADS, DTYPES, SHARED_LIMITS)]
+
+
+def signature(launch: kernels.Launch) -> dict[str, str]:
+    """Type of each argument, all that decides whether a kernel is compiled anew besides the constants.
+
+    Raises:
+        TypeError: the value of a number would decide too.
+    """
+    types = {}
+    for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
+        if isinstance(value, int) and not parameter.do_not_specialize:
+            raise TypeError(f"{parameter.name} of {launch.kernel.fn.__name__} is specialised on: add it to do_not_specialize")
+        types[parameter.name] = type_name(value)
+    return {**types, **dict.fromkeys(launch.constants, "constexpr")}
+
+
+def type_name(value: Any) -> str:
+    if value is None:
+        return "constexpr"
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def compile_row(name: str) -> Row:
+    kernel, head, dtype, architecture = name.split("-")
+    launch = launches(int(head), DTYPES[dtype])[kernel]
+    binary = compile_launch(launch, int(architecture))
+    registers, stack = resources(binary.asm["cubin"])
+    return {
+        "name": name,
+        "queries": launch.constants["BLOCK"],
+        "warps": launch.warps,
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": binary.metadata.shared,
+    }
+
+
+def compile_launch(launch: kernels.Launch, architecture: int) -> Any:
+    types = signature(launch)
+    absent = {name: None for name, value in zip(types, launch.arguments, strict=False) if value is None}
+    # torch allocates at multiples of 16 bytes and more; Triton looks at the addresses when it launches
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
+    source = ASTSource(launch.kernel, types, {**launch.constants, **absent}, aligned)
+    options = {**launch.options, "debug": launch.kernel.debug or False}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of each thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOL), "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    if found is None:
+        raise RuntimeError(f"cuobjdump did not tell the registers: {told!r}")
+    return int(found[1]), int(found[2])
+
+
+def problems(row: Row, committed: Row) -> list[str]:
+    """What has become worse than the committed row, in words."""
+    found = []
+    if row["stack_bytes"] > committed["stack_bytes"]:
+        stacks = f"spills {row['stack_bytes']} bytes, the table says {committed['stack_bytes']}"
+        found.append(f"{row['name']} {stacks}: make its tiles smaller")
+    limit = SHARED_LIMITS[int(row["name"].rpartition("-")[2])]
+    if row["shared_bytes"] > limit:
+        found.append(f"{row['name']} needs {row['shared_bytes']} bytes of shared memory, the GPU has {limit}")
+    return found
+
+
+def check(wanted: list[str]) -> list[str]:
+    """Compile these rows again, and the small kernel that links tokens; the problems found."""
+    content = json.loads(OUT.read_text())
+    committed = {row["name"]: row for row in content["rows"]}
+    if content["triton"] != triton.__version__:
+        return [f"the table was made by Triton {content['triton']}, this is {triton.__version__}: make it anew"]
+    link = compile_launch(launches(40, torch.float16)["link_tokens"], 90)
+    found = [] if "__assertfail" in link.asm["ptx"] else ["link_tokens does not check that tokens are keys"]
+    for name in wanted:
+        found += problems(compile_row(name), committed[name])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--check", nargs="+", choices=names(), metavar="NAME")
+    arguments = parser.parse_args()
+    if arguments.check is not None:
+        found = check(arguments.check)
+        sys.exit("\n".join(found) if found else 0)
+    rows: list[Row] = []
+    for name in names():
+        rows.append(compile_row(name))
+        print(rows[-1], file=sys.stderr, flush=True)
+    content = {"command": "python -m benchmarks.triton_table", "triton": triton.__version__, "rows": rows}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
