@@ -185,8 +185,8 @@ def largest_batch(method: Attention, model: str, dtype: str) -> int:
 @pytest.mark.parametrize(("layer", "dtype", "method"), CASES)
 def test_memory(benchmark: BenchmarkFixture, layer: str, dtype: str, method: Attention) -> None:
     """The time is that of measuring."""
-    needed = benchmark.pedantic(memory, (method, layer, dtype), rounds=1)
     benchmark.group = f"cross_attention memory {layer} {dtype}"
+    needed = benchmark.pedantic(memory, (method, layer, dtype), rounds=1)
     benchmark.extra_info.update(machine.describe_machine(), shape=list(LAYERS[layer]), dtype=dtype)
     benchmark.extra_info.update(kept_bytes=needed.kept, peak_bytes=needed.peak)
 
