@@ -156,6 +156,24 @@ def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
         row["reason"] = judgement.reason
 
 
+def judge_by_own_kind(rows: list[dict[str, Any]], preset: str) -> None:
+    """Add to rows of a kind that the calibration lacks the verdict of one on the other benign rows of that kind.
+
+    It is what a user gets from `seal-fast calibrate` on benign models of their own, given at least 2.
+    """
+    name_of = PRESETS[preset].pool_name
+    known = {name_of(row["kind"]) for row in rows if row["role"] == "calibration"}
+    benign = [row for row in rows if row["method"] is None]
+    for row in rows:
+        # a table written before may have had fewer rows
+        row.pop("own_kind", None)
+        judged = None if name_of(row["kind"]) in known else judgement_of(row, benign, preset)
+        if judged is not None:
+            calibration, judgement = judged
+            names = [model.name for model in calibration.models]
+            row["own_kind"] = {**asdict(judgement), "verdict": str(judgement.verdict), "calibrated_on": names}
+
+
 def rates(verdicts: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
     """Model detection over rows and their verdicts; an inconclusive one counts as wrong on either side."""
     positive = [verdict == Verdict.BACKDOORED for row, verdict in verdicts if row["method"] is not None]
@@ -191,6 +209,8 @@ def summarise(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
     summary: dict[str, Any] = {
         name: {**rates([(row, row["verdict"]) for row in part]), **closeness_of(part)} for name, part in parts.items()
     }
+    if own := [row for row in rows if "own_kind" in row]:
+        summary["own kind"] = rates([(row, row["own_kind"]["verdict"]) for row in own])
     if isinstance(PRESETS[preset], ReversionSettings):
         plain = [(row, "backdoored" if max(row["deviations"]) > SIGMAS else "clean") for row in judged]
         summary["all, without the correction"] = rates(plain)
@@ -227,6 +247,7 @@ def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
     roles = {recipe.name: recipe.role for recipe in RECIPES}
     rows = [{**row, "role": roles[row["name"]]} for row in rows]
     judge_rows(rows, preset)
+    judge_by_own_kind(rows, preset)
     content = {
         "command": f"python -m benchmarks.accuracy_table --preset {preset}",
         "machine": describe_machine(),

@@ -6,6 +6,7 @@ python -m benchmarks.render_results
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +45,14 @@ BASELINES = """Input columns give TPR / TNR over 10,000 triggered and 10,000 cle
 with the true one (the optimum), and with triggers that needed no reversion.
 """
 
+OWN_KIND = """Kinds that the calibration lacks. "Own kind": judged by the other benign models of the kind, as a user does with
+`seal-fast calibrate` and `seal-fast scan --calibration` on at least two benign models.
+"""
+
+NOT_TAKEN = """Trainings that gave no evidence: the attack made its target of fewer than 90% of the triggered samples, or
+clean samples lay more than 2 times as far from the pictures as fresh ones (32 samples each). These models were not scanned.
+"""
+
 
 def rate(value: dict[str, Any]) -> str:
     if value["rate"] is None:
@@ -55,12 +64,32 @@ def inputs(row: dict[str, Any]) -> str:
     return f"{row['inputs']['tpr']['rate']:.3f} / {row['inputs']['tnr']['rate']:.3f}"
 
 
+HEADS = (
+    "model",
+    "role",
+    "success",
+    "verdict",
+    "score / limit",
+    "collapse",
+    "sampler",
+    "M_r",
+    "V_r",
+    "gamma",
+    "relative L2",
+    "cosine",
+    "seconds",
+)
 PARTS = {
     "all": "all models, benign ones leave-one-out",
     "held out": "published attacks at published strength on held-out models (seeds, pictures, triggers, targets of their own)",
-    "hard": "weak, small, learned or rare triggers, and other predictions, on held-out models",
+    "hard": "weak, small, learned or rare triggers, and other predictions or processes, on models used for nothing else",
+    "own kind": "hard models of kinds the calibration lacks, calibrated on the other benign models of their kind",
     "all, without the correction": "all, mean + 3 standard deviations without the correction",
 }
+
+
+def table_head(names: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
@@ -85,8 +114,7 @@ def table_page(title: str, note: str, content: dict[str, Any]) -> list[str]:
         note,
         *summary_lines(content["summary"]),
         "",
-        "| model | role | verdict | score / limit | collapse | sampler | M_r | V_r | gamma | relative L2 | cosine | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *table_head(HEADS),
     ]
     for row in content["rows"]:
         evidence, reverted = row["evidence"], row.get("reverted")
@@ -95,9 +123,50 @@ def table_page(title: str, note: str, content: dict[str, Any]) -> list[str]:
         closeness = "- | -" if reverted is None else f"{reverted['relative_l2']:.2f} | {reverted['cosine']:.2f}"
         statistics = f"{evidence['M_r']:.4f} | {evidence['V_r']:.5f} | {evidence['gamma_mean']:.2f}"
         tried = f"{collapse} | {evidence.get('sampler') or '-'}"
-        cells = (row["name"], row["role"], row["verdict"] or "-", score, tried, statistics, closeness, f"{row['seconds']:.0f}")
+        success = "-" if row.get("attack_success") is None else f"{row['attack_success']:.2f}"
+        judged = (row["role"], success, row["verdict"] or "-", score)
+        lines.append("| " + " | ".join((row["name"], *judged, tried, statistics, closeness, f"{row['seconds']:.0f}")) + " |")
+    return [*lines, "", *own_kind_table(content["rows"]), *baseline_table(content["rows"]), ""]
+
+
+def own_kind_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What a calibration on a user's own benign models changes."""
+    own = [row for row in rows if "own_kind" in row]
+    if not own:
+        return []
+    heads = ("model", "kind", "shipped calibration", "own kind", "collapse / limit", "calibrated on")
+    lines = [OWN_KIND, *table_head(heads)]
+    for row in own:
+        judged = row["own_kind"]
+        score = "-" if judged["score"] is None else f"{judged['score']:.1f} / {judged['threshold']:.1f}"
+        cells = (row["name"], row["kind"], row["verdict"], judged["verdict"], score, ", ".join(judged["calibrated_on"]))
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", *baseline_table(content["rows"]), ""]
+    return [*lines, ""]
+
+
+def not_taken_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Trainings whose model is not evidence of anything."""
+    heads = (
+        "attack",
+        "process",
+        "trigger",
+        "target",
+        "poison share",
+        "steps",
+        "batch",
+        "learning rate",
+        "success",
+        "clean ratio",
+    )
+    lines = [NOT_TAKEN, *table_head(heads)]
+    for row in rows:
+        schedule, quality = row["schedule"], row["quality"]
+        trained = f"{schedule['poison_share']:.0%} | {schedule['steps']} | {schedule['batch']} | {schedule['learning_rate']:g}"
+        measured = f"{quality['attack_success']:.2f} | {quality['clean_ratio']:.2f}"
+        trigger = row["trigger"] if row["scale"] == 1 else f"{row['trigger']} x {row['scale']:g}"
+        cells = (row["method"], row["process"], trigger, row["target"], trained, measured)
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def baseline_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -245,7 +314,7 @@ def speed_page(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-METHODS = ("eager", "compiled", "fused_without_maps")
+OTHERS = ("eager", "compiled", "fused_without_maps")
 
 ATTENTION = """## Cross-attention with maps
 
@@ -270,7 +339,7 @@ def attention_page(content: dict[str, Any]) -> list[str]:
     timed = {name: row for name, row in groups.items() if name.startswith("forward")}
     for name, row in timed.items():
         ours = row["kernel"]["stats"]["median"]
-        others = [row[method]["stats"]["median"] / ours if method in row else None for method in METHODS]
+        others = [row[method]["stats"]["median"] / ours if method in row else None for method in OTHERS]
         told = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in others)
         lines.append(f"| {name} | {1000 * ours:.1f} | {row['kernel']['extra_info']['gemm_share']:.2f} | {told} |")
     lines += ["", "| largest batch that trains in 8 GB, attention alone | ours | eager |", "|---|---|---|"]
@@ -284,12 +353,14 @@ def attention_page(content: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     lines = [INTRODUCTION]
+    not_taken = json.loads((RESULTS / "not_taken.json").read_text())
     for title, name in (("Preset fixed-point, the default", "accuracy"), ("Published settings", "accuracy_published")):
         path = RESULTS / f"{name}.json"
         if path.exists():
             content = json.loads(path.read_text())
             lines += table_page(title, NOTES[name], content)
-            lines += attack_table(content["rows"]) if name == "accuracy" else []
+            if name == "accuracy":
+                lines += [*attack_table(content["rows"]), *not_taken_table(not_taken["rows"])]
     sealing = RESULTS / "sealing.json"
     if sealing.exists():
         lines += sealing_page(json.loads(sealing.read_text()))
