@@ -19,6 +19,7 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -60,7 +61,7 @@ CONTENDERS: dict[str, Callable[[StableDiffusionPipeline], None]] = {
 
 
 def load() -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, local_files_only=True)
+    return StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, local_files_only=True, torch_dtype=torch.float32)
 
 
 def memory(field: str) -> int:
