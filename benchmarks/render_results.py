@@ -300,9 +300,10 @@ def speed_page(content: dict[str, Any]) -> list[str]:
         "## Speed",
         "",
         "`make bench` on "
-        f"{content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. Ratios against",
-        "`benchmarks/published/`, TERD's loop as released. Shares are of the machine's own measured read bandwidth and float32",
-        "matrix rate.",
+        f"{content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. `speedup` is against",
+        "`benchmarks/published/`, the loops as released; `op_speedup` and `counter_normal_speedup` against the same in plain torch.",
+        "Shares are of the machine's own measured read bandwidth and float32 matrix rate. Memory is the peak of a fresh process above",
+        "the loaded pipeline.",
         "",
         "| benchmark | median s | figures |",
         "|---|---|---|",
@@ -310,6 +311,8 @@ def speed_page(content: dict[str, Any]) -> list[str]:
     for bench in content["benchmarks"]:
         figures = {k: v for k, v in bench["extra_info"].items() if isinstance(v, float) and ("speedup" in k or "share" in k)}
         told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+        if peak := bench["extra_info"].get("peak_memory_bytes"):
+            told = f"{peak / 1e6:.0f} MB"
         lines.append(f"| {bench['name']} | {bench['stats']['median']:.4f} | {told} |")
     return lines
 
