@@ -301,8 +301,8 @@ def speed_page(content: dict[str, Any]) -> list[str]:
         "",
         "`make bench` on "
         f"{content['machine_info']['cpu']['brand_raw']}; medians of one run, contenders in turns. `speedup` is against",
-        "`benchmarks/published/`, the loops as released; `op_speedup` and `counter_normal_speedup` against the same in plain torch.",
-        "Shares are of the machine's own measured read bandwidth and float32 matrix rate. Memory is the peak of a fresh process above",
+        "`benchmarks/published/`, the loops as released; `op_speedup` and `counter_normal_speedup` against plain torch. Shares",
+        "are of the machine's own measured read bandwidth and float32 matrix rate. Memory is the peak of a fresh process above",
         "the loaded pipeline.",
         "",
         "| benchmark | median s | figures |",
