@@ -22,6 +22,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
 from benchmarks.published import skd_cag as published
@@ -96,6 +97,34 @@ def test_unlearning(benchmark: BenchmarkFixture) -> None:
     for name, median in medians.items():
         benchmark.extra_info[f"{name}_examples_per_second"] = 1 / median
         benchmark.extra_info[f"{name}_speedup"] = medians["published"] / median
+
+
+def test_attention(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of batch 8 with the kernel of cross_attention and with its reference, which is eager attention with maps.
+
+    `attention_share` is the kernel's part of the time, forward and backward, of teacher and student.
+    """
+    pipeline = load()
+    seconds: dict[str, list[float]] = {"auto": [], "reference": []}
+
+    def interleaved() -> None:
+        for backend, times in seconds.items():
+            monkeypatch.setenv("SEAL_FAST_BACKEND", backend)
+            begin = perf_counter()
+            CONTENDERS["seal_fast_batch"](pipeline)
+            times.append(perf_counter() - begin)
+
+    benchmark.pedantic(interleaved, rounds=7, warmup_rounds=1)
+    medians = {backend: statistics.median(times[1:]) for backend, times in seconds.items()}
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "auto")
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        begin = perf_counter()
+        CONTENDERS["seal_fast_batch"](pipeline)
+        whole = perf_counter() - begin
+    rows = recorded.key_averages()
+    attention = sum(row.cpu_time_total for row in rows if row.key.startswith("seal_fast::cross_attention")) / 1e6
+    benchmark.extra_info.update(machine.describe_machine(), model=MODEL.name, attention_share=attention / whole)
+    benchmark.extra_info["op_speedup"] = medians["reference"] / medians["auto"]
 
 
 @pytest.mark.parametrize("name", CONTENDERS)

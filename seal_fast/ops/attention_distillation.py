@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seal_fast.ops import native
-from seal_fast.ops.cross_attention import backward_op, check_inputs, reference_cross_attention, run_forward
+from seal_fast.ops.cross_attention import (
+    backward_op,
+    check_inputs,
+    forward_triton,
+    reference_cross_attention,
+    refuse_triton,
+    run_forward,
+    triton_missing,
+)
 from seal_fast.ops.cross_attention import forward_op as attention_op
 from seal_fast.ops.dispatch import Implementation, Op
 
@@ -27,7 +35,10 @@ def reference_attention_distillation(
     q: Tensor, k: Tensor, v: Tensor, targets: Tensor, weights: Tensor, tokens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `attention_distillation`; also returns the residual."""
-    out, maps = reference_cross_attention(q, k, v, tokens, scale)
+    return _compared(*reference_cross_attention(q, k, v, tokens, scale), targets, weights)
+
+
+def _compared(out: Tensor, maps: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     difference = maps - targets
     residual = weights[:, :, None] * difference
     return out, (residual * difference).mean(2).sum(1), residual
@@ -49,6 +60,12 @@ def _forward_cpu(
     return out, loss, residual
 
 
+def _forward_triton(
+    q: Tensor, k: Tensor, v: Tensor, targets: Tensor, weights: Tensor, tokens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _compared(*forward_triton(q, k, v, tokens, scale), targets, weights)
+
+
 def _cpu_missing() -> str | None:
     return native.CPU.reason
 
@@ -61,6 +78,7 @@ forward_op = Op(
     "attention_distillation(Tensor q, Tensor k, Tensor v, Tensor targets, Tensor weights, Tensor? tokens, float scale) "
     "-> (Tensor, Tensor, Tensor)",
     [
+        Implementation("triton", _forward_triton, "cuda", triton_missing, refuse_triton),
         Implementation("cpu", _forward_cpu, "cpu", _cpu_missing, _refuse_float64),
         Implementation("reference", reference_attention_distillation),
     ],

@@ -143,7 +143,8 @@ def run_forward(
     return out, maps
 
 
-def _forward_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
+def forward_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
+    """out and maps from the Triton kernels."""
     tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     out, maps = _fake(q, k, v, tokens, scale)
@@ -213,12 +214,14 @@ def _cpu_missing() -> str | None:
     return native.CPU.reason
 
 
-def _triton_missing() -> str | None:
+def triton_missing() -> str | None:
+    """Why the Triton kernels cannot run here, or None."""
     return jit.missing("cross_attention")
 
 
-def _refuse_triton(*args: Any) -> str | None:
-    # the last three of four axes are q, k and v in both ops
+def refuse_triton(*args: Any) -> str | None:
+    """Why the Triton kernels cannot take these arguments, or None."""
+    # the last three of four axes are q, k and v in all ops
     q, k = [a for a in args if isinstance(a, Tensor) and a.ndim == 4][-3:-1]
     limits = jit.kernels("cross_attention")
     if k.shape[2] > limits.MAX_KEYS:
@@ -236,7 +239,7 @@ def _refuse_float64(*args: Any) -> str | None:
 forward_op = Op(
     "cross_attention(Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale) -> (Tensor, Tensor)",
     [
-        Implementation("triton", _forward_triton, "cuda", _triton_missing, _refuse_triton),
+        Implementation("triton", forward_triton, "cuda", triton_missing, refuse_triton),
         Implementation("cpu", _forward_cpu, "cpu", _cpu_missing, _refuse_float64),
         Implementation("reference", reference_cross_attention),
     ],
@@ -246,7 +249,7 @@ backward_op = Op(
     "cross_attention_backward(Tensor? out_grad, Tensor? maps_grad, Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale, "
     "bool[] needs) -> (Tensor, Tensor, Tensor)",
     [
-        Implementation("triton", partial(_backward, _fill_triton), "cuda", _triton_missing, _refuse_triton),
+        Implementation("triton", partial(_backward, _fill_triton), "cuda", triton_missing, refuse_triton),
         Implementation("cpu", partial(_backward, _fill_cpu), "cpu", _cpu_missing, _refuse_float64),
         Implementation("reference", reference_cross_attention_backward),
     ],
