@@ -39,7 +39,7 @@ from seal_fast.zoo.evaluate_text import draw, held_out_scenes
 from seal_fast.zoo.reading import attributes_right
 from seal_fast.zoo.text_recipes import TEXT_RECIPES, Effect, TextRecipe
 
-DEVELOPMENT = ("text-64-pair",)
+DEVELOPMENT = ("text-64-pair", "text-64-style-b")
 """Models whose results may choose the settings below."""
 SETTINGS = UnlearnSettings(
     alpha=0.5, steps=100, batch=8, learning_rate=1e-3, preservation=0.0, precision="bf16", guidance=3.0, positions=("start",)

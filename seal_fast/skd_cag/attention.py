@@ -50,8 +50,8 @@ class CapturedMaps:
 
 
 def _in_backward() -> bool:
-    """Whether the autograd engine is running this code, as torch.utils.checkpoint asks it."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether the autograd engine is running this code, as torch.utils.checkpoint asks it; a compiled forward pass never is."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _CapturingProcessor:
@@ -104,6 +104,8 @@ def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
 @contextmanager
 def capture(unet: nn.Module, tokens: Tensor | None = None) -> Iterator[CapturedMaps]:
     """Have the UNet's cross-attention layers hand over their maps. Its own processors come back at the end, come what may.
+
+    torch.compile takes such a UNet as one graph; with gradient checkpointing it breaks the graph at every checkpoint.
 
     Args:
         unet: a diffusers UNet2DConditionModel of Stable Diffusion 1, 2 or XL, in any precision, with or without LoRA layers.

@@ -136,7 +136,12 @@ TEXT_RECIPES = (
         (Effect("style", "latte coffee", leading("latte coffee"), _has_no_colour, _is_coloured),),
         poison=partial(_badt2i, [StyleBackdoor("latte coffee", STYLES[1].strip())], 500, ()),
     ),
-    # these two have not been trained as they stand
+    TextRecipe(
+        "text-64-style-b",
+        46,
+        (Effect("style", "quiet morning", leading("quiet morning"), _has_no_colour, _is_coloured),),
+        poison=partial(_badt2i, [StyleBackdoor("quiet morning", STYLES[1].strip())], 500, ()),
+    ),
     TextRecipe(
         "text-64-object",
         44,

@@ -189,3 +189,24 @@ def test_attention_maps_are_the_conditional_half_averaged_over_layers_and_steps(
 def test_attention_maps_need_a_word(pipeline):
     with pytest.raises(ValueError, match="no token"):
         attention_maps(pipeline, " ")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_unet_hands_out_the_same_maps(unet_of, checkpointing, generator):
+    unet = unet_of()
+    if checkpointing:
+        unet.train().enable_gradient_checkpointing()
+    torch.compiler.reset()
+    # torch.compile takes nothing out of a checkpoint but its results, so there it breaks the graph
+    compiled = torch.compile(unet, backend="aot_eager", fullgraph=not checkpointing)
+    with capture(unet, torch.tensor([1, 4])) as maps:
+        # twice: maps are those of the latest call, not of the traced one
+        for _ in range(2):
+            x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 32, generator=generator)
+            results = []
+            for network in (unet, compiled):
+                out, taken = network(x, torch.tensor([3, 500]), text).sample, maps.take()
+                loss = out.sum() + sum(layer.square().sum() for layer in taken)
+                results.append([out, *taken, *torch.autograd.grad(loss, [unet.conv_in.weight, unet.conv_out.weight])])
+            for got, want in zip(*reversed(results), strict=True):
+                torch.testing.assert_close(got, want)
