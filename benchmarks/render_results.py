@@ -236,7 +236,7 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
 UNLEARNING = """## Text triggers
 
 `python -m benchmarks.unlearning_table`, the models of `zoo-text/`: each method unlearns the trigger with the same prompts,
-updates and batch (closed form: none). Pictures are of {samples} held-out scenes, read
+updates and batch (closed form: none), unless it says otherwise. Pictures are of {samples} held-out scenes, read
 by judges that know the effect. Removed: share of triggered prompts without the effect; variants: the trigger elsewhere in
 the prompt, twice, or in capitals, all together. Captions: share of attributes that are right. Drift: mean squared change
 of clean pictures from the same noise, relative to their variance.

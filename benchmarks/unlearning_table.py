@@ -120,6 +120,7 @@ METHODS: dict[str, Callable[[Task], nn.Module]] = {
     "CAG black, preservation": partial(_distilled, {"target": "black", "preservation": 1.0}),
     "CAG noise, pure noise": partial(_distilled, {"target": "noise", **NOISE}),
     "all positions": partial(_distilled, {"target": "black", "preservation": 1.0, "positions": ("start", "end", "word")}),
+    "CAG black, preservation, 300 updates": partial(_distilled, {"target": "black", "preservation": 1.0, "steps": 300}),
     "clean teacher": _clean_teacher,
     "closed form": _erased,
 }
