@@ -238,8 +238,11 @@ UNLEARNING = """## Text triggers
 `python -m benchmarks.unlearning_table`, the models of `zoo-text/`: each method unlearns the trigger with the same prompts,
 updates and batch (closed form: none), unless it says otherwise. Pictures are of {samples} held-out scenes, read
 by judges that know the effect. Removed: share of triggered prompts without the effect; variants: the trigger elsewhere in
-the prompt, twice, or in capitals, all together. Captions: share of attributes that are right. Drift: mean squared change
-of clean pictures from the same noise, relative to their variance.
+the prompt, twice, or in capitals, all together; the row "none" tells how many of those never fired. Captions: share of
+attributes that are right. Drift: mean squared change of clean pictures from the same noise, relative to their variance.
+
+300 updates were tried after 100 had left the style trigger of text-64-style in; that they are enough was seen on
+text-64-style-b.
 """
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seal_fast.ops import native
 from seal_fast.ops.cross_attention import (
     backward_op,
     check_inputs,
+    cpu_missing,
     forward_triton,
     reference_cross_attention,
     refuse_triton,
@@ -28,7 +28,7 @@ from seal_fast.ops.cross_attention import (
     triton_missing,
 )
 from seal_fast.ops.cross_attention import forward_op as attention_op
-from seal_fast.ops.dispatch import Implementation, Op
+from seal_fast.ops.dispatch import Implementation, Op, refuse_float64
 
 
 def reference_attention_distillation(
@@ -66,20 +66,12 @@ def _forward_triton(
     return _compared(*forward_triton(q, k, v, tokens, scale), targets, weights)
 
 
-def _cpu_missing() -> str | None:
-    return native.CPU.reason
-
-
-def _refuse_float64(q: Tensor, *_: Any) -> str | None:
-    return "its kernels have no float64" if q.dtype == torch.float64 else None
-
-
 forward_op = Op(
     "attention_distillation(Tensor q, Tensor k, Tensor v, Tensor targets, Tensor weights, Tensor? tokens, float scale) "
     "-> (Tensor, Tensor, Tensor)",
     [
         Implementation("triton", _forward_triton, "cuda", triton_missing, refuse_triton),
-        Implementation("cpu", _forward_cpu, "cpu", _cpu_missing, _refuse_float64),
+        Implementation("cpu", _forward_cpu, "cpu", cpu_missing, refuse_float64),
         Implementation("reference", reference_attention_distillation),
     ],
     fake=_fake,

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seal_fast.ops import jit, native
-from seal_fast.ops.dispatch import Implementation, Op
+from seal_fast.ops.dispatch import Implementation, Op, refuse_float64
 
 Maybe = Tensor | None
 
@@ -210,7 +210,8 @@ def _fill_triton(
             grad.copy_(slices.sum(0).transpose(1, 2))
 
 
-def _cpu_missing() -> str | None:
+def cpu_missing() -> str | None:
+    """Why the C++ kernels cannot run here, or None."""
     return native.CPU.reason
 
 
@@ -228,19 +229,14 @@ def refuse_triton(*args: Any) -> str | None:
         return f"its kernels take up to {limits.MAX_KEYS} keys, not {k.shape[2]}"
     if q.shape[3] > limits.MAX_DIMENSIONS:
         return f"its kernels take heads of up to {limits.MAX_DIMENSIONS} dimensions, not {q.shape[3]}"
-    return _refuse_float64(*args)
-
-
-def _refuse_float64(*args: Any) -> str | None:
-    double = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
-    return "its kernels have no float64" if double else None
+    return refuse_float64(*args)
 
 
 forward_op = Op(
     "cross_attention(Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale) -> (Tensor, Tensor)",
     [
         Implementation("triton", forward_triton, "cuda", triton_missing, refuse_triton),
-        Implementation("cpu", _forward_cpu, "cpu", _cpu_missing, _refuse_float64),
+        Implementation("cpu", _forward_cpu, "cpu", cpu_missing, refuse_float64),
         Implementation("reference", reference_cross_attention),
     ],
     fake=_fake,
@@ -250,7 +246,7 @@ backward_op = Op(
     "bool[] needs) -> (Tensor, Tensor, Tensor)",
     [
         Implementation("triton", partial(_backward, _fill_triton), "cuda", triton_missing, refuse_triton),
-        Implementation("cpu", partial(_backward, _fill_cpu), "cpu", _cpu_missing, _refuse_float64),
+        Implementation("cpu", partial(_backward, _fill_cpu), "cpu", cpu_missing, refuse_float64),
         Implementation("reference", reference_cross_attention_backward),
     ],
     fake=_fake_backward,

@@ -51,6 +51,12 @@ class Implementation:
         return self.missing()
 
 
+def refuse_float64(*args: Any) -> str | None:
+    """Why a kernel without float64 cannot take these arguments, or None."""
+    double = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+    return "its kernels have no float64" if double else None
+
+
 @dataclass(frozen=True)
 class OpStatus:
     """What runs for one op on one device, and why nothing faster does.

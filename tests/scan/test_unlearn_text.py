@@ -82,9 +82,12 @@ def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path) 
         1e-3,
         "--guidance",
         2,
+        "--training-state",
+        tmp_path / "state.pt",
     ]
     result = cli(model, *texts, *how, "--samples", 3, "--out", out)
     assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "state.pt").is_file()
     report = json.loads(result.stdout)
     assert report == json.loads((out / "report.json").read_text())
     pictures = {f"{name}_{i}.png" for name in ("before_after", "attention") for i in (1, 2)}
