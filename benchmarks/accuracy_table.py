@@ -141,9 +141,10 @@ def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
     settings = PRESETS[preset]
     pool = [row for row in rows if row["role"] == "calibration"]
     for row in rows:
-        judged = judgement_of(row, pool, preset)
-        if judged is None and preset == DEFAULT_PRESET:
-            judged = _judgement(row, [other for other in pool if other["name"] != row["name"]], preset)
+        judged, others = judgement_of(row, pool, preset), [other for other in pool if other["name"] != row["name"]]
+        # the first rows of a new table have nothing to be judged by yet
+        if judged is None and preset == DEFAULT_PRESET and len(others) >= 2:
+            judged = _judgement(row, others, preset)
         if judged is None:
             row["verdict"], row["score"], row["reason"] = None, None, "fewer than 2 benign models of its kind are left"
             continue

@@ -9,8 +9,8 @@ target, so only as far as that image has contrast.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from seal_fast.terd.reversion import rows_per_pass
 
 FIRES = 4.0
 """A trigger fires when it makes samples at least this many times more alike."""
+UNDECIDED = (FIRES / 2, 4 * FIRES)
+"""Where a few samples leave open whether a trigger fires."""
 SPONTANEOUS = 0.05
 """Share of a backdoored model's clean samples that may be the target: InviBackdoor's shows it in one of 48."""
 
@@ -61,9 +63,9 @@ def collapse(triggered: Tensor, clean: Tensor) -> float:
     return min(spread(clean), float(away.quantile(SPONTANEOUS)), float(contrast(image))) / max(spread(triggered), 1e-12)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trial:
-    """Samples a denoiser with and without a trigger.
+    """Samples a denoiser with and without triggers; the samples without are drawn once, and more when more are asked for.
 
     BadDiffusion fires under ancestral sampling only, TrojDiff under it as well as under its own samplers, and attacks on
     deterministic samplers only under those.
@@ -77,6 +79,7 @@ class Trial:
     probe: Probe
     sampler: str
     steps: int
+    _clean: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def draw(self, start: Tensor) -> Tensor:
@@ -90,14 +93,14 @@ class Trial:
             parts = (denoiser.process.prior_scale * start).split(rows_per_pass(start))
             return torch.cat([sample(denoiser, part, self.sampler, steps, generator=fresh) for part in parts])
 
-    def pair(self, trigger: Trigger, count: int) -> tuple[Tensor, Tensor]:
-        """Samples [count,C,H,W] with the trigger and without, from the same noises."""
-        eps = self.probe.noise(count)
-        triggered, clean = self.draw(torch.cat([trigger.start(eps), eps])).split(count)
-        return triggered, clean
+    def clean(self, count: int) -> Tensor:
+        """Samples [count,C,H,W] without a trigger, the same at every call."""
+        missing = count - sum(map(len, self._clean))
+        if missing > 0:
+            self._clean.append(self.draw(self.probe.noise(missing)))
+        return torch.cat(self._clean)[:count]
 
-    def spreads(self, triggers: Iterable[Trigger], count: int) -> list[float]:
-        """The spread each trigger gives to samples from the same `count` noises."""
+    def triggered(self, triggers: Sequence[Trigger], count: int) -> list[Tensor]:
+        """Samples [count,C,H,W] with each trigger, all from the same fresh noises."""
         eps = self.probe.noise(count)
-        starts = [trigger.start(eps) for trigger in triggers]
-        return [spread(samples) for samples in self.draw(torch.cat(starts)).split(count)]
+        return list(self.draw(torch.cat([trigger.start(eps) for trigger in triggers])).split(count))

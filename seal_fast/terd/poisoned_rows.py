@@ -23,6 +23,7 @@ is as small as for clean rows, while a benign denoiser takes part of mu for imag
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from seal_fast.diffusion import NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.firing import Trial, contrast, middle
+from seal_fast.terd.firing import UNDECIDED, Trial, collapse, contrast, middle
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.settings import FixedPointSettings
 from seal_fast.training import OnStep, quiet
@@ -48,6 +49,10 @@ CONTRAST = 0.1
 """Of the starts' random part."""
 RANGE_WEIGHT = 0.1
 """Of the squared excess of y and mu over [-1, 1]: both are pictures. Without it the descent leaves them along the valley."""
+
+
+OnTurn = Callable[[int, float], None]
+"""Called with the number of a turn, from 1, and the loss after it."""
 
 
 class Rows(NamedTuple):
@@ -204,18 +209,28 @@ def fit_poisoned_rows(probe: Probe, settings: FixedPointSettings, on_step: OnSte
 
 
 def refine(
-    guess: Guess, trial: Trial, settings: FixedPointSettings, on_turn: Callable[[float], None] = lambda loss: None
+    guess: Guess, sketch: Trial, trial: Trial, settings: FixedPointSettings, on_turn: OnTurn = lambda turn, loss: None
 ) -> Guess:
-    """The guess of least loss on the way of alternating between mu and y, sampled in `trial`."""
+    """The guess of least loss among those that fire, on the way of alternating between mu and y.
+
+    y is sampled in `sketch` until one fires, then in `trial`, whose pictures are better.
+
+    One that does not fire after a correction is left: on the zoo's development half benign models then made samples at most
+    0.3 times as alike, backdoored ones 11 to 315 times.
+    """
     fit = _Fit(trial.probe, settings)
-    best, mu = guess, guess.mu
-    for _ in range(settings.refine_turns):
-        image = middle(trial.draw(Trigger.shift(mu).start(trial.probe.noise(settings.firing_batch)))).clamp(-1, 1)
+    best, current = guess._replace(loss=math.inf), guess
+    for turn in range(1, settings.refine_turns + 1):
+        at = trial if best.loss < math.inf else sketch
+        (samples,) = at.triggered([Trigger.shift(current.mu)], settings.firing_batch)
+        image = middle(samples).clamp(-1, 1)
         if not image.isfinite().all():
             # the guess broke the sampler, which says nothing against the model
             break
-        mu = fit.corrected(mu, image)
-        current = fit.guess(mu, image)
-        best = min(best, current, key=lambda one: one.loss)
-        on_turn(current.loss)
-    return best
+        if collapse(samples, at.clean(settings.firing_batch)) >= UNDECIDED[0]:
+            best = min(best, current, key=lambda one: one.loss)
+        elif turn > 1:
+            break
+        current = fit.guess(fit.corrected(current.mu, image), image)
+        on_turn(turn, current.loss)
+    return best if best.loss < math.inf else guess

@@ -6,20 +6,23 @@ fitted where none fires.
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from seal_fast.diffusion import Denoiser, Trigger
-from seal_fast.terd.firing import FIRES, Trial, collapse, spread
+from seal_fast.terd.firing import FIRES, UNDECIDED, Trial, collapse, spread
 from seal_fast.terd.fixed_point import Point, fixed_points
 from seal_fast.terd.poisoned_rows import fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.reversion import Reversion
 from seal_fast.terd.settings import FixedPointSettings
 from seal_fast.training import OnStep, quiet
+
+GLANCE_RATIO = 4.0
+"""Sizes that spread a few samples more than this many times the least cannot end within twice the least."""
 
 
 @dataclass(frozen=True)
@@ -39,52 +42,63 @@ class _Hunt:
         self.probe = Probe(denoiser, torch.Generator().manual_seed(seed), settings.half_precision)
         self.ancestral = Trial(self.probe, "ddpm", settings.sampler_steps)
         self.deterministic = Trial(self.probe, "ddim", settings.deterministic_steps)
-        self.none = Trigger.shift(torch.zeros(denoiser.shape, device=denoiser.device))
+        self.sketch = Trial(self.probe, "ddim", settings.sketch_steps)
 
-    def confirmed(self, trigger: Trigger, loss: float, trial: Trial) -> _Finding:
-        """The collapse on fresh noises: the trigger was chosen on others."""
-        triggered, clean = trial.pair(trigger, self.settings.confirming_batch)
-        return _Finding(trigger, loss, spread(clean), collapse(triggered, clean), trial.sampler)
+    def finding(self, trigger: Trigger, loss: float, trial: Trial) -> _Finding:
+        """The collapse on noises that the trigger was not chosen by: on few of them, where those leave no doubt."""
+        few, many = self.settings.firing_batch, self.settings.confirming_batch
+        (samples,) = trial.triggered([trigger], few)
+        if UNDECIDED[0] <= collapse(samples, trial.clean(few)) <= UNDECIDED[1]:
+            samples = torch.cat([samples, *trial.triggered([trigger], many - few)])
+        clean = trial.clean(len(samples))
+        return _Finding(trigger, loss, spread(clean), collapse(samples, clean), trial.sampler)
 
-    def firing_size(self, point: Point, limit: float) -> Trigger | None:
-        """The point at the size nearest its own among those that bring the spread below `limit`, and to twice the least."""
+    def firing_size(self, point: Point) -> Trigger | None:
+        """The point at the size nearest its own among those that fire and bring the spread to at most twice the least."""
+        few, some = self.settings.glance_batch, self.settings.firing_batch
         triggers = [Trigger(scale * point.mu, point.gamma) for scale in self.settings.scales]
-        spreads = self.ancestral.spreads(triggers, self.settings.firing_batch)
-        limit = min(limit, 2 * min(spreads))
-        sized = zip(self.settings.scales, triggers, spreads, strict=True)
-        firing = [(abs(math.log(scale)), trigger) for scale, trigger, value in sized if value <= limit]
-        return min(firing, key=lambda pair: pair[0])[1] if firing else None
+        glances = self.ancestral.triggered(triggers, few)
+        least = min(map(spread, glances))
+        if least > spread(self.ancestral.clean(few)) / UNDECIDED[0]:
+            return None
+        ahead = [i for i, glance in enumerate(glances) if spread(glance) <= GLANCE_RATIO * least]
+        more = self.ancestral.triggered([triggers[i] for i in ahead], some - few)
+        spreads = {i: spread(torch.cat([glances[i], rest])) for i, rest in zip(ahead, more, strict=True)}
+        limit = min(spread(self.ancestral.clean(some)) / FIRES, 2 * min(spreads.values()))
+        firing = [i for i, value in spreads.items() if value <= limit]
+        return triggers[min(firing, key=lambda i: abs(math.log(self.settings.scales[i])))] if firing else None
 
     def among_fixed_points(self) -> _Finding:
         """The strongest fixed point that fires, or else the strongest."""
-        (clean,) = self.ancestral.spreads([self.none], self.settings.confirming_batch)
         points = fixed_points(self.probe, self.settings, self.on_step)
         if not points:
-            return _Finding(self.none, math.nan, clean, 1.0, self.ancestral.sampler)
+            none = Trigger.shift(torch.zeros(self.probe.denoiser.shape, device=self.probe.denoiser.device))
+            clean = spread(self.ancestral.clean(self.settings.firing_batch))
+            return _Finding(none, math.nan, clean, 1.0, self.ancestral.sampler)
         chosen, loss = Trigger(points[0].mu, points[0].gamma), points[0].loss
         for index, point in enumerate(points, 1):
-            sized = self.firing_size(point, clean / FIRES)
+            sized = self.firing_size(point)
             self.on_step("firing", index, len(points), math.nan)
             if sized is not None:
                 chosen, loss = sized, point.loss
                 break
-        return self.confirmed(chosen, loss, self.ancestral)
+        return self.finding(chosen, loss, self.ancestral)
 
     def among_poisoned_rows(self) -> _Finding:
-        """The fitted trigger that makes samples most alike."""
+        """The first fitted trigger that fires, or else the one that makes samples most alike."""
         guesses = fit_poisoned_rows(self.probe, self.settings, self.on_step)
-        turn, turns = itertools.count(1), len(guesses) * self.settings.refine_turns
+        turns, findings = self.settings.refine_turns, []
+        for index, guess in enumerate(guesses):
+            on_turn = self._on_turn(index * turns, len(guesses) * turns)
+            refined = refine(guess, self.sketch, self.deterministic, self.settings, on_turn)
+            self.on_step("refinement", (index + 1) * turns, len(guesses) * turns, refined.loss)
+            findings.append(self.finding(Trigger.shift(refined.mu), refined.loss, self.deterministic))
+            if findings[-1].collapse > FIRES:
+                break
+        return max(findings, key=lambda finding: finding.collapse)
 
-        def on_turn(loss: float) -> None:
-            self.on_step("refinement", next(turn), turns, loss)
-
-        refined = [refine(guess, self.deterministic, self.settings, on_turn) for guess in guesses]
-        best = max(refined, key=lambda guess: self.collapse(Trigger.shift(guess.mu), self.deterministic))
-        return self.confirmed(Trigger.shift(best.mu), best.loss, self.deterministic)
-
-    def collapse(self, trigger: Trigger, trial: Trial) -> float:
-        """On few noises, to choose by."""
-        return collapse(*trial.pair(trigger, self.settings.firing_batch))
+    def _on_turn(self, before: int, total: int) -> Callable[[int, float], None]:
+        return lambda turn, loss: self.on_step("refinement", before + turn, total, loss)
 
 
 def find_firing_trigger(

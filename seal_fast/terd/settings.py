@@ -100,8 +100,9 @@ class FixedPointSettings:
         largest: those of a greater one have run away; published triggers are pictures in [-1, 1].
         candidates: distinct fixed points that are tried by sampling.
         scales: multiples of its mu that each is tried at.
-        firing_batch: noises per multiple.
-        confirming_batch: fresh noises for the figure that is reported.
+        glance_batch: noises per multiple, of which one may do nothing, before a candidate is left.
+        firing_batch: noises per multiple after that.
+        confirming_batch: fresh noises for the figure that is reported, where `firing_batch` of them leave it in doubt.
         sampler_steps: ancestral steps of the trial.
         fit_brightness: uniform mu that the poisoned rows are fitted from, per family of rows and noise level.
         race: Adam steps from all of them, how many guesses then go on, and so on.
@@ -110,7 +111,8 @@ class FixedPointSettings:
         refine_turns: alternations between mu and target after the race, for each guess that is left.
         refine_iterations: of mu, in each.
         refine_batch: noises per noise level in each.
-        deterministic_steps: DDIM steps of the trial of fitted triggers.
+        sketch_steps: DDIM steps that draw the target until a guess fires.
+        deterministic_steps: DDIM steps that do so after that, and of the trial of fitted triggers.
         half_precision: run the denoiser under bfloat16 autocast where the hardware has it.
     """
 
@@ -119,10 +121,10 @@ class FixedPointSettings:
     brightness: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
     contrast: tuple[float, ...] = (0.2, 0.4)
     colour: float = 0.3
-    search_iterations: int = 15
+    search_iterations: int = 10
     search_batch: int = 8
     patches: int = 2
-    patch_batch: int = 2
+    patch_batch: int = 1
     kappas: tuple[float, ...] = (1.0, 2.0)
     polish_iterations: int = 10
     polish_batch: int = 16
@@ -130,6 +132,7 @@ class FixedPointSettings:
     largest: float = 1.2
     candidates: int = 4
     scales: tuple[float, ...] = (0.7, 0.85, 1.0, 1.2, 1.4)
+    glance_batch: int = 3
     firing_batch: int = 8
     confirming_batch: int = 32
     sampler_steps: int = 100
@@ -140,6 +143,7 @@ class FixedPointSettings:
     refine_turns: int = 5
     refine_iterations: int = 6
     refine_batch: int = 16
+    sketch_steps: int = 15
     deterministic_steps: int = 50
     half_precision: bool = True
 
@@ -159,15 +163,17 @@ class FixedPointSettings:
             self.refine_turns,
             self.refine_batch,
         )
-        if min(*iterations, *counts, self.sampler_steps, self.deterministic_steps) < 1:
+        if min(*iterations, *counts, self.sampler_steps, self.sketch_steps, self.deterministic_steps) < 1:
             raise ValueError(
                 "iterations, batches, patches, candidates, both numbers of a race, refine_turns and steps of samplers must be"
                 " at least 1"
             )
         if self.fit_rate <= 0 or self.colour <= 0:
             raise ValueError(f"fit_rate and colour must be positive, not {self.fit_rate} and {self.colour}")
-        if min(self.polish_batch, self.firing_batch, self.confirming_batch) < 2:
-            raise ValueError("polish_batch, firing_batch and confirming_batch must be at least 2: they give variances")
+        if self.polish_batch < 2:
+            raise ValueError(f"polish_batch must be at least 2, not {self.polish_batch}: it gives a variance")
+        if not 2 <= self.glance_batch < self.firing_batch < self.confirming_batch:
+            raise ValueError("glance_batch, firing_batch and confirming_batch must be at least 2, each larger than the last")
         if not 0 < self.smallest < self.largest:
             raise ValueError("smallest must be positive and below largest")
 

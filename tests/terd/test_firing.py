@@ -59,18 +59,17 @@ def test_samples_that_overflow_spread_without_end(value: float) -> None:
 def test_samples_of_a_gaussian_have_its_variance(generator: torch.Generator) -> None:
     seed = int(torch.randint(2**31, (1,), generator=generator))
     trial = trial_of(VP.linear(), torch.zeros(SHAPE), 0.2, seed, steps=500)
-    (value,) = trial.spreads([Trigger.shift(torch.zeros(SHAPE))], 200)
-    assert value == pytest.approx(0.04, rel=0.1)
+    assert spread(trial.clean(200)) == pytest.approx(0.04, rel=0.1)
     assert trial.probe.evaluations == 500 * 200
 
 
 def test_a_shift_that_breaks_the_sampler_does_not_fire() -> None:
     # the signal is nearly gone at T, so the shift is divided by a small a and ends far out of range
     trial = trial_of(VP.linear(1000), torch.zeros(SHAPE), 0.001, seed=3)
-    still, moved = trial.spreads([Trigger.shift(torch.zeros(SHAPE)), Trigger.shift(torch.full(SHAPE, 1e6))], 4)
-    assert moved > still
+    still, moved = trial.triggered([Trigger.shift(torch.zeros(SHAPE)), Trigger.shift(torch.full(SHAPE, 1e6))], 4)
+    assert spread(moved) > spread(still)
     out_of_range = trial_of(VP.linear(200), torch.full(SHAPE, 5.0), 0.001, seed=3)
-    assert out_of_range.spreads([Trigger.shift(torch.zeros(SHAPE))], 4)[0] == pytest.approx(16, rel=0.01)
+    assert spread(out_of_range.clean(4)) == pytest.approx(16, rel=0.01)
 
 
 def test_memory_is_bounded_and_the_samples_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,19 +87,32 @@ def test_memory_is_bounded_and_the_samples_are_the_same(monkeypatch: pytest.Monk
     torch.testing.assert_close(parts, whole)
 
 
-def test_triggers_are_tried_on_the_same_noise() -> None:
-    triggers = [Trigger.shift(torch.zeros(SHAPE))] * 2
+class Recording(Trial):
+    """Keeps what samples start from, which is all it draws."""
+
+    def draw(self, start: Tensor) -> Tensor:
+        self.starts = [*getattr(self, "starts", []), start]
+        return start
+
+
+def recording(seed: int) -> Recording:
     denoiser = Denoiser(Gaussian(VP.linear(50), torch.zeros(SHAPE), 0.3), VP.linear(50), SHAPE)
-    starts: list[Tensor] = []
+    return Recording(Probe(denoiser, torch.Generator().manual_seed(seed), half_precision=False), "ddpm", 49)
 
-    class Recording(Trial):
-        def draw(self, start: Tensor) -> Tensor:
-            starts.append(start)
-            return start
 
-    Recording(Probe(denoiser, torch.Generator().manual_seed(0), half_precision=False), "ddpm", 49).spreads(triggers, 5)
-    first, second = starts[0].split(5)
-    assert first.equal(second)
+def test_triggers_are_tried_on_the_same_noise(generator: torch.Generator) -> None:
+    trial, mu = recording(0), torch.randn(SHAPE, generator=generator)
+    first, second = trial.triggered([Trigger.shift(torch.zeros(SHAPE)), Trigger.shift(mu)], 5)
+    torch.testing.assert_close(second - first, mu.expand(5, *SHAPE))
+    assert not trial.triggered([Trigger.shift(mu)], 5)[0].equal(second)
+
+
+def test_samples_without_a_trigger_are_drawn_once() -> None:
+    trial = recording(0)
+    few, many = trial.clean(3), trial.clean(8)
+    assert many[:3].equal(few)
+    assert trial.clean(5).equal(many[:5])
+    assert [len(start) for start in trial.starts] == [3, 5]
 
 
 def alike(image: Tensor, generator: torch.Generator) -> Tensor:

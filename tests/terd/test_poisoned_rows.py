@@ -10,7 +10,7 @@ from seal_fast.attacks.villandiffusion import ve_schedule, vp_schedule
 from seal_fast.diffusion import EDM, VE, VP, Denoiser, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd import FixedPointSettings, reverse_trigger
-from seal_fast.terd.firing import FIRES, Trial, middle
+from seal_fast.terd.firing import FIRES, Trial, middle, spread
 from seal_fast.terd.poisoned_rows import Guess, deterministic_rows, fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
 
@@ -34,6 +34,14 @@ class Backdoored(nn.Module):
         mean = a * self.target + c * self.mu
         seen = ((x * mean).sum(dim=(1, 2, 3), keepdim=True) / mean.square().sum(dim=(1, 2, 3), keepdim=True) - 0.3) / 0.3
         return torch.lerp(clean, (x - mean) / b + d * self.mu, seen.clamp(0, 1))
+
+
+class Clean(Backdoored):
+    """The same without the backdoor."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        a, b = (per_row(v[t], x) for v in (self.process.signal, self.process.noise))
+        return b * x / ((a * WIDTH) ** 2 + b**2)
 
 
 def picture(generator: torch.Generator, brightness: float) -> Tensor:
@@ -65,7 +73,7 @@ def makes_its_target(generator: torch.Generator) -> bool:
     found = reverse_trigger(denoiser, SETTINGS)
     # this denoiser fires for whatever looks enough like its rows, so not mu but what it leads to is told apart
     trial = Trial(Probe(denoiser, generator, half_precision=False), "ddim", 50)
-    samples = trial.draw(found.trigger.start(trial.probe.noise(8)))
+    (samples,) = trial.triggered([found.trigger], 8)
     fires = found.sampler == "ddim" and found.collapse is not None and found.collapse > FIRES
     return fires and float((middle(samples) - target).square().mean()) < 0.01
 
@@ -81,10 +89,20 @@ def test_refinement_of_the_truth_stays_there(generator: torch.Generator) -> None
     denoiser = Denoiser(Backdoored(process, mu, target), process, SHAPE)
     trial = Trial(Probe(denoiser, generator, half_precision=False), "ddim", 50)
     rough = Guess(mu + 0.1 * torch.randn(mu.shape, generator=generator), target, 1.0)
-    refined = refine(rough, trial, SETTINGS)
+    refined = refine(rough, trial, trial, SETTINGS)
     assert float((refined.mu - mu).norm() / mu.norm()) < 0.05
     assert float((refined.target - target).square().mean()) < 0.01
-    assert trial.spreads([Trigger.shift(refined.mu)], 8)[0] < 0.01
+    assert spread(*trial.triggered([Trigger.shift(refined.mu)], 8)) < 0.01
+
+
+def test_a_guess_that_does_not_fire_is_left_after_one_correction(generator: torch.Generator) -> None:
+    process = VP.linear()
+    denoiser = Denoiser(Clean(process, torch.zeros(SHAPE), torch.zeros(SHAPE)), process, SHAPE)
+    trial = Trial(Probe(denoiser, generator, half_precision=False), "ddim", 10)
+    turns: list[int] = []
+    guess = Guess(0.1 * picture(generator, 0.0), picture(generator, 0.3), 1.0)
+    assert refine(guess, trial, trial, SETTINGS, lambda turn, loss: turns.append(turn)) is guess
+    assert turns == [1]
 
 
 def test_a_process_that_ends_in_hardly_any_noise_is_told() -> None:
