@@ -141,6 +141,10 @@ def scan(
     ] = False,
     fail_on: Annotated[FailOn | None, typer.Option(help="Exit with 1 for this verdict too.")] = None,
     seed: Seed = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, show_default=False, help="Models at a time (default: what cores and memory allow; 1 on a GPU)."),
+    ] = None,
     quiet: Quiet = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say which backend each op uses.")] = False,
 ) -> None:
@@ -168,6 +172,7 @@ def scan(
             weights=weights.value,
             seed=seed,
             out=out,
+            jobs=jobs,
             on_progress=display.on_progress,
             on_result=display.on_result,
         )
@@ -270,7 +275,7 @@ def calibrate(
     with ProgressDisplay(sys.stderr, quiet) as display:
 
         def on_model(model: CalibrationModel, index: int, total: int) -> None:
-            display.done(index, total, evidence_line(model, settings.features))
+            display.done(model.name, index, total, evidence_line(model, settings.features))
 
         try:
             pool = measure(clean, dirty, settings, seed=seed, on_progress=display.on_progress, on_model=on_model)

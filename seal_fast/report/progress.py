@@ -1,14 +1,15 @@
-"""Progress on stderr: one line per finished model, and a bar where there is a terminal."""
+"""Progress on stderr: one line per finished model, and where there is a terminal bars of those under way."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from seal_fast.report.console import console_for, number, safe
+from seal_fast.scan.earlier import KEPT
 
 if TYPE_CHECKING:
     from seal_fast.scan.result import ModelResult
@@ -38,7 +39,8 @@ class ProgressDisplay:
             transient=True,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("", total=None)
+        self.whole = self.bar.add_task("", total=None)
+        self.running: dict[str, TaskID] = {}
 
     def __enter__(self) -> ProgressDisplay:
         self.bar.start()
@@ -51,14 +53,27 @@ class ProgressDisplay:
         if self.interrupted:
             raise KeyboardInterrupt
         self.total = at.total
+        if at.model not in self.running:
+            self.running[at.model] = self.bar.add_task("", total=1.0)
         step = f" {at.iteration}/{at.iterations}" if at.iterations else ""
-        what = f"{at.index - 1}/{at.total} done, {at.stage}{step}: {safe(at.model)}"
-        self.bar.update(self.task, total=at.total, completed=at.index - 1 + at.fraction, description=what)
+        what = f"{at.stage}{step}: {safe(at.model)}"
+        self.bar.update(self.running[at.model], completed=at.fraction, description=what)
+        self._show_whole()
 
-    def done(self, index: int, total: int, line: str) -> None:
-        """A model is finished; `line` says how it ended."""
-        self.finished, self.total = index, total
-        self.console.print(f"[{index}/{total}] {safe(line)}", soft_wrap=True)
+    def done(self, name: str, finished: int, total: int, line: str) -> None:
+        """The model `name` is finished, as the `finished`-th; `line` says how it ended."""
+        self.finished, self.total = finished, total
+        if (task := self.running.pop(name, None)) is not None:
+            self.bar.remove_task(task)
+        self._show_whole()
+        self.console.print(f"[{finished}/{total}] {safe(line)}", soft_wrap=True)
 
-    def on_result(self, model: ModelResult, index: int, total: int) -> None:
-        self.done(index, total, f"{model.path}: {model.verdict.value}, {model.reason} ({number(model.seconds, 1)} s)")
+    def on_result(self, model: ModelResult, finished: int, total: int) -> None:
+        how = "kept from an earlier scan" if KEPT in model.notes else f"{number(model.seconds, 1)} s"
+        self.done(model.path, finished, total, f"{model.path}: {model.verdict.value}, {model.reason} ({how})")
+
+    def _show_whole(self) -> None:
+        """The bar of all models; a single one has its own."""
+        done = self.finished + sum(task.completed for task in self.bar.tasks if task.id in self.running.values())
+        what = f"{self.finished}/{self.total} done"
+        self.bar.update(self.whole, total=self.total, completed=done, description=what, visible=self.total > 1)

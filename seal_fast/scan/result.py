@@ -44,7 +44,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """All models of a scan, in the order they were scanned.
+    """All models of a scan, in the order they were found.
 
     Attributes:
         models: one row each.

@@ -1,10 +1,13 @@
-"""One scan: load, revert, judge and record, model after model."""
+"""One scan: load, revert, judge and record every model."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,16 @@ from typing import Any
 import torch
 
 import seal_fast
-from seal_fast.checkpoints import CheckpointError, load_denoiser
+from seal_fast.checkpoints import CheckpointError, LoadedCheckpoint, load_denoiser
 from seal_fast.checkpoints.trigger import PRIOR_SCALE
 from seal_fast.diffusion import Denoiser, Trigger
 from seal_fast.report.figures import draw_samples, draw_trigger
 from seal_fast.report.json import write_report
+from seal_fast.scan.capacity import default_jobs
 from seal_fast.scan.discovery import Candidate, find_candidates
+from seal_fast.scan.earlier import kept_rows
 from seal_fast.scan.environment import environment
+from seal_fast.scan.processes import Died, in_processes
 from seal_fast.scan.result import ModelResult, ScanReport
 from seal_fast.terd import (
     DEFAULT_PRESET,
@@ -63,7 +69,7 @@ class Progress:
 
 OnProgress = Callable[[Progress], None]
 OnResult = Callable[[ModelResult, int, int], None]
-"""Called with each finished row, its number from 1, and the models to scan."""
+"""Called with each finished row, how many are finished with it, and the models to scan."""
 
 
 def _ignore(*_: object) -> None:
@@ -91,6 +97,14 @@ def progress_of(settings: Settings, at: Progress, on_progress: OnProgress) -> Ca
 
 
 @dataclass(frozen=True)
+class _Task:
+    """A checkpoint and its place in the report, from 0."""
+
+    place: int
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
 class _Scan:
     """What stays the same from model to model."""
 
@@ -98,26 +112,33 @@ class _Scan:
     weights: str
     seed: int
     out: Path | None
-    on_progress: OnProgress
+    total: int
 
-    def model(self, candidate: Candidate, index: int, total: int) -> ModelResult:
+    def each(self, waiting: Sequence[_Task], jobs: int, on_progress: OnProgress) -> Iterator[tuple[int, ModelResult]]:
+        """The place and the row of every model, as they finish; a single one is scanned here, with all threads."""
+        if jobs == 1 or len(waiting) == 1:
+            for task in waiting:
+                yield task.place, self.model(task, on_progress)
+            return
+        for task, outcome in in_processes(self.model, waiting, jobs, on_progress):
+            yield task.place, _lost(task.candidate, outcome) if isinstance(outcome, Died) else outcome
+
+    def model(self, task: _Task, on_progress: OnProgress) -> ModelResult:
         """Scan one checkpoint; whatever goes wrong with it becomes its error row."""
         started = time.perf_counter()
-        at = Progress(candidate.name, index, total, "loading")
-        self.on_progress(at)
+        candidate = task.candidate
+        at = Progress(candidate.name, task.place + 1, self.total, "loading")
+        on_progress(at)
         loaded = None
         try:
             loaded = load_denoiser(candidate.path, weights=self.weights, device=default_device())
-            on_step = progress_of(self.calibration.settings, at, self.on_progress)
+            on_step = progress_of(self.calibration.settings, at, on_progress)
             reversion = reverse_trigger(loaded.denoiser, self.calibration.settings, seed=self.seed, on_step=on_step)
             evidence = model_evidence(reversion)
             judgement = self.calibration.judge(evidence, loaded.denoiser.kind)
         except Exception as error:
-            reason = _describe(error, candidate)
-            sha256, kind = (loaded.sha256, loaded.format) if loaded else (None, None)
-            seconds = time.perf_counter() - started
-            return ModelResult(candidate.name, sha256, kind, Verdict.ERROR, None, None, reason, None, None, seconds, reason)
-        self.on_progress(replace(at, stage="pictures", fraction=1.0))
+            return _failed(candidate, loaded, _describe(error, candidate), time.perf_counter() - started)
+        on_progress(replace(at, stage="pictures", fraction=1.0))
         trigger, notes = self.keep(candidate, loaded.denoiser, reversion, loaded.sha256)
         return ModelResult(
             path=candidate.name,
@@ -167,6 +188,22 @@ def sample_pictures(denoiser: Denoiser, trigger: Trigger, seed: int, sampler: st
     return {"clean noise": draw(noise), "noise with the reverted trigger": draw(trigger.start(noise))}
 
 
+def _failed(candidate: Candidate, loaded: LoadedCheckpoint | None, reason: str, seconds: float) -> ModelResult:
+    sha256, kind = (loaded.sha256, loaded.format) if loaded else (None, None)
+    return ModelResult(candidate.name, sha256, kind, Verdict.ERROR, None, None, reason, None, None, seconds, reason)
+
+
+def _lost(candidate: Candidate, end: Died) -> ModelResult:
+    code = end.exit_code
+    if code is not None and code < 0:
+        reason = f"its process was killed by signal {-code} ({signal.strsignal(-code)})"
+        if -code == signal.SIGKILL:
+            reason += ", as the system does when memory runs out: scan it alone, or with fewer --jobs"
+    else:
+        reason = f"its process ended with exit code {code} and no result: scan it alone to see why"
+    return _failed(candidate, None, reason, end.seconds)
+
+
 def _describe(error: Exception, candidate: Candidate) -> str:
     """An error in one line, without the absolute path reports must not hold."""
     if isinstance(error, CheckpointError):
@@ -183,10 +220,11 @@ def tool() -> dict[str, str]:
 
 def _config(calibration: Calibration, preset: str | None, weights: str, seed: int) -> dict[str, Any]:
     backdoored = sum(model.backdoored for model in calibration.models)
+    digest = hashlib.sha256(json.dumps(asdict(calibration), sort_keys=True).encode()).hexdigest()
     return {
         "preset": preset,
         "settings": asdict(calibration.settings),
-        "calibration": {"benign": len(calibration.models) - backdoored, "backdoored": backdoored},
+        "calibration": {"benign": len(calibration.models) - backdoored, "backdoored": backdoored, "sha256": digest},
         "weights": weights,
         "seed": seed,
         "device": default_device(),
@@ -201,6 +239,7 @@ def scan(
     weights: str = "ema",
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
+    jobs: int | None = 1,
     on_progress: OnProgress = _ignore,
     on_result: OnResult = _ignore,
 ) -> ScanReport:
@@ -213,30 +252,42 @@ def scan(
         weights: "ema" or "raw", where a checkpoint holds both.
         seed: of the reversion and of the pictures.
         out: folder for report.json, and for each model's trigger.safetensors, trigger.png and samples.png; None keeps nothing.
-            report.json is replaced whole after every model, so an interrupted scan leaves the finished ones.
+            report.json is replaced whole after every model, so an interrupted scan leaves the finished ones; the next one with
+            equal settings keeps the rows of models whose weights did not change, errors excepted.
+        jobs: models scanned at a time, each in a process of its own with its share of torch's threads; a process that dies
+            costs one `error` row. 1 scans in this process. None takes as many as cores and memory allow. Programs that ask for
+            more than 1 need the guard `if __name__ == "__main__":` of Python's multiprocessing.
         on_progress: called as the work goes on.
         on_result: called with every finished row.
 
     Returns:
-        One row per checkpoint; a checkpoint that cannot be scanned gets an `error` row and the rest goes on.
+        One row per checkpoint, in the order found whatever finished first; a checkpoint that cannot be scanned gets an `error`
+        row and the rest goes on.
 
     Raises:
         FileNotFoundError: one of `paths` does not exist, or there is no such preset.
         OSError: `out` cannot be written.
-        ValueError: the preset's calibration cannot be read.
+        ValueError: the preset's calibration cannot be read, or `jobs` is less than 1.
     """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, not {jobs}")
     used_preset = preset if calibration is None else None
     calibration = calibration or shipped_calibration(preset)
     candidates = find_candidates([paths] if isinstance(paths, str | os.PathLike) else paths)
     out = None if out is None else Path(out)
-    job = _Scan(calibration, weights, seed, out, on_progress)
-    report = ScanReport((), tool(), environment(), _config(calibration, used_preset, weights, seed))
+    config = _config(calibration, used_preset, weights, seed)
+    rows = {} if out is None else kept_rows(out, candidates, tool(), config)
+    waiting = [_Task(place, candidate) for place, candidate in enumerate(candidates) if place not in rows]
+    report = ScanReport(tuple(rows.values()), tool(), environment(), config)
     if out is not None:
         write_report(report, out / "report.json")
-    for index, candidate in enumerate(candidates, 1):
-        result = job.model(candidate, index, len(candidates))
-        report = replace(report, models=(*report.models, result))
+    for number, row in enumerate(rows.values(), 1):
+        on_result(row, number, len(candidates))
+    jobs = default_jobs([task.candidate.path for task in waiting]) if jobs is None else jobs
+    for place, row in _Scan(calibration, weights, seed, out, len(candidates)).each(waiting, jobs, on_progress):
+        rows[place] = row
+        report = replace(report, models=tuple(rows[place] for place in sorted(rows)))
         if out is not None:
             write_report(report, out / "report.json")
-        on_result(result, index, len(candidates))
+        on_result(row, len(rows), len(candidates))
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,3 +92,14 @@ def corrupt() -> Callable[[Path], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(
+    tmp_path: Path, quiet_model: Path, loud_model: Path, diverging_model: Path, corrupt: Callable[[Path], Path]
+) -> Path:
+    """A folder with a model of every verdict; the one of an error is called b-broken.safetensors."""
+    for name, model in {"a-quiet": quiet_model, "c-loud": loud_model, "d-diverging": diverging_model}.items():
+        shutil.copytree(model, tmp_path / "hub" / name)
+    corrupt(tmp_path / "hub" / "b-broken.safetensors")
+    return tmp_path / "hub"

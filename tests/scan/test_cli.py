@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,7 @@ def strict(text):
 
 @pytest.fixture
 def scan(calibration_file):
-    return lambda *args, **env: invoke("scan", "--calibration", calibration_file, *args, **env)
+    return lambda *args, **env: invoke("scan", "--jobs", 1, "--calibration", calibration_file, *args, **env)
 
 
 def hub(folder, **models):
@@ -94,6 +95,7 @@ def test_3_nothing_to_scan(scan, tmp_path):
         ["{model}", "--preset", "absent"],
         ["{model}", "--weights", "both"],
         ["{model}", "--seed", "x"],
+        ["{model}", "--jobs", "0"],
         ["{model}", "--fail-on", "clean"],
         ["{model}", "--no-such-option"],
         ["{model}", "--calibration", "{absent}"],
@@ -304,19 +306,56 @@ def test_an_interrupt_that_was_swallowed_is_raised_at_the_next_event():
         display.on_progress(at)
 
 
-def test_ctrl_c_keeps_the_finished_models(tmp_path, quiet_model, calibration):
-    hub(tmp_path / "hub", a=quiet_model, b=quiet_model, c=quiet_model)
+def test_models_under_way_at_the_same_time_are_shown():
+    display = ProgressDisplay(io.StringIO(), quiet=False)
+
+    def shown():
+        return [(task.description, task.completed) for task in display.bar.tasks if task.visible]
+
+    display.on_progress(Progress("a", 1, 3, "search", 2, 4, 0.25))
+    display.on_progress(Progress("b", 2, 3, "loading"))
+    display.on_progress(Progress("b", 2, 3, "firing", 1, 2, 0.5))
+    assert shown() == [("0/3 done", 0.75), ("search 2/4: a", 0.25), ("firing 1/2: b", 0.5)]
+    display.done("b", 1, 3, "b: clean")
+    assert shown() == [("1/3 done", 1.25), ("search 2/4: a", 0.25)]
+
+
+def test_a_single_model_has_one_bar():
+    display = ProgressDisplay(io.StringIO(), quiet=False)
+    display.on_progress(Progress("a", 1, 1, "search", 2, 4, 0.25))
+    assert [task.description for task in display.bar.tasks if task.visible] == ["search 2/4: a"]
+
+
+def test_a_scan_that_is_run_again_says_what_it_kept(scan, quiet_model, corrupt, tmp_path):
+    args = quiet_model, corrupt(tmp_path / "broken.safetensors"), "--out", tmp_path / "out"
+    scan(*args)
+    result = scan(*args)
+    assert result.exit_code == 2
+    kept, again = result.stderr.splitlines()
+    assert kept.endswith("(kept from an earlier scan)")
+    assert again.startswith("[2/2] ")
+    assert again.endswith(" s)")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_keeps_the_finished_models(tmp_path, quiet_model, calibration, jobs):
+    hub(tmp_path / "hub", a=quiet_model, b=quiet_model, c=quiet_model, d=quiet_model)
     slow = replace(calibration, settings=replace(calibration.settings, estimation_iterations=150))
     slow.save(tmp_path / "pool.json")
-    command = program("scan", "--batch", tmp_path / "hub", "--out", tmp_path / "out", "--calibration", tmp_path / "pool.json")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    options = "--out", tmp_path / "out", "--calibration", tmp_path / "pool.json", "--jobs", jobs
+    command = program("scan", "--batch", tmp_path / "hub", *options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as process:
         first = process.stderr.readline()
-        process.send_signal(signal.SIGINT)
+        # as a terminal does, to every process of the group
+        os.killpg(process.pid, signal.SIGINT)
+        # waits for the end of all that hold stderr
         stdout, stderr = process.communicate(timeout=120)
-    assert first.startswith("[1/3] a: ")
+    assert first.startswith("[1/4] ")
     assert process.returncode == 130, stderr
     assert stdout == ""
     report = strict((tmp_path / "out" / "report.json").read_text())
     finished = len(report["models"])
-    assert 1 <= finished < 3
-    assert f"interrupted: {finished} of 3 models finished; report: {tmp_path / 'out' / 'report.json'}" in stderr
+    assert 1 <= finished < 4
+    assert "Traceback" not in stderr
+    assert f"interrupted: {finished} of 4 models finished; report: {tmp_path / 'out' / 'report.json'}" in stderr

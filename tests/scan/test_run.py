@@ -14,14 +14,6 @@ from seal_fast.scan.run import sample_pictures
 from seal_fast.terd import reverse_trigger
 
 
-@pytest.fixture
-def hub(tmp_path, quiet_model, loud_model, diverging_model, corrupt):
-    for name, model in {"a-quiet": quiet_model, "c-loud": loud_model, "d-diverging": diverging_model}.items():
-        shutil.copytree(model, tmp_path / "hub" / name)
-    corrupt(tmp_path / "hub" / "b-broken.safetensors")
-    return tmp_path / "hub"
-
-
 def test_one_row_per_model_whatever_happens_to_the_others(hub, calibration, tmp_path):
     report = scan(hub, calibration=calibration, out=tmp_path / "out")
     verdicts = {model.path: model.verdict.value for model in report.models}
@@ -66,7 +58,7 @@ def test_report_on_disk_grows_with_every_model(hub, calibration, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a-quiet", "c-loud", "report.json"]
 
 
-def test_an_interrupt_stops_the_scan_and_keeps_what_is_finished(hub, calibration, tmp_path):
+def test_an_interrupt_stops_the_scan_and_the_next_one_goes_on_from_there(hub, calibration, tmp_path):
     def on_progress(at):
         if at.index == 3 and at.stage == "refinement":
             raise KeyboardInterrupt
@@ -75,6 +67,10 @@ def test_an_interrupt_stops_the_scan_and_keeps_what_is_finished(hub, calibration
         scan(hub, calibration=calibration, out=tmp_path / "out", on_progress=on_progress)
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [row["path"] for row in written["models"]] == ["a-quiet", "b-broken.safetensors"]
+    scanned = []
+    report = scan(hub, calibration=calibration, out=tmp_path / "out", on_progress=lambda at: scanned.append(at.model))
+    assert set(scanned) == {"b-broken.safetensors", "c-loud", "d-diverging"}
+    assert [row.verdict.value for row in report.models] == ["clean", "error", "backdoored", "inconclusive"]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no kernel"), ValueError("bad"), RecursionError("deep")])

@@ -1,0 +1,64 @@
+"""Cost of a model in a scan of many, against the scan of one with all threads: copies of one benign model of 16 px.
+
+With a quarter or less of the default iterations, to keep it short: what a process costs beside the search weighs more than in a
+real scan. The import of torch that a run of many starts with is not counted; it takes a few seconds, once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import machine
+from seal_fast.scan import scan
+from seal_fast.scan.capacity import default_jobs
+from seal_fast.terd import DEFAULT_PRESET, FixedPointSettings, shipped_calibration
+
+MODEL = Path(__file__).parents[1] / "zoo" / "benign-16-a"
+SETTINGS = FixedPointSettings(
+    search_iterations=4,
+    polish_iterations=3,
+    candidates=1,
+    sampler_steps=50,
+    race=((3, 12), (4, 6), (6, 2)),
+    refine_turns=1,
+)
+ROUNDS = 3
+
+
+@pytest.mark.parametrize("models", [1, 2, 4, 16])
+def test_many_models(benchmark: BenchmarkFixture, tmp_path: Path, models: int) -> None:
+    """Seconds per model; each round scans one model alone, then all of them."""
+    calibration = replace(shipped_calibration(DEFAULT_PRESET), settings=SETTINGS)
+    hub = [shutil.copytree(MODEL, tmp_path / f"{number:02}") for number in range(models)]
+    seconds: dict[str, list[float]] = {"single": [], "many": []}
+
+    def timed(name: str, paths: list[Path], jobs: int | None) -> None:
+        begin = perf_counter()
+        report = scan(paths, calibration=calibration, jobs=jobs)
+        seconds[name].append((perf_counter() - begin) / len(paths))
+        assert report.summary["error"] == 0
+
+    def interleaved() -> None:
+        timed("single", hub[:1], 1)
+        timed("many", hub, None)
+
+    scan(hub[:2], calibration=calibration, jobs=None)
+    benchmark.pedantic(interleaved, rounds=ROUNDS)
+
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    benchmark.extra_info.update(
+        machine.describe_machine(),
+        model=MODEL.name,
+        models=models,
+        jobs=default_jobs(hub),
+        single_seconds=medians["single"],
+        many_seconds_per_model=medians["many"],
+        speedup=medians["single"] / medians["many"],
+    )
