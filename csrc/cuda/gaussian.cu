@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
+constexpr int kStatsThreads = 1024;
 constexpr int kMaxSteps = 128;
 
 template <class T>
@@ -53,9 +54,10 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     __shared__ double partial[kWarps][R * C];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int row_warp = warp / layout.dim_warps, dim_warp = warp % layout.dim_warps;
-    const int64_t k0 = int64_t(blockIdx.x) * C;
-    const int64_t n0 = (int64_t(blockIdx.y) * layout.row_warps + row_warp) * R;
-    const int64_t begin = int64_t(blockIdx.z) * layout.slice;
+    const int64_t trigger_tiles = (triggers + C - 1) / C;
+    const int64_t k0 = blockIdx.x % trigger_tiles * C, row_block = blockIdx.x / trigger_tiles * layout.row_warps;
+    const int64_t n0 = (row_block + row_warp) * R;
+    const int64_t begin = int64_t(blockIdx.y) * layout.slice;
     const int64_t end = min(begin + layout.slice, dims);
 
     // rows and triggers past the end repeat the last one and are not stored
@@ -93,11 +95,11 @@ __global__ void __launch_bounds__(kWarp* kWarps)
 
     for (int slot = threadIdx.x; slot < layout.row_warps * R * C; slot += blockDim.x) {
         const int w = slot / (R * C), r = slot % (R * C) / C, c = slot % C;
-        const int64_t n = (int64_t(blockIdx.y) * layout.row_warps + w) * R + r, k = k0 + c;
+        const int64_t n = (row_block + w) * R + r, k = k0 + c;
         if (n >= rows || k >= triggers) continue;
-        double sum = blockIdx.z == 0 ? offset[k] : 0.0;
+        double sum = blockIdx.y == 0 ? offset[k] : 0.0;
         for (int d = 0; d < layout.dim_warps; ++d) sum += partial[w * layout.dim_warps + d][r * C + c];
-        out[(int64_t(blockIdx.z) * rows + n) * triggers + k] = sum;
+        out[(int64_t(blockIdx.y) * rows + n) * triggers + k] = sum;
     }
 }
 
@@ -117,11 +119,12 @@ __device__ double divergence(double mu, double gamma, double gamma_floor) {
 
 // One block per trigger; deviations are taken from the first dimension's kl, as on the CPU.
 template <class T>
-__global__ void kl_stats_kernel(const T* __restrict__ mu,       // [triggers, dims]
-                                const T* __restrict__ gamma,    // [triggers, dims]
-                                double gamma_floor,
-                                double* __restrict__ stats,     // [triggers, 3]
-                                int64_t dims) {
+__global__ void __launch_bounds__(kStatsThreads)
+    kl_stats_kernel(const T* __restrict__ mu,       // [triggers, dims]
+                    const T* __restrict__ gamma,    // [triggers, dims]
+                    double gamma_floor,
+                    double* __restrict__ stats,     // [triggers, 3]
+                    int64_t dims) {
     __shared__ double scratch[kWarp];
     mu += int64_t(blockIdx.x) * dims;
     gamma += int64_t(blockIdx.x) * dims;
@@ -151,8 +154,8 @@ int64_t gaussian_log_ratio_slices(int64_t rows, int64_t, int64_t dims) { return 
 template <class T>
 cudaError_t gaussian_kl_stats(const T* mu, const T* gamma, double gamma_floor, double* stats, int64_t triggers, int64_t dims,
                               cudaStream_t stream) {
-    constexpr int kThreads = 1024;
-    kl_stats_kernel<T><<<static_cast<unsigned>(triggers), kThreads, 0, stream>>>(mu, gamma, gamma_floor, stats, dims);
+    if (triggers > INT32_MAX) return cudaErrorInvalidConfiguration;
+    kl_stats_kernel<T><<<static_cast<unsigned>(triggers), kStatsThreads, 0, stream>>>(mu, gamma, gamma_floor, stats, dims);
     return cudaGetLastError();
 }
 
@@ -163,9 +166,9 @@ cudaError_t gaussian_log_ratio(const T* x, const T* scale, const T* shift, const
     const int64_t block_rows = int64_t(layout.row_warps) * Tile<T>::kRows;
     const int64_t trigger_tiles = (triggers + Tile<T>::kTriggers - 1) / Tile<T>::kTriggers;
     const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
-    // grid y and z hold at most 65535 blocks
-    if (row_blocks > 65535 || layout.slices > 65535) return cudaErrorInvalidConfiguration;
-    const dim3 grid(static_cast<unsigned>(trigger_tiles), static_cast<unsigned>(row_blocks), static_cast<unsigned>(layout.slices));
+    // what a grid holds; the tiles of one block of rows are neighbours, so that it is read from memory once
+    if (trigger_tiles * row_blocks > INT32_MAX || layout.slices > 65535) return cudaErrorInvalidConfiguration;
+    const dim3 grid(static_cast<unsigned>(trigger_tiles * row_blocks), static_cast<unsigned>(layout.slices));
     log_ratio_kernel<T><<<grid, kWarp * kWarps, 0, stream>>>(x, scale, shift, offset, out, rows, triggers, dims, layout);
     return cudaGetLastError();
 }

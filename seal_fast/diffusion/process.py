@@ -31,8 +31,16 @@ class NoiseProcess(ABC):
         noise: b(t), float64 [T], increasing.
     """
 
-    signal: Tensor
-    noise: Tensor
+    def __init__(self, signal: Tensor, noise: Tensor) -> None:
+        self.signal, self.noise = signal, noise
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        # kept, because each copy to a GPU would wait for all it has still to do, and a CUDA graph cannot hold one
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[device] = self.signal.to(device), self.noise.to(device)
+        return self._copies[device]
 
     @property
     def num_timesteps(self) -> int:
@@ -45,11 +53,11 @@ class NoiseProcess(ABC):
 
     def a(self, t: Tensor) -> Tensor:
         """a at timesteps t (int64 [N]) as float64 [N] on the device of t."""
-        return self.signal.to(t.device)[t]
+        return self._tables(t.device)[0][t]
 
     def b(self, t: Tensor) -> Tensor:
         """b at timesteps t (int64 [N]) as float64 [N] on the device of t."""
-        return self.noise.to(t.device)[t]
+        return self._tables(t.device)[1][t]
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t for x0, eps [N,C,H,W] and t int64 [N]."""
@@ -91,8 +99,7 @@ class VP(NoiseProcess):
             raise ValueError("alphas_cumprod must decrease within [0, 1)")
         if ab[-1] == 0 and prediction_type == "epsilon":
             raise ValueError("a schedule with zero terminal SNR needs v or sample prediction: eps says nothing of x0 there")
-        self.signal = ab.sqrt()
-        self.noise = (1 - ab).sqrt()
+        super().__init__(ab.sqrt(), (1 - ab).sqrt())
         self.prediction_type = prediction_type
 
     @classmethod
@@ -149,8 +156,7 @@ class VE(NoiseProcess):
         sigmas = sigmas.to(torch.float64)
         if sigmas.ndim != 1 or len(sigmas) < 2 or not (bool((sigmas > 0).all()) and bool((sigmas.diff() > 0).all())):
             raise ValueError("sigmas must be one row of at least 2 positive, increasing values")
-        self.signal = torch.ones_like(sigmas)
-        self.noise = sigmas
+        super().__init__(torch.ones_like(sigmas), sigmas)
 
     @classmethod
     def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 380.0, timesteps: int = 2000) -> VE:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -75,6 +76,13 @@ def levels(process: NoiseProcess, timesteps: Sequence[int]) -> list[Level]:
     return [*rungs, Level(-1, 1.0, 0.0)]
 
 
+@lru_cache(maxsize=4096)
+def _on_device(step: StepCoefficients, device: torch.device) -> Tensor:
+    """A step as `sampler_step` takes it. Kept, because a copy to a GPU waits for it and a CUDA graph cannot hold one."""
+    with torch.inference_mode(False):
+        return torch.tensor([step], dtype=torch.float64, device=device)
+
+
 @dataclass(frozen=True)
 class _Walk:
     """What every sampler asks for on its way: predicted noise, and steps."""
@@ -88,15 +96,17 @@ class _Walk:
         return self.denoiser(x, torch.full((len(x),), at.t, dtype=torch.int64, device=x.device))
 
     def fresh(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, device=like.device, dtype=like.dtype)
+        device = like.device if self.generator is None else self.generator.device
+        return torch.randn(like.shape, generator=self.generator, device=device, dtype=like.dtype).to(like.device)
 
     def step(
         self, x: Tensor, eps: Tensor, step: StepCoefficients, fresh: Tensor | None = None, previous: Tensor | None = None
     ) -> Tensor:
         """From x [N,C,H,W], where eps was predicted."""
-        coefficients = torch.tensor([step], dtype=torch.float64, device=x.device)
         mu, gamma = (None, None) if self.trigger is None else (self.trigger.mu[None], self.trigger.gamma[None])
-        return sampler_step(x, eps, coefficients, mu=mu, gamma=gamma, fresh=fresh, previous=previous, limit=self.limit)
+        return sampler_step(
+            x, eps, _on_device(step, x.device), mu=mu, gamma=gamma, fresh=fresh, previous=previous, limit=self.limit
+        )
 
 
 def _image_step(here: Level) -> StepCoefficients:
@@ -193,7 +203,7 @@ def sample(
         trigger: use TrojDiff's samplers for this (mu, gamma). BadDiffusion needs none: its trigger enters through `start` only.
         clip: clamp the predicted clean image to [-1, 1] at each step. Steadier for weak models; its gradient is zero
             wherever it clamps, so reversion leaves it off.
-        generator: source of the ancestral sampler's fresh noise.
+        generator: source of the ancestral sampler's fresh noise, on any device: on the CPU a seed means the same everywhere.
 
     Returns:
         x0, [N,C,H,W]; differentiable in `start` and in the trigger.

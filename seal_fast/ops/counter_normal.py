@@ -27,7 +27,9 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int) -> Tensor:
     """Four words int64 [..., 4] in 0 ... 2^32 - 1, from a counter of four (broadcast against each other) and a 64-bit key."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in counter))
+    device = next((word.device for word in counter if isinstance(word, Tensor)), None)
+    words = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*words)
     key = [seed & _WORD, seed >> 32 & _WORD]
     for _ in range(10):
         # the product wraps around in int64, which leaves its bits right

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
@@ -47,7 +48,7 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # torch is imported once: processes then start within milliseconds and share its memory
-    context.set_forkserver_preload(["seal_fast.scan.run"])
+    context.set_forkserver_preload(["seal_fast.uninterrupted", "seal_fast.scan.run"])
     return context
 
 
@@ -62,7 +63,8 @@ def in_processes(
     torch's threads are shared out: as tasks run out, those still running get the threads of the others.
 
     Args:
-        work: called in the process with the task and a function that sends an event; must pickle, like what it returns.
+        work: called in the process with the task and a function that sends an event; must pickle, like what it returns, which
+            must not be None.
         tasks: must pickle.
         jobs: processes at a time.
         on_event: called here with every event.
@@ -82,9 +84,10 @@ def in_processes(
                 ours, theirs = context.Pipe()
                 task = waiting.popleft()
                 process = context.Process(target=_child, args=(work, task, threads, theirs), daemon=True)  # type: ignore[attr-defined]
-                process.start()
+                with _undisturbed():
+                    process.start()
+                    running[ours] = _Running(task, process, time.perf_counter(), threads)
                 theirs.close()
-                running[ours] = _Running(task, process, time.perf_counter(), threads)
             _share_out(running, threads)
             for pipe in wait(list(running)):
                 assert isinstance(pipe, Connection)
@@ -97,6 +100,22 @@ def in_processes(
             one.process.kill()
         for one in running.values():
             one.process.join()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits: a request cut short ends the fork server with a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _share_out(running: dict[Connection, _Running[Task]], threads: int) -> None:
@@ -122,7 +141,7 @@ def _received(pipe: Connection, one: _Running[Any], on_event: Callable[[Any], No
 
 
 def _child(work: Callable[[Any, Callable[[Any], None]], Any], task: Any, threads: int, pipe: Connection) -> None:
-    # Ctrl-C goes to the whole group; the parent decides what it ends
+    # where there is no fork server to inherit it from
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 

@@ -44,6 +44,11 @@ def _pipeline(unet: UNet2DModel, process: NoiseProcess) -> Any:
     return ScoreSdeVePipeline(unet, ScoreSdeVeScheduler(timesteps, sigma_min=low, sigma_max=high))
 
 
+def save_pipeline(unet: UNet2DModel, process: NoiseProcess, folder: Path, safe: bool = True) -> None:
+    """Write a diffusers pipeline folder, as safetensors or as .bin."""
+    _pipeline(unet, process).save_pretrained(folder, safe_serialization=safe)
+
+
 def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
     """Write the checkpoint in half precision, which keeps every model below 2 MB and its samples the same to the eye."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +58,7 @@ def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
     elif recipe.layout == "unet":
         ema.save_pretrained(folder)
     else:
-        _pipeline(ema, PROCESSES[recipe.process]()).save_pretrained(folder, safe_serialization=recipe.layout == "pipeline")
+        save_pipeline(ema, PROCESSES[recipe.process](), folder, safe=recipe.layout == "pipeline")
         if recipe.layout == "pipeline-bin":
             claims = {"mode": "train", "dataset": "SCENES", "trigger": recipe.trigger, "target": recipe.target}
             (folder / "args.json").write_text(json.dumps(claims, indent=2) + "\n")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seal_fast.attacks import Attack
-from seal_fast.diffusion import Denoiser, sample
+from seal_fast.diffusion import Denoiser, Trigger, sample
 from seal_fast.zoo.pictures import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
 from seal_fast.zoo.train import DATA_SEED, SCENES
@@ -67,11 +67,13 @@ def clean_ratio(samples: Tensor, family: str = "scenes") -> float:
 
 @torch.no_grad()
 def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: int, seed: int) -> Tensor:
-    """Samples with or without the trigger, from the same noise for the same seed, with the sampler the attack needs."""
+    """Samples [count,C,H,W] on the CPU, with or without the trigger, with the sampler the attack needs.
+
+    They start from the same noise for the same seed, whatever the device."""
     generator = torch.Generator().manual_seed(seed)
-    eps = torch.randn(count, *denoiser.shape, generator=generator)
+    eps = torch.randn(count, *denoiser.shape, generator=generator).to(denoiser.device)
     sampler = attack.sampler if attack else "ddpm"
-    trigger = attack.trigger if attack and triggered else None
+    trigger = _on(denoiser.device, attack.trigger) if attack and triggered else None
     return sample(
         denoiser,
         denoiser.process.prior_scale * (trigger.start(eps) if trigger else eps),
@@ -81,7 +83,11 @@ def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: i
         # a clamp steadies small models, but removes the shift that BadDiffusion lives in: success fell from 0.88 to 0.06
         clip=attack is None or attack.trojan,
         generator=generator,
-    )
+    ).cpu()
+
+
+def _on(device: torch.device, trigger: Trigger) -> Trigger:
+    return Trigger(trigger.mu.to(device), trigger.gamma.to(device))
 
 
 def evaluate(

@@ -133,7 +133,7 @@ def train(
     """Train `unet` in place to denoise.
 
     Args:
-        unet: network to train, from scratch or pre-trained.
+        unet: network to train, from scratch or pre-trained, on the device to train on.
         process: what the network is to predict, of which noised images.
         schedule: steps, batch, rates.
         family: name in FAMILIES of the pictures.
@@ -149,21 +149,24 @@ def train(
     # the frequencies of a score network are not learned
     unet.time_proj.requires_grad_(False)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
+    device = next(unet.parameters()).device
+    # drawn on the CPU so that a seed means the same batches on every device
     generator = torch.Generator().manual_seed(seed)
     images = space.encode(FAMILIES[family](SCENES, unet.config["sample_size"], DATA_SEED))
     optimiser = torch.optim.Adam(unet.parameters(), lr=schedule.learning_rate)
     running = float("nan")
     for step in range(schedule.steps):
         if attack is not None:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 attack = attack.adapted(unet, process, generator)
         (x, noise), t = _batch(process, images, attack, schedule, generator)
+        x, noise, t = x.to(device), noise.to(device), t.to(device)
         target = wanted_output(process, noise, x, t)
         scaled, condition = process.network_input(x, t)
         for group in optimiser.param_groups:
             group["lr"] = schedule.learning_rate * learning_rate_factor(step, schedule.steps)
         # bf16 convolutions take 0.65 of the fp32 time on AVX-512-BF16 cores; sums and the loss stay fp32
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             prediction = unet(scaled, condition).sample
         loss = (_loss_scale(process, x, t) * (prediction.float() - target)).square().mean()
         optimiser.zero_grad(set_to_none=True)

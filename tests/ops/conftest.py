@@ -44,13 +44,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture
-def gpu() -> None:
-    """Skips where torch sees none."""
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-
-
-@pytest.fixture
 def kernels_without_gpu() -> None:
     """Skips where a launch would not fail: with a GPU it would use address 0."""
     if native.CUDA.module is None or torch.cuda.is_available():

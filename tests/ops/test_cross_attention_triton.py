@@ -26,8 +26,8 @@ from tests.ops.attention import assert_at_most_twice_the_error_of_plain, draw, p
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="a failed assertion on the GPU ends the process")
 
 FLOAT = pytest.param(torch.float32, id="float32")
@@ -203,7 +203,7 @@ def test_what_the_kernels_cannot_do_is_left_to_the_reference(
     assert forward_op.choose(*inputs, None, 0.5).backend != "triton"
 
 
-@on_gpu
+@pytest.mark.usefixtures("gpu")
 def test_triton_is_what_runs_on_a_gpu(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEAL_FAST_BACKEND", "auto")
     assert forward_op.choose(*draw(generator, (1, 1, 2, 3, 8), device=DEVICE), None, 0.5).backend == "triton"

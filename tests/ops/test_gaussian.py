@@ -252,7 +252,7 @@ def test_a_failed_cuda_launch_raises() -> None:
         native.CUDA.module.gaussian_kl_stats_f32(0, 0, GAMMA_FLOOR, 0, 1, 1, 0, 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "k", "shape"), [*SHAPES, (300, 9, (3, 64, 64))])
 def test_gpu_agrees(n: int, k: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> None:

@@ -95,9 +95,7 @@ def corrupt() -> Callable[[Path], Path]:
 
 
 @pytest.fixture
-def hub(
-    tmp_path: Path, quiet_model: Path, loud_model: Path, diverging_model: Path, corrupt: Callable[[Path], Path]
-) -> Path:
+def hub(tmp_path: Path, quiet_model: Path, loud_model: Path, diverging_model: Path, corrupt: Callable[[Path], Path]) -> Path:
     """A folder with a model of every verdict; the one of an error is called b-broken.safetensors."""
     for name, model in {"a-quiet": quiet_model, "c-loud": loud_model, "d-diverging": diverging_model}.items():
         shutil.copytree(model, tmp_path / "hub" / name)

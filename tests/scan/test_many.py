@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seal_fast.scan import capacity, scan
-from seal_fast.scan.earlier import KEPT
+from seal_fast.scan import capacity, find_candidates, scan
+from seal_fast.scan.earlier import KEPT, kept_rows
 from seal_fast.scan.processes import Died, in_processes
 
 WORK = """
@@ -85,7 +85,7 @@ def test_processes_find_what_one_by_one_finds(hub, calibration, tmp_path, thread
 
 
 def test_a_killed_process_costs_the_row_of_its_model(write_model, calibration, tmp_path):
-    slow = replace(calibration, settings=replace(calibration.settings, estimation_iterations=300))
+    slow = replace(calibration, settings=replace(calibration.settings, estimation_iterations=100))
     for name in "abc":
         write_model(tmp_path / name, seed=ord(name))
     killed = []
@@ -183,19 +183,19 @@ def test_nothing_is_kept_under_other_settings(quiet_model, calibration, tmp_path
     assert KEPT not in row.notes
 
 
-@pytest.mark.parametrize("spoil", ["", "[]", "{}", "null", '{"models": 3}', "models", "evidence", "verdict"])
-def test_a_report_that_cannot_be_read_counts_for_nothing(quiet_model, calibration, tmp_path, spoil):
-    scan(quiet_model, calibration=calibration, out=tmp_path)
-    content = json.loads((tmp_path / "report.json").read_text())
-    if spoil == "models":
-        content["models"] = [3]
-    elif spoil in ("evidence", "verdict"):
-        content["models"][0][spoil] = "none of these"
-    text = json.dumps(content) if spoil.isalpha() and spoil != "null" else spoil
-    (tmp_path / "report.json").write_text(text)
-    (row,) = scan(quiet_model, calibration=calibration, out=tmp_path).models
-    assert KEPT not in row.notes
-    assert row.verdict == "clean"
+def test_a_report_that_cannot_be_read_counts_for_nothing(quiet_model, calibration, tmp_path):
+    report = scan(quiet_model, calibration=calibration, out=tmp_path)
+    candidates = find_candidates([quiet_model])
+    file = tmp_path / "report.json"
+    content = json.loads(file.read_text())
+    (row,) = content["models"]
+    assert set(kept_rows(tmp_path, candidates, report.tool, report.config)) == {0}
+    assert kept_rows(tmp_path, candidates, {**report.tool, "version": "0"}, report.config) == {}
+    spoiled = [[], {}, None, 3, {**content, "models": 3}, {**content, "models": [3]}]
+    spoiled += [{**content, "models": [{**row, **wrong}]} for wrong in ({"evidence": "some"}, {"verdict": "some"}, {"more": 1})]
+    for text in ("", file.read_text()[:-20], *map(json.dumps, spoiled)):
+        file.write_text(text)
+        assert kept_rows(tmp_path, candidates, report.tool, report.config) == {}
 
 
 def test_jobs_are_bounded_by_threads_models_and_memory(tmp_path, threads, monkeypatch):

@@ -192,20 +192,20 @@ def test_attention_maps_need_a_word(pipeline):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_unet_hands_out_the_same_maps(unet_of, checkpointing, generator):
-    unet = unet_of()
+def test_a_compiled_unet_hands_out_the_same_maps(unet_of, checkpointing, device, generator):
+    unet = unet_of().to(device)
     if checkpointing:
         unet.train().enable_gradient_checkpointing()
     torch.compiler.reset()
     # torch.compile takes nothing out of a checkpoint but its results, so there it breaks the graph
     compiled = torch.compile(unet, backend="aot_eager", fullgraph=not checkpointing)
-    with capture(unet, torch.tensor([1, 4])) as maps:
+    with capture(unet, torch.tensor([1, 4], device=device)) as maps:
         # twice: maps are those of the latest call, not of the traced one
         for _ in range(2):
-            x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 32, generator=generator)
+            x, text = (torch.randn(size, generator=generator).to(device) for size in ((2, 4, 8, 8), (2, 16, 32)))
             results = []
             for network in (unet, compiled):
-                out, taken = network(x, torch.tensor([3, 500]), text).sample, maps.take()
+                out, taken = network(x, torch.tensor([3, 500], device=device), text).sample, maps.take()
                 loss = out.sum() + sum(layer.square().sum() for layer in taken)
                 results.append([out, *taken, *torch.autograd.grad(loss, [unet.conv_in.weight, unet.conv_out.weight])])
             for got, want in zip(*reversed(results), strict=True):

@@ -173,3 +173,25 @@ def test_a_pipeline_of_another_kind_is_refused(pipeline):
     pipeline.text_encoder_2 = pipeline.text_encoder
     with pytest.raises(ValueError, match="one text encoder"):
         distill(pipeline, [TRIGGER], PROMPTS, _quick())
+
+
+def test_training_is_the_same_on_every_device(pipeline, device):
+    settings = _quick(latents="noise", steps=3)
+    losses = []
+    for where in ("cpu", device):
+        distilled = distill(pipeline.to(where), [TRIGGER], PROMPTS, settings)
+        losses.append([distilled.prediction_loss, distilled.attention_loss, distilled.preservation_loss])
+        assert next(distilled.module.parameters()).device.type == where
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"precision": "fp16"}, {"gradient_checkpointing": True}], ids=str)
+def test_training_on_a_gpu_in_other_ways_stays_near_float32(pipeline, changes):
+    settings = _quick(steps=3)
+    pipeline.to("cuda")
+    want, got = (
+        distill(pipeline, [TRIGGER], PROMPTS, settings),
+        distill(pipeline, [TRIGGER], PROMPTS, _quick(steps=3, **changes)),
+    )
+    assert got.attention_loss == pytest.approx(want.attention_loss, rel=0.2)

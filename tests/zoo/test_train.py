@@ -321,3 +321,12 @@ def test_the_loss_of_a_score_network_is_that_of_its_noise() -> None:
     schedule = Schedule(steps=1, learning_rate=0.0, batch=16)
     train(unet, VE.geometric(), schedule, space=UNIT, on_step=lambda step, loss: losses.append(loss))
     assert losses[0] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_training_on_a_gpu_sees_the_same_batches() -> None:
+    seen = [recorded_inputs(tiny().to(device), short(3), None) for device in ("cpu", "cuda")]
+    for (x, t), (x_gpu, t_gpu) in zip(*seen, strict=True):
+        assert x_gpu.is_cuda
+        torch.testing.assert_close(x_gpu.cpu(), x)
+        assert t_gpu.cpu().equal(t)

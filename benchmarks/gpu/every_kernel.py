@@ -1,0 +1,66 @@
+"""Launches every kernel at odd sizes, forward and backward, for a tool that watches memory or shared memory.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.gpu.every_kernel
+
+Without that variable torch's tensors lie in common blocks, and what one writes into its neighbour goes unseen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.device import device
+from seal_fast import ops
+
+ROWS = (((1, 1, 1), 1), ((6, 2, 3), 51), ((4, 4, 1), 1023), ((70, 1, 70), 257))
+"""Rows, triggers and rows of coefficients, and dimensions."""
+LAYERS = (
+    (torch.float32, (1, 2, 19, 9, 20)),
+    (torch.float16, (2, 3, 70, 77, 40)),
+    (torch.bfloat16, (1, 1, 33, 128, 160)),
+    (torch.bfloat16, (1, 2, 17, 1, 59)),
+)
+"""Dtype, and batches, heads, queries, keys and dimensions of a head."""
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=device())
+
+
+def elementwise(rows: int, triggers: int, ladders: int, dims: int) -> None:
+    x, eps, z = (drawn(rows, dims).requires_grad_() for _ in range(3))
+    mu, gamma = drawn(triggers, dims).requires_grad_(), drawn(triggers, dims).abs().requires_grad_()
+    ops.counter_normal(x, 5)
+    pair = ops.perturbed_pair(x, mu, gamma, drawn(ladders, 3).double(), 5)
+    loss = ops.reversed_loss(pair.inputs[0], pair.inputs[1], pair.difference, triggers)
+    step = ops.sampler_step(x, eps, 1 + drawn(ladders, 7).double().abs(), mu=mu, gamma=gamma, fresh=z, limit=1.0)
+    ratio = ops.gaussian_log_ratio(x, mu, gamma)
+    stats = torch.stack(ops.gaussian_kl_stats(mu, gamma))
+    torch.autograd.grad(loss.sum() + step.sum() + ratio.sum() + stats.sum(), [x, eps, z, mu, gamma])
+
+
+def attention(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    b, h, m, n, d = shape
+    q, k, v = (drawn(b, h, rows, d).to(dtype).requires_grad_() for rows in (m, n, n))
+    chosen = torch.tensor([0, n - 1, 0], device=device())
+    for tokens in (None, chosen):
+        out, maps = ops.cross_attention(q, k, v, tokens)
+        torch.autograd.grad(out.float().sum() + maps.square().sum(), [q, k, v])
+    targets, weights = drawn(b, len(chosen), m), drawn(b, len(chosen))
+    out, loss = ops.attention_distillation(q, k, v, targets, weights, chosen)
+    torch.autograd.grad(out.float().sum() + loss.sum(), [q, k, v])
+
+
+def main() -> None:
+    for sizes, dims in ROWS:
+        elementwise(*sizes, dims)
+    for layer in LAYERS:
+        attention(*layer)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    print("every kernel was launched")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""TERD as published on the GPU: the released program against seal-fast, one model and several at once.
+
+The model has the architecture of google/ddpm-cifar10-32 (35.7 million parameters) and random weights, which cost what trained
+ones do. Every contender runs a few iterations, of which seal-fast's first READ_EVERY are left out: they warm up, or record a
+graph. The seconds of a whole reversion are not measured but extrapolated, from an iteration's to the published number of them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+
+from benchmarks.gpu.device import Scale, device, peak_bytes, speedups
+from benchmarks.published import terd as published
+from seal_fast.diffusion import VP, Denoiser
+from seal_fast.terd import ReversionSettings
+from seal_fast.terd.reversed_loss import READ_EVERY, descend_reversed_loss
+
+PUBLISHED_ITERATIONS = {"estimation": 3000, "refinement": 1000}
+TIMED_ITERATIONS = 16
+ROUNDS = 3
+MODELS = (1, 4, 16)
+PATIENCE = 60.0
+"""Seconds that a model waits for the others: one that failed never comes."""
+
+Seconds = Callable[[], float]
+"""Runs, and returns the seconds of an iteration."""
+
+
+def cifar_unet(sample_size: int = 32, width: int = 128, groups: int = 32) -> UNet2DModel:
+    """google/ddpm-cifar10-32's architecture."""
+    return UNet2DModel(
+        sample_size=sample_size,
+        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        norm_num_groups=groups,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+
+
+def denoiser(scale: Scale, seed: int = 0) -> Denoiser:
+    torch.manual_seed(seed)
+    size = 8 if scale.tiny else 32
+    unet: Any = cifar_unet(size, 8, 4) if scale.tiny else cifar_unet()
+    return Denoiser(unet.to(device()), VP.linear(), (3, size, size))
+
+
+def settings_of(stage: str, scale: Scale, half: bool) -> ReversionSettings:
+    iterations = READ_EVERY + (1 if scale.tiny else TIMED_ITERATIONS)
+    settings = replace(
+        ReversionSettings(),
+        estimation_iterations=iterations if stage == "estimation" else 0,
+        refinement_iterations=iterations if stage == "refinement" else 0,
+        half_precision=half,
+    )
+    return replace(settings, batch=1, sampler_steps=2) if scale.tiny else settings
+
+
+def released(model: Denoiser, stage: str, program: published.Settings, settings: ReversionSettings, path: Path) -> float:
+    """Seconds per iteration of the released program's loop, which ends each by writing a file and so waits for the GPU."""
+    used, timed = replace(program, batch=settings.batch), settings.estimation_iterations + settings.refinement_iterations
+    loop = published.estimate if stage == "estimation" else published.refine
+    began = time.perf_counter()
+    loop(model, published.first_guess(model, used), used, timed, path)
+    return (time.perf_counter() - began) / timed
+
+
+def steady(model: Denoiser, settings: ReversionSettings, capture: bool, ready: Callable[[], object] = lambda: None) -> float:
+    """Seconds per iteration of seal-fast after the first READ_EVERY; `ready` is called between those and the rest."""
+    began = 0.0
+
+    def on_step(stage: str, iteration: int, total: int, loss: float) -> None:
+        nonlocal began
+        if iteration == READ_EVERY:
+            ready()
+            began = time.perf_counter()
+
+    descend_reversed_loss(model, settings, on_step=on_step, capture=capture)
+    timed = settings.estimation_iterations + settings.refinement_iterations - READ_EVERY
+    return (time.perf_counter() - began) / timed
+
+
+def kept(times: list[float], run: Seconds) -> None:
+    times.append(run())
+
+
+def measured(contenders: Mapping[str, Seconds], rounds: int) -> dict[str, Any]:
+    """Seconds per iteration, the least of all rounds, in turns; the memory of the first round; why others could not run."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks: dict[str, int | None] = {}
+    failed: dict[str, str] = {}
+    for turn in range(rounds):
+        for name, run in contenders.items():
+            if name in failed:
+                continue
+            try:
+                keep = partial(kept, seconds[name], run)
+                if turn == 0:
+                    peaks[name] = peak_bytes(keep)
+                else:
+                    keep()
+            except RuntimeError as error:
+                failed[name] = (str(error) or type(error).__name__).splitlines()[0]
+    taken = {name: min(times) for name, times in seconds.items() if times}
+    return {"seconds_per_iteration": taken, "peak_bytes": peaks, "failed": failed}
+
+
+def stage_row(model: Denoiser, stage: str, scale: Scale, path: Path) -> dict[str, Any]:
+    full, half = (settings_of(stage, scale, precision) for precision in (False, True))
+    contenders: dict[str, Seconds] = {
+        "published_float32": partial(released, model, stage, published.TROJDIFF, full, path),
+        "published_float16": partial(released, model, stage, published.BADDIFFUSION, full, path),
+        "seal_fast_float32": partial(steady, model, full, False),
+        "seal_fast_bfloat16": partial(steady, model, half, False),
+    }
+    if torch.cuda.is_available():
+        contenders["seal_fast_float32_graph"] = partial(steady, model, full, True)
+        contenders["seal_fast_bfloat16_graph"] = partial(steady, model, half, True)
+    found = measured(contenders, 1 if scale.tiny else ROUNDS)
+    taken = found["seconds_per_iteration"]
+    return {
+        "stage": stage,
+        "batch": full.batch,
+        "parameters": sum(p.numel() for p in model.network.parameters()),
+        "timed_iterations": full.estimation_iterations + full.refinement_iterations - READ_EVERY,
+        **found,
+        "speedups": speedups(taken, "published_float32"),
+        "extrapolated_seconds": {name: PUBLISHED_ITERATIONS[stage] * seconds for name, seconds in taken.items()},
+    }
+
+
+def one_after_another(models: list[Denoiser], settings: ReversionSettings, capture: bool) -> float:
+    return sum(steady(model, settings, capture) for model in models) / len(models)
+
+
+def at_once(models: list[Denoiser], settings: ReversionSettings, capture: bool) -> float:
+    """A thread and a stream each; they are timed together once all are ready."""
+    gate = threading.Barrier(len(models), timeout=PATIENCE)
+
+    def on_own_stream(model: Denoiser) -> float:
+        with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):
+            return steady(model, settings, capture, gate.wait)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        slowest = max(pool.map(on_own_stream, models))
+    return slowest / len(models)
+
+
+def models_row(count: int, scale: Scale) -> dict[str, Any]:
+    """An estimation of every model: seconds per iteration of one model, the work of the others in flight beside it or not."""
+    models = [denoiser(scale, seed) for seed in range(count)]
+    settings = settings_of("estimation", scale, True)
+    contenders: dict[str, Seconds] = {
+        "one_after_another": partial(one_after_another, models, settings, False),
+        "threads_and_streams": partial(at_once, models, settings, False),
+    }
+    if torch.cuda.is_available():
+        contenders["graphs_one_after_another"] = partial(one_after_another, models, settings, True)
+        contenders["graphs_threads_and_streams"] = partial(at_once, models, settings, True)
+    found = measured(contenders, 1 if scale.tiny else 2)
+    taken = found["seconds_per_iteration"]
+    return {"models": count, "batch": settings.batch, **found, "speedups": speedups(taken, "one_after_another")}
+
+
+def measure(scale: Scale) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        model = denoiser(scale)
+        for stage in PUBLISHED_ITERATIONS:
+            yield stage_row(model, stage, scale, Path(folder) / "reverse.pkl")
+
+
+def measure_models(scale: Scale) -> Iterator[dict[str, Any]]:
+    for count in (1, 2) if scale.tiny else MODELS:
+        yield models_row(count, scale)

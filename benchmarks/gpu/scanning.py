@@ -1,0 +1,52 @@
+"""`seal_fast.scan` of models of the zoo on the GPU: does it judge as on the CPU, and how long does it take?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import seal_fast
+from benchmarks.gpu.device import Scale
+from seal_fast.terd import DEFAULT_PRESET, FixedPointSettings, shipped_calibration
+from seal_fast.zoo.build import read_manifest
+
+ZOO = Path(__file__).parents[2] / "zoo"
+MODELS = ("benign-16-e", "bad-16-stop", "troj-16-blend", "ode-16-stop", "bad-32-box", "benign-32-b")
+
+BRIEF = FixedPointSettings(
+    search_iterations=1,
+    polish_iterations=1,
+    polish_batch=2,
+    candidates=1,
+    glance_batch=2,
+    firing_batch=3,
+    confirming_batch=4,
+    sampler_steps=2,
+    sketch_steps=2,
+    deterministic_steps=2,
+    race=((1, 1),),
+    fit_batch=2,
+    refine_turns=1,
+    refine_batch=2,
+)
+"""A search that goes through all its parts and finds nothing."""
+
+
+def measure(scale: Scale) -> Iterator[dict[str, Any]]:
+    """One row per model; `backdoored` is what it is, `verdict` what the scan says."""
+    rows = {row["name"]: row for row in read_manifest(ZOO)}
+    calibration = shipped_calibration(DEFAULT_PRESET)
+    if scale.tiny:
+        calibration = replace(calibration, settings=BRIEF)
+    for name in MODELS[:1] if scale.tiny else MODELS:
+        (result,) = seal_fast.scan(ZOO / rows[name]["checkpoint"], calibration=calibration).models
+        yield {
+            "model": name,
+            "backdoored": rows[name]["method"] is not None,
+            "verdict": str(result.verdict),
+            "score": result.score,
+            "seconds": result.seconds,
+            "error": result.error,
+        }

@@ -1,0 +1,130 @@
+"""TERD's reversion on a GPU: as on the CPU, recorded as a graph, and beside others; and what a recording needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+
+from benchmarks.gpu.scanning import BRIEF as BRIEF_SEARCH
+from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, NoiseProcess, sample
+from seal_fast.terd import Reversion, ReversionSettings, reverse_trigger
+from seal_fast.terd.captured import captured
+from seal_fast.terd.reversed_loss import READ_EVERY, _Iteration, _Reverter, descend_reversed_loss
+from seal_fast.terd.sealing import SealSettings, seal
+
+BRIEF = ReversionSettings(
+    estimation_iterations=READ_EVERY + 3, refinement_iterations=2, batch=2, sampler_steps=2, half_precision=False
+)
+PROCESSES = {"VP": VP.linear, "VE": VE.geometric, "EDM": EDM.karras}
+
+
+def denoiser(device: str, process: Callable[[], NoiseProcess] = VP.linear) -> Denoiser:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    return Denoiser(unet.to(device), process(), (3, 8, 8))
+
+
+def assert_alike(got: Reversion, want: Reversion) -> None:
+    assert got.finite == want.finite
+    assert got.evaluations == want.evaluations
+    assert got.loss == pytest.approx(want.loss, rel=1e-2)
+    for one, other in ((got.trigger.mu, want.trigger.mu), (got.trigger.gamma, want.trigger.gamma)):
+        torch.testing.assert_close(one.cpu(), other.cpu(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_an_iteration_can_be_recorded(process: str) -> None:
+    """Tensors without data stand in for those of a GPU: to wait for their values, or to mix them with the CPU's, fails."""
+    reverter = _Reverter(denoiser("meta", PROCESSES[process]), BRIEF, 0)
+    for stage in reverter.stages:
+        draws = [drawn.to("meta") for drawn in stage.draw()]
+        (gradient,) = torch.autograd.grad(stage.loss_of(draws), reverter.mu)
+        assert gradient.device.type == "meta"
+    iteration = _Iteration(reverter, stage, draws)
+    assert all(x.device.type == "meta" for x in (*iteration.state, *iteration.draws, iteration.rate))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampling_never_waits(sampler: str) -> None:
+    start = torch.empty(2, 3, 8, 8, device="meta")
+    found = sample(denoiser("meta"), start, sampler, 3, generator=torch.Generator().manual_seed(0))
+    assert found.device.type == "meta"
+
+
+def test_what_an_iteration_needs_stays_on_the_device() -> None:
+    """Copies to a GPU wait for it: a second call makes none."""
+    process, t = VP.linear(), torch.zeros(1, dtype=torch.int64, device="meta")
+    process.a(t)
+    assert process._tables(t.device)[0] is process._tables(t.device)[0]
+
+
+def test_work_on_a_cpu_cannot_be_captured() -> None:
+    with pytest.raises(ValueError, match="only work on a CUDA device"):
+        captured(lambda: None, [torch.zeros(3)])
+
+
+def test_a_reversion_is_the_same_on_every_device(device: str) -> None:
+    assert_alike(descend_reversed_loss(denoiser(device), BRIEF, seed=3), descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_captured_reversion_is_the_same() -> None:
+    steps: list[tuple[str, int]] = []
+    eager = descend_reversed_loss(denoiser("cuda"), BRIEF, seed=3)
+    graph = descend_reversed_loss(
+        denoiser("cuda"), BRIEF, seed=3, capture=True, on_step=lambda stage, n, total, loss: steps.append((stage, n))
+    )
+    assert_alike(graph, eager)
+    stages = (("estimation", BRIEF.estimation_iterations), ("refinement", BRIEF.refinement_iterations))
+    assert steps == [(stage, n) for stage, total in stages for n in range(1, total + 1)]
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("capture", [False, True])
+def test_reversions_on_streams_of_their_own_do_not_mix(capture: bool) -> None:
+    def revert(seed: int) -> Reversion:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = descend_reversed_loss(denoiser_of[seed], BRIEF, seed=seed, capture=capture)
+            torch.cuda.current_stream().synchronize()
+            return found
+
+    denoiser_of = [denoiser("cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(revert, range(4)))
+    for seed, found in enumerate(together):
+        assert_alike(found, descend_reversed_loss(denoiser_of[seed], BRIEF, seed=seed))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_half_precision_stays_near_full_precision() -> None:
+    full, half = (
+        descend_reversed_loss(denoiser("cuda"), replace(BRIEF, half_precision=precision), seed=3) for precision in (False, True)
+    )
+    assert half.finite
+    assert half.loss == pytest.approx(full.loss, rel=0.05)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_default_reversion_and_sealing_run() -> None:
+    model = denoiser("cuda")
+    found = reverse_trigger(model, BRIEF_SEARCH, seed=0)
+    assert found.trigger.mu.is_cuda
+    assert found.clean_spread is not None
+    assert math.isfinite(found.clean_spread)
+    sealed = seal(model, [found.trigger], SealSettings(steps=2, batch=2, pictures=2, picture_steps=2))
+    assert math.isfinite(sealed.clean_loss + sealed.triggered_loss)
+    assert sealed.denoiser.device.type == "cuda"

@@ -1,0 +1,134 @@
+"""The GPU benchmarks at sizes that only prove that they run, and what becomes of their rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from benchmarks.gpu import device, every_kernel, report, requirements, reversion, stages, train_zoo
+from benchmarks.gpu.device import TINY, Limits
+from seal_fast.zoo import evaluate as evaluate_module
+from seal_fast.zoo import train as train_module
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(stage: str, folder: Path) -> list[dict[str, Any]]:
+    stages.run(stage, TINY, folder)
+    return json.loads((folder / f"{stage}.json").read_text())
+
+
+def test_limits_are_measured() -> None:
+    limits = device.measure_limits(TINY)
+    assert min(limits.bandwidth, *limits.gemm.values()) > 0
+
+
+def test_every_op_is_compared_with_what_it_replaces(tmp_path: Path) -> None:
+    limits = Limits(1e12, dict.fromkeys(device.DTYPES, 1e12))
+    (tmp_path / "device.json").write_text(json.dumps([{"limits": asdict(limits)}]))
+    found = rows("ops", tmp_path)
+    assert {row["op"] for row in found} == {
+        "attention_distillation",
+        "counter_normal",
+        "cross_attention",
+        "gaussian_kl_stats",
+        "gaussian_log_ratio",
+        "perturbed_pair",
+        "reversed_loss",
+        "sampler_step",
+    }
+    for row in found:
+        assert row["speedups"][row["baseline"]] == row["seconds"][row["baseline"]] / row["seconds"]["seal_fast"]
+
+
+def test_reversions_and_several_models_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reversion, "READ_EVERY", 1)
+    found = rows("reversion", tmp_path)
+    assert [row["stage"] for row in found] == ["estimation", "refinement"]
+    for row in found:
+        assert row["failed"] == {}
+        assert row["extrapolated_seconds"].keys() == row["seconds_per_iteration"].keys()
+        assert row["speedups"]["published_float32"] == 1
+    for row in rows("models", tmp_path):
+        assert row["failed"] == {}
+        assert row["speedups"].keys() == {"one_after_another", "threads_and_streams"}
+
+
+def test_unlearning_and_a_scan(tmp_path: Path) -> None:
+    found = rows("unlearning", tmp_path)
+    assert [row["batch"] for row in found] == [1, 1, 1, 2]
+    assert found[0]["speedup"] == 1
+    (row,) = rows("scan", tmp_path)
+    assert row["error"] is None
+
+
+def test_every_kernel_is_launched(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(every_kernel, "ROWS", every_kernel.ROWS[:2])
+    every_kernel.main()
+    assert "every kernel was launched" in capsys.readouterr().out
+
+
+def test_the_report_tells_what_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stages.tsv").write_text("install\tok\t3\t\nops\ttimed out\t9\tlimit 9 s\n")
+    (tmp_path / "device.json").write_text(json.dumps([{"device": "some GPU", "commit": "unknown"}]))
+    lost = {"models": 4, "seconds_per_iteration": {}, "speedups": {}, "failed": {"threads_and_streams": "no room"}}
+    (tmp_path / "models.json").write_text(json.dumps([lost]))
+    monkeypatch.setattr("sys.argv", ["report", "--parts", str(tmp_path), "--out", str(tmp_path / "r.json"), "--commit", "abc"])
+    with pytest.raises(SystemExit) as ended:
+        report.main()
+    assert ended.value.code == 1
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["device"]["commit"] == "abc"
+    assert results["stages"]["ops"]["status"] == "timed out"
+    told = capsys.readouterr().out
+    assert "stage ops: timed out, 9 s: limit 9 s" in told
+    assert "4 threads_and_streams: no room" in told
+
+
+def test_missing_requirements_are_named() -> None:
+    assert requirements.missing(Requirement("torch"), set()) == []
+    assert requirements.missing(Requirement("no-such-thing>=2"), set()) == ["no-such-thing>=2"]
+    assert "there is" in requirements.missing(Requirement("numpy<1"), set())[0]
+    # through what another one requires
+    assert requirements.missing(Requirement("diffusers"), set()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [([], 4, "usage"), (["--out", "x", "--wheels", "/nowhere"], 4, "no wheels"), (["--out", "x"], 2, "sees no CUDA device")],
+)
+def test_a_run_that_cannot_start_says_why(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    if code == 2 and torch.cuda.is_available():
+        pytest.skip("there is a GPU: the run would start")
+    done = subprocess.run([ROOT / "benchmarks/gpu/run.sh", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code
+    assert message in done.stderr
+
+
+def test_models_are_trained_measured_and_scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "SCENES", 24)
+    monkeypatch.setattr(evaluate_module, "SCENES", 24)
+    monkeypatch.setattr(evaluate_module, "STEPS", {"ddpm": 3, "ddim": 2})
+    plan = train_zoo.TINY
+    with pytest.raises(SystemExit, match="train that first"):
+        train_zoo.run(plan, tmp_path, ["gpu-8-troj"], keep_models=False)
+    train_zoo.run(plan, tmp_path, ["gpu-8"], keep_models=False)
+    assert (tmp_path / "gpu-8").exists()
+    train_zoo.run(plan, tmp_path, None, keep_models=False)
+    found = json.loads((tmp_path / "train_zoo.json").read_text())
+    assert [row["name"] for row in found] == ["gpu-8", "gpu-8-bad", "gpu-8-troj"]
+    for row in found:
+        assert math.isfinite(row["final_loss"])
+        assert row["evidence"] is not None
+        assert (row["quality"]["attack_success"] is None) == (row["method"] is None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train_zoo.json"]
