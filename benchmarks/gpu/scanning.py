@@ -18,18 +18,11 @@ MODELS = ("benign-16-e", "bad-16-stop", "troj-16-blend", "ode-16-stop", "bad-32-
 BRIEF = FixedPointSettings(
     search_iterations=1,
     polish_iterations=1,
-    polish_batch=2,
     candidates=1,
-    glance_batch=2,
-    firing_batch=3,
-    confirming_batch=4,
     sampler_steps=2,
-    sketch_steps=2,
     deterministic_steps=2,
     race=((1, 1),),
-    fit_batch=2,
     refine_turns=1,
-    refine_batch=2,
 )
 """A search that goes through all its parts and finds nothing."""
 
