@@ -1,8 +1,13 @@
-"""Cost of a reversion iteration: published loop against seal-fast, both stages, same model and batch, float32 both."""
+"""Cost of a reversion iteration: published loop against seal-fast, both stages, same model and batch.
+
+The published loop runs in float32 on CPUs, seal-fast in float32 and as it comes, in bfloat16 where the processor has it.
+"""
 
 from __future__ import annotations
 
 import statistics
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +17,24 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import memory
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser
 from seal_fast.terd import ReversionSettings, reverse_trigger
 
-MODEL = Path(__file__).parents[1] / "zoo" / "benign-16-a"
+ZOO = Path(__file__).parents[1] / "zoo"
+MODEL, LARGER_MODEL = ZOO / "benign-16-a", ZOO / "benign-32-a"
 ITERATIONS = {"estimation": 6, "refinement": 2}
 ROUNDS = 5
 
 
-def seal_fast_stage(denoiser: Denoiser, stage: str) -> Callable[[], object]:
+def seal_fast_stage(denoiser: Denoiser, stage: str, half_precision: bool) -> Callable[[], object]:
     settings = replace(
         ReversionSettings(),
         estimation_iterations=ITERATIONS[stage] if stage == "estimation" else 0,
         refinement_iterations=ITERATIONS[stage] if stage == "refinement" else 0,
-        half_precision=False,
+        half_precision=half_precision,
     )
     return lambda: reverse_trigger(denoiser, settings)
 
@@ -40,14 +47,19 @@ def published_stage(denoiser: Denoiser, stage: str, path: Path) -> Callable[[], 
     return lambda: published.refine(denoiser, guess, settings, ITERATIONS[stage], path)
 
 
+def contenders_of(denoiser: Denoiser, stage: str, path: Path) -> dict[str, Callable[[], object]]:
+    return {
+        "published": published_stage(denoiser, stage, path),
+        "seal_fast_float32": seal_fast_stage(denoiser, stage, half_precision=False),
+        "seal_fast": seal_fast_stage(denoiser, stage, half_precision=True),
+    }
+
+
 @pytest.mark.parametrize("stage", ["estimation", "refinement"])
 def test_reversion(benchmark: BenchmarkFixture, tmp_path: Path, stage: str) -> None:
-    """Seconds per iteration, both contenders in turns within each round."""
+    """Seconds per iteration, all contenders in turns within each round."""
     denoiser = load_denoiser(MODEL).denoiser
-    contenders = {
-        "published": published_stage(denoiser, stage, tmp_path / "reverse.pkl"),
-        "seal_fast": seal_fast_stage(denoiser, stage),
-    }
+    contenders = contenders_of(denoiser, stage, tmp_path / "reverse.pkl")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
 
     def interleaved() -> None:
@@ -67,8 +79,21 @@ def test_reversion(benchmark: BenchmarkFixture, tmp_path: Path, stage: str) -> N
             "batch": ReversionSettings().batch,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "published_seconds_per_iteration": medians["published"],
-            "seal_fast_seconds_per_iteration": medians["seal_fast"],
+            "seconds_per_iteration": medians,
+            "speedup_float32": medians["published"] / medians["seal_fast_float32"],
             "speedup": medians["published"] / medians["seal_fast"],
         }
     )
+
+
+@pytest.mark.parametrize("name", ["published", "seal_fast_float32", "seal_fast"])
+def test_refinement_memory(benchmark: BenchmarkFixture, name: str) -> None:
+    """Peak resident memory of refinement at 32 px above the loaded model; the time is that of the whole process."""
+    peak = benchmark.pedantic(memory.peak_in_fresh_process, ["benchmarks.bench_reversion", name], rounds=1)
+    benchmark.extra_info.update(model=LARGER_MODEL.name, contender=name, peak_memory_bytes=peak)
+
+
+if __name__ == "__main__":
+    loaded = load_denoiser(LARGER_MODEL).denoiser
+    with tempfile.TemporaryDirectory() as folder:
+        memory.print_peak(contenders_of(loaded, "refinement", Path(folder) / "reverse.pkl")[sys.argv[1]])

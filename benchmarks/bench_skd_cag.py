@@ -10,7 +10,6 @@ Memory is measured in a fresh process each: the peak of resident memory above wh
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import machine
+from benchmarks import machine, memory
 from benchmarks.published import skd_cag as published
 from seal_fast.skd_cag.distillation import distill
 from seal_fast.skd_cag.settings import UnlearnSettings
@@ -63,19 +62,6 @@ CONTENDERS: dict[str, Callable[[StableDiffusionPipeline], None]] = {
 
 def load() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, local_files_only=True, torch_dtype=torch.float32)
-
-
-def memory(field: str) -> int:
-    """VmRSS, resident memory of this process, or VmHWM, its peak, in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def own_peak(name: str) -> int:
-    """What a contender needs above the loaded pipeline, bytes, measured in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.bench_skd_cag", name]
-    root = Path(__file__).parents[1]
-    return int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def test_unlearning(benchmark: BenchmarkFixture) -> None:
@@ -130,14 +116,10 @@ def test_attention(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_memory(benchmark: BenchmarkFixture, name: str) -> None:
     """Peak resident memory above the loaded pipeline; the time is that of the whole process."""
-    peak = benchmark.pedantic(own_peak, [name], rounds=1)
+    peak = benchmark.pedantic(memory.peak_in_fresh_process, ["benchmarks.bench_skd_cag", name], rounds=1)
     benchmark.extra_info.update(machine.describe_machine(), model=MODEL.name, contender=name, peak_memory_bytes=peak)
 
 
 if __name__ == "__main__":
     loaded = load()
-    before = memory("VmRSS")
-    # sets the peak to the present value: that of loading may be higher
-    Path("/proc/self/clear_refs").write_text("5")
-    CONTENDERS[sys.argv[1]](loaded)
-    print(memory("VmHWM") - before)
+    memory.print_peak(partial(CONTENDERS[sys.argv[1]], loaded))

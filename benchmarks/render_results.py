@@ -15,6 +15,7 @@ from benchmarks.accuracy_table import wilson
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/results.md")
+PROFILE_PAGE = Path("docs/profile.md")
 
 INTRODUCTION = """# Results
 
@@ -357,7 +358,44 @@ def attention_page(content: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+PROFILE = """# Where the time goes
+
+`{command}` on one thread of {processor}: one iteration of estimation, forward pass and gradient
+of a batch of pairs, by the published loop in float32 and by seal-fast as it comes, in turns; the fastest of a few runs.
+Milliseconds are the processor's; shares are of one profiled run, in which Python waits for the profiler too. FLOPs are
+counted by torch; needed are those of a forward pass and of the input's gradient, the rest is gradients of frozen weights.
+GFLOP/s are of those done; a matrix product reaches {gemm:.0f} in float32 and {half:.0f} in bfloat16.
+"""
+
+
+def profile_page(content: dict[str, Any]) -> list[str]:
+    """Two rows per architecture: published, seal-fast."""
+    gemm, half = (content[f"{dtype}_matrix_rate"] / 1e9 for dtype in ("float32", "bfloat16"))
+    parts = list(content["cases"][0]["loops"]["published"]["shares"])
+    lines = [
+        PROFILE.format(gemm=gemm, half=half, **content),
+        "| network | loop | ms per image | FLOPs needed | GFLOP/s | " + " | ".join(parts) + " |",
+        "|---" * (5 + len(parts)) + "|",
+    ]
+    for case in content["cases"]:
+        needed = min(loop["flops"] for loop in case["loops"].values())
+        for name, loop in case["loops"].items():
+            told = [
+                f"{case['name']}, {case['parameters'] / 1e6:.1f} M",
+                name,
+                f"{1000 * loop['seconds'] / case['images']:.2f}",
+                f"{needed / loop['flops']:.0%}",
+                f"{loop['flops'] / loop['seconds'] / 1e9:.0f}",
+                *(f"{share:.0%}" for share in loop["shares"].values()),
+            ]
+            lines.append("| " + " | ".join(told) + " |")
+    return lines
+
+
 def main() -> None:
+    profile = RESULTS / "profile.json"
+    if profile.exists():
+        PROFILE_PAGE.write_text("\n".join(profile_page(json.loads(profile.read_text()))) + "\n")
     lines = [INTRODUCTION]
     not_taken = json.loads((RESULTS / "not_taken.json").read_text())
     for title, name in (("Preset fixed-point, the default", "accuracy"), ("Published settings", "accuracy_published")):

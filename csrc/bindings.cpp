@@ -12,6 +12,7 @@
 #include "cpu/counter_normal.h"
 #include "cpu/cross_attention.h"
 #include "cpu/gaussian.h"
+#include "cpu/group_norm_silu.h"
 #include "cpu/isa.h"
 #include "cpu/perturbed_pair.h"
 #include "cpu/reversed_loss.h"
@@ -117,6 +118,38 @@ void define_cross_attention(py::module_& m, const std::string& suffix) {
           "isa"_a = best);
 }
 
+// x, shift, weight, bias, stats, workspace; shift may be 0
+using NormAddresses = std::array<uintptr_t, 6>;
+// images, pixels, channels, groups
+using NormSizes = std::array<int64_t, 4>;
+
+template <class T>
+GroupNormSilu<T> norm_arguments(const NormAddresses& a, const NormSizes& s) {
+    return {at<T>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3]), at<float>(a[4]), at<float>(a[5]), s[0], s[1], s[2], s[3]};
+}
+
+template <class T>
+void norm_forward(const NormAddresses& addresses, const NormSizes& sizes, double eps, uintptr_t out, int threads, int isa) {
+    SEAL_SELECT(checked(isa), group_norm_silu<T>)(norm_arguments<T>(addresses, sizes), eps, at<T>(out), threads);
+}
+
+template <class T>
+void norm_backward(const NormAddresses& addresses, const NormSizes& sizes, uintptr_t grad, uintptr_t x_grad, int threads, int isa) {
+    SEAL_SELECT(checked(isa), group_norm_silu_backward<T>)
+    (norm_arguments<T>(addresses, sizes), at<const T>(grad), at<T>(x_grad), threads);
+}
+
+template <class T>
+void define_group_norm_silu(py::module_& m, const std::string& suffix) {
+    using namespace py::literals;
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    const int best = best_isa();
+    m.def(("group_norm_silu_" + suffix).c_str(), &norm_forward<T>, unlocked, "addresses"_a, "sizes"_a, "eps"_a, "out"_a,
+          "threads"_a, "isa"_a = best);
+    m.def(("group_norm_silu_backward_" + suffix).c_str(), &norm_backward<T>, unlocked, "addresses"_a, "sizes"_a, "grad"_a,
+          "x_grad"_a, "threads"_a, "isa"_a = best);
+}
+
 void step(const StepAddresses& addresses, const StepSizes& sizes, double limit, int threads, int isa) {
     SEAL_SELECT(checked(isa), sampler_step)(sampler_step_arguments(addresses, sizes, limit), threads);
 }
@@ -154,5 +187,7 @@ PYBIND11_MODULE(_native, m) {
     define_cross_attention<float>(m, "f32");
     define_cross_attention<Bfloat16>(m, "bf16");
     define_cross_attention<Float16>(m, "f16");
+    define_group_norm_silu<float>(m, "f32");
+    define_group_norm_silu<Bfloat16>(m, "bf16");
     define_reversion(m);
 }

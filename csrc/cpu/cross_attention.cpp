@@ -13,6 +13,7 @@
 #include "cross_attention.h"
 
 #include "cells.h"
+#include "exponential.h"
 
 namespace {
 
@@ -20,26 +21,9 @@ using namespace seal_fast;
 
 constexpr int64_t kTile = 64;
 constexpr int64_t kSlice = 1024;
-constexpr double kLog2E = 1.44269504088896340736;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-
-// 2^x for x <= 0, to about one unit in the last place: 2^round(x) times a polynomial in the rest, |rest| <= 1/2, with relative
-// error 2e-8. Results that would be subnormal are zero; NaN stays NaN.
-inline Floats exp2_nonpositive(Floats x) {
-    // adding it leaves round(x) + 127, an exponent with its bias, in the low bits of the sum
-    constexpr float kRound = 12582912.0f + 127.0f;
-    const Floats shifted = x + kRound, rest = x - (shifted - kRound);
-    Floats power = Floats{} + 1.5353361959569156e-4f;
-    power = power * rest + 1.3398873852565885e-3f;
-    power = power * rest + 9.61843691766262e-3f;
-    power = power * rest + 5.5503323674201965e-2f;
-    power = power * rest + 2.4022647738456726e-1f;
-    power = power * rest + 6.931471824645996e-1f;
-    power = power * rest + 1.0f;
-    return x < -126.0f ? Floats{} : power * (Floats)((Vec<uint32_t>)shifted << 23);
-}
 
 // kVectors columns of vectors of a tile, from logits to 2^(factor (logit - largest)); `inverse` gets 1 / their sum.
 template <int kVectors>

@@ -17,7 +17,7 @@ inline T smaller(T a, T b) {
 }
 
 // A float accumulator takes at most this many additions before it is emptied into double.
-constexpr int kChain = 64;
+constexpr int kChain = 128;
 
 // Rows that share one pass over the coefficients of a chunk of dimensions, so that those come from the first-level cache.
 constexpr int64_t kBlockRows = 32;

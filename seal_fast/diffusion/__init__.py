@@ -1,5 +1,6 @@
 """Noise processes, denoisers and differentiable samplers."""
 
+from seal_fast.diffusion.accelerated import accelerated
 from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.process import EDM, VE, VP, NoiseProcess
 from seal_fast.diffusion.samplers import SAMPLERS, sample, timestep_grid
@@ -13,6 +14,7 @@ __all__ = [
     "Denoiser",
     "NoiseProcess",
     "Trigger",
+    "accelerated",
     "sample",
     "timestep_grid",
 ]

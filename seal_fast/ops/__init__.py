@@ -13,6 +13,7 @@ from seal_fast.ops.gaussian import (
     standardise,
     standardised_log_ratio,
 )
+from seal_fast.ops.group_norm_silu import group_norm_silu
 from seal_fast.ops.perturbed_pair import PerturbedPair, perturbed_pair
 from seal_fast.ops.reversed_loss import reversed_loss
 from seal_fast.ops.sampler_step import StepCoefficients, sampler_step
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "gaussian_kl_stats",
     "gaussian_log_ratio",
+    "group_norm_silu",
     "perturbed_pair",
     "reversed_loss",
     "sampler_step",

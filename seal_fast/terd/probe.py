@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import Denoiser
+from seal_fast.diffusion import Denoiser, accelerated
 from seal_fast.terd.reversion import rows_per_pass
 from seal_fast.training import native_bfloat16
 
@@ -20,7 +20,7 @@ class Probe:
     """A denoiser under examination.
 
     Attributes:
-        denoiser: the suspect model.
+        denoiser: the suspect model; becomes its accelerated equivalent.
         generator: source of all noise, on the CPU so that a seed means the same run on every device.
         half_precision: bfloat16 autocast where the hardware has it.
         evaluations: denoiser evaluations spent so far, counted in images.
@@ -33,6 +33,13 @@ class Probe:
     evaluations: int = 0
     finite: bool = True
 
+    def __post_init__(self) -> None:
+        self.denoiser = accelerated(self.denoiser, torch.bfloat16 if self.autocasts else torch.float32)
+
+    @property
+    def autocasts(self) -> bool:
+        return self.half_precision and native_bfloat16(self.denoiser.device)
+
     def noise(self, count: int) -> Tensor:
         """eps [count,C,H,W]."""
         return torch.randn(count, *self.denoiser.shape, generator=self.generator).to(self.denoiser.device)
@@ -44,8 +51,7 @@ class Probe:
         return torch.nn.functional.interpolate(grid, size=(height, width), mode="bilinear")
 
     def precision(self) -> torch.autocast:
-        device = self.denoiser.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.half_precision and native_bfloat16(device))
+        return torch.autocast(self.denoiser.device.type, torch.bfloat16, enabled=self.autocasts)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """f(x [N,C,H,W], t int64 [N]) as float32, differentiable in x."""

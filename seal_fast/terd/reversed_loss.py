@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.diffusion import Denoiser, Trigger, accelerated, sample
 from seal_fast.ops import reversed_loss
 from seal_fast.terd.captured import captured
 from seal_fast.terd.reversion import Reversion
@@ -66,14 +66,14 @@ class _Reverter:
     """The state one reversion carries from step to step."""
 
     def __init__(self, denoiser: Denoiser, settings: ReversionSettings, seed: int) -> None:
-        self.denoiser, self.settings = denoiser, settings
-        self.process = denoiser.process
+        self.autocast = settings.half_precision and native_bfloat16(denoiser.device)
+        self.denoiser = accelerated(denoiser, torch.bfloat16 if self.autocast else torch.float32)
+        self.settings, self.process = settings, denoiser.process
         # drawn on the CPU so that a seed means the same run on every device
         self.generator = torch.Generator().manual_seed(seed)
         self.mu = initial_mu(denoiser.shape, self.generator).to(denoiser.device).requires_grad_()
         self.gamma = torch.full_like(self.mu, settings.gamma_start).requires_grad_()
         self.loss, self.finite = math.nan, True
-        self.autocast = settings.half_precision and native_bfloat16(denoiser.device)
         self.evaluations = 0
 
     @property

@@ -1,0 +1,163 @@
+"""Where the time of reversion goes: one iteration of estimation, as published and as seal-fast runs it, op by op.
+
+python -m benchmarks.profile_scan      writes benchmarks/results/profile.json, which benchmarks.render_results shows
+
+The published loop runs in float32 with gradients of the weights, seal-fast as it comes. Architectures that no model of the zoo
+has get random weights: what a pass costs does not depend on them. Seconds are those of the processor, on one thread, so other
+work on the machine hardly disturbs them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import machine
+from benchmarks.published import terd as published
+from seal_fast.checkpoints import load_denoiser
+from seal_fast.diffusion import VP, Denoiser
+from seal_fast.terd import ReversionSettings, reverse_trigger
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "profile.json"
+RUNS = 3
+PARTS = {
+    "convolutions": ("convolution",),
+    "norms and activations": ("group_norm", "silu"),
+    "attention and linear layers": ("scaled_dot_product", "softmax", "bmm", "addmm", "aten::mm"),
+    "noise, loss and update": ("seal_fast::reversed_loss", "randn", "normal_", "randint", "random_", "foreach", "SGD"),
+}
+"""What the names of ops contain, first match; other ops are copies and sums, and what no op accounts for is Python."""
+ELEMENTWISE, PYTHON = "copies and sums", "Python"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture, and how many pairs of images an iteration denoises."""
+
+    name: str
+    batch: int
+    denoiser: Callable[[], Denoiser]
+
+
+def ddpm(size: int) -> Denoiser:
+    """google/ddpm-cifar10-32's UNet, 35.7 million parameters, at any size; random weights."""
+    attending = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+    network: Any = UNet2DModel(
+        sample_size=size,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        down_block_types=attending,
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(attending)),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    )
+    return Denoiser(network, VP.linear(), (3, size, size))
+
+
+def zoo(name: str) -> Denoiser:
+    return load_denoiser(ROOT / "zoo" / name).denoiser
+
+
+CASES = (
+    Case("zoo, 16 px", 16, lambda: zoo("benign-16-a")),
+    Case("zoo, 32 px", 16, lambda: zoo("benign-32-a")),
+    Case("ddpm-cifar10, 32 px", 2, lambda: ddpm(32)),
+    Case("ddpm-cifar10, 64 px", 1, lambda: ddpm(64)),
+)
+
+
+def loops(denoiser: Denoiser, batch: int, folder: str) -> dict[str, Callable[[], object]]:
+    """One iteration each."""
+    theirs = replace(published.TROJDIFF, batch=batch)
+    guess = published.first_guess(denoiser, theirs)
+    ours = ReversionSettings(estimation_iterations=1, refinement_iterations=0, batch=batch)
+    return {
+        "published": lambda: published.estimate(denoiser, guess, theirs, 1, Path(folder) / "reverse.pkl"),
+        "seal-fast": lambda: reverse_trigger(denoiser, ours),
+    }
+
+
+def part_of(op: str) -> str:
+    return next((part for part, names in PARTS.items() if any(name in op for name in names)), ELEMENTWISE)
+
+
+def split(run: Callable[[], object]) -> dict[str, float]:
+    """Shares of the time of one run by part."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        begin = perf_counter()
+        run()
+        whole = perf_counter() - begin
+    shares = dict.fromkeys((*PARTS, ELEMENTWISE, PYTHON), 0.0)
+    for row in recorded.key_averages():
+        if row.key.startswith(("aten::", "seal_fast::")):
+            shares[part_of(row.key)] += row.self_cpu_time_total / 1e6 / whole
+    shares[PYTHON] = 1 - sum(shares.values())
+    return shares
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product, the best of a few."""
+    matrix = torch.randn(machine.GEMM_SIZE, machine.GEMM_SIZE).to(dtype)
+    seconds = []
+    for _ in range(6):
+        begin = process_time()
+        matrix @ matrix
+        seconds.append(process_time() - begin)
+    return 2 * machine.GEMM_SIZE**3 / min(seconds)
+
+
+def profiled(case: Case) -> dict[str, Any]:
+    """Both loops in turns; the fastest run of each counts."""
+    denoiser = case.denoiser()
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = loops(denoiser, case.batch, folder)
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(RUNS + 1):
+            for name, run in contenders.items():
+                begin = process_time()
+                run()
+                seconds[name].append(process_time() - begin)
+        rows = {
+            name: {"seconds": min(seconds[name][1:]), "flops": flops(run), "shares": split(run)}
+            for name, run in contenders.items()
+        }
+    parameters = sum(p.numel() for p in denoiser.network.parameters())
+    return {"name": case.name, "images": 2 * case.batch, "parameters": parameters, "loops": rows}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    content = {
+        "command": "python -m benchmarks.profile_scan",
+        "processor": machine.processor_name(),
+        "commit": machine.commit(),
+        "torch": torch.__version__,
+        "float32_matrix_rate": matrix_rate(torch.float32),
+        "bfloat16_matrix_rate": matrix_rate(torch.bfloat16),
+        "cases": [profiled(case) for case in CASES],
+    }
+    RESULT.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

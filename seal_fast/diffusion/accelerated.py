@@ -1,0 +1,164 @@
+"""A frozen denoiser as fast as this processor runs it: the same network, its parts exchanged for equivalents.
+
+    convolutions   keep nothing of their input for the gradient, since the weights need none; laid out channels-last, once
+    weights        converted to the precision of the run once, where autocast would do it in every pass
+    blocks         normalisation and activation are one op (`seal_fast.ops.group_norm_silu`), which adds the timestep as well
+    attention      has its softmax in float32: the gradient of torch's bfloat16 kernel costs fifteen times as much
+
+What is not understood stays as it is. All of this was measured on CPUs only, so other devices keep their network.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv2d, scaled_dot_product_attention, silu
+
+from seal_fast.diffusion.denoiser import Denoiser
+from seal_fast.ops import group_norm_silu
+from seal_fast.ops.group_norm_silu import group_norm_silu_op
+
+
+def _exactly(part: Any, kind: Any) -> bool:
+    """A subclass may compute something else."""
+    return type(part) is kind
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """Keeps the size of its input, where torch would keep the input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.geometry = x.shape, (stride, padding, dilation, groups)
+        return conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        # of the input only its size and layout matter
+        x = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        sides = stride, padding, dilation, False, (0, 0), groups
+        x_grad, _, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *sides, (True, False, False))
+        return x_grad, *(None,) * 6
+
+
+class _Convolution(nn.Module):
+    """nn.Conv2d with zero padding."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
+        weight = conv.weight.to(dtype, memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.to(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype, memory_format=torch.channels_last)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _FrozenConvolution.apply(x, self.weight, self.bias, *self.geometry)
+        return conv2d(x, self.weight, self.bias, *self.geometry)
+
+
+class _NormSilu(nn.Module):
+    """nn.GroupNorm, then nn.SiLU."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return group_norm_silu(x, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps, shift)
+
+
+class _Block(nn.Module):
+    """diffusers' ResnetBlock2D in its plain form."""
+
+    @staticmethod
+    def replaces(module: Any) -> bool:
+        return (
+            _exactly(module, ResnetBlock2D)
+            and isinstance(module.nonlinearity, nn.SiLU)
+            and module.time_embedding_norm == "default"
+            and not (module.up or module.down or module.skip_time_act)
+        )
+
+    def __init__(self, block: ResnetBlock2D) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _NormSilu(block.norm1), _NormSilu(block.norm2)
+        self.conv1, self.conv2, self.shortcut = block.conv1, block.conv2, block.conv_shortcut
+        self.time = block.time_emb_proj
+        self.divisor = block.output_scale_factor
+
+    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        shift = None if self.time is None or temb is None else self.time(silu(temb))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x)), shift))
+        out = h + (x if self.shortcut is None else self.shortcut(x))
+        return out if self.divisor == 1 else out / self.divisor
+
+
+class _Float32Softmax:
+    """diffusers' AttnProcessor2_0, for images attending to themselves."""
+
+    @staticmethod
+    def replaces(module: Any) -> bool:
+        return (
+            _exactly(module, Attention)
+            and _exactly(module.processor, AttnProcessor2_0)
+            and module.group_norm is not None
+            and not module.is_cross_attention
+            and not any((module.spatial_norm, module.norm_q, module.norm_k))
+        )
+
+    def __call__(self, attn: Any, hidden_states: Tensor, temb: Tensor | None = None, **_: Any) -> Tensor:
+        normed = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+        q, k, v = (part(normed).unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (attn.to_q, attn.to_k, attn.to_v))
+        with torch.autocast(q.device.type, enabled=False):
+            mixed = scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+        out = attn.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(hidden_states.shape)
+        return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+
+
+def _exchange(module: nn.Module, dtype: torch.dtype) -> None:
+    """In everything below `module`."""
+    part: Any
+    for name, part in module.named_children():
+        _exchange(part, dtype)
+        if _exactly(part, nn.Conv2d) and part.padding_mode == "zeros":
+            setattr(module, name, _Convolution(part, dtype))
+        elif _exactly(part, nn.Linear):
+            part.to(dtype)
+        elif _Block.replaces(part):
+            setattr(module, name, _Block(part))
+        elif _Float32Softmax.replaces(part):
+            part.set_processor(_Float32Softmax())
+
+
+def accelerated(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> Denoiser:
+    """The same predictions up to rounding, differentiable once in x. Small weights are shared, the others copied.
+
+    Args:
+        denoiser: stays as it is; its network too, if it is no UNet2DModel in float32.
+        dtype: float32, or bfloat16 for a network that will run under autocast to it.
+    """
+    network: Any = denoiser.network
+    fused = group_norm_silu_op.status(denoiser.device.type).chosen not in (None, "reference")
+    if not fused or not _exactly(network, UNet2DModel) or network.dtype != torch.float32:
+        return denoiser
+    kept = (p for module in network.modules() if isinstance(module, nn.GroupNorm) for p in module.parameters())
+    network = copy.deepcopy(network, {id(p): p for p in kept})
+    _exchange(network, dtype)
+    if isinstance(network.conv_act, nn.SiLU):
+        network.conv_norm_out, network.conv_act = _NormSilu(network.conv_norm_out), nn.Identity()
+    return Denoiser(network, denoiser.process, denoiser.shape)
