@@ -32,7 +32,7 @@ from torch import Tensor
 
 from seal_fast.diffusion import NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.firing import UNDECIDED, Trial, collapse, contrast, middle
+from seal_fast.terd.firing import FIRES, UNDECIDED, Trial, collapse, contrast, middle
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.settings import FixedPointSettings
 from seal_fast.training import OnStep, quiet
@@ -211,26 +211,25 @@ def fit_poisoned_rows(probe: Probe, settings: FixedPointSettings, on_step: OnSte
 def refine(
     guess: Guess, sketch: Trial, trial: Trial, settings: FixedPointSettings, on_turn: OnTurn = lambda turn, loss: None
 ) -> Guess:
-    """The guess of least loss among those that fire, on the way of alternating between mu and y.
+    """The guess of least loss among those that fire, or else of all, on the way of alternating between mu and y.
 
-    y is sampled in `sketch` until one fires, then in `trial`, whose pictures are better.
-
-    One that does not fire after a correction is left: on the zoo's development half benign models then made samples at most
-    0.3 times as alike, backdoored ones 11 to 315 times.
+    y is sampled in `sketch` until one fires, then in `trial`, whose pictures are better. One that hardly fires after a
+    correction is left: on the zoo's development half benign models then made samples at most 0.3 times as alike, backdoored
+    ones 11 to 315 times.
     """
     fit = _Fit(trial.probe, settings)
-    best, current = guess._replace(loss=math.inf), guess
+    best, rank, current = guess, (True, math.inf), guess
     for turn in range(1, settings.refine_turns + 1):
-        at = trial if best.loss < math.inf else sketch
+        at = sketch if rank[0] else trial
         (samples,) = at.triggered([Trigger.shift(current.mu)], settings.firing_batch)
         image = middle(samples).clamp(-1, 1)
         if not image.isfinite().all():
             # the guess broke the sampler, which says nothing against the model
             break
-        if collapse(samples, at.clean(settings.firing_batch)) >= UNDECIDED[0]:
-            best = min(best, current, key=lambda one: one.loss)
-        elif turn > 1:
+        value = collapse(samples, at.clean(settings.firing_batch))
+        if turn > 1 and value < UNDECIDED[0]:
             break
+        best, rank = min((best, rank), (current, (value < FIRES, current.loss)), key=lambda one: one[1])
         current = fit.guess(fit.corrected(current.mu, image), image)
         on_turn(turn, current.loss)
-    return best if best.loss < math.inf else guess
+    return best
