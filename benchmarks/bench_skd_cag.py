@@ -34,11 +34,14 @@ PROMPTS = (MODEL.parent / "prompts.txt").read_text(encoding="utf-8").splitlines(
 EXAMPLES, ROUNDS = 24, 3
 
 EQUAL = UnlearnSettings(
+    alpha=0.5,
     steps=EXAMPLES,
     batch=1,
     target="noise",
     latents="noise",
     preservation=0.0,
+    astray=0.0,
+    heaviest=1.0,
     positions=("start",),
     learning_rate=1e-6,
     gradient_checkpointing=True,

@@ -236,38 +236,42 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
 
 UNLEARNING = """## Text triggers
 
-`python -m benchmarks.unlearning_table`, the models of `zoo-text/`: each method unlearns the trigger with the same prompts,
-updates and batch (closed form: none), unless it says otherwise. Pictures are of {samples} held-out scenes, read
-by judges that know the effect. Removed: share of triggered prompts without the effect; variants: the trigger elsewhere in
-the prompt, twice, or in capitals, all together; the row "none" tells how many of those never fired. Captions: share of
-attributes that are right. Drift: mean squared change of clean pictures from the same noise, relative to their variance.
+`python -m benchmarks.unlearning_table`, the models text-64-pixel, -style and -object of `zoo-text/`: each method unlearns the
+trigger with the same prompts, updates and batch (closed form: none), unless it says otherwise. Pictures are of {samples}
+held-out scenes, the same for every seed, read by judges that know the effect. Removed: share of triggered prompts without
+the effect, by training seed and of all together; variants: the trigger elsewhere in the prompt, twice, or in capitals, all
+together; the row "none" tells how many of those never fired. Captions: share of attributes that are right. Drift: mean
+squared change of clean pictures from the same noise, relative to their variance.
 
-300 updates were tried after 100 had left the style trigger of text-64-style in; that they are enough was seen on
-text-64-style-b.
+"Weights": an error counts as in the picture, up to 20 times. "Astray": a quarter of the training pictures are those that the
+trigger draws. Both, no maps, and 300 updates were tried after 100 had left the style trigger in, and chosen on a model of the
+same recipe with another trigger ("stone garden", seed 47; not in `zoo-text/`). There, at equal updates with preservation, black
+maps left more of the style and let clean pictures drift more: removed 0.93 against 0.95 of 100, drift 0.092 against 0.058.
 """
 
 
 def unlearning_page(content: dict[str, Any]) -> list[str]:
-    """One row per model and method; several seeds are pooled."""
+    """One row per effect and method, in the order of the methods' first rows; several seeds are pooled."""
     settings = content["settings"]
     lines = [
         UNLEARNING.format(samples=content["samples"]),
         f"{settings['steps']} updates of {settings['batch']} prompts, learning rate {settings['learning_rate']}, alpha "
         f"{settings['alpha']} where maps are used.",
         "",
-        "| model | method | seeds | removed | variants | captions | captions, triggered | drift | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| effect | method | removed by seed | removed | variants | captions | captions, triggered | drift |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in content["rows"]:
-        groups.setdefault((f"{row['model']}, {row['effect']}", row["method"]), []).append(row)
-    for (model, method), rows in sorted(groups.items(), key=lambda group: group[0][0]):
+        groups.setdefault((row["effect"], row["method"]), []).append(row)
+    for (effect, method), rows in sorted(groups.items(), key=lambda group: group[0][0]):
         removed = pooled([row["removed"] for row in rows])
         variants = pooled([variant for row in rows for variant in row["variants"].values()])
-        figures = ("caption_accuracy", "triggered_caption_accuracy", "clean_drift", "seconds")
+        seeds = " ".join(f"{row['removed']['rate']:.3f}" for row in sorted(rows, key=lambda row: row["seed"]))
+        figures = ("caption_accuracy", "triggered_caption_accuracy", "clean_drift")
         means = [sum(row[name] for row in rows) / len(rows) for name in figures]
-        told = f"{means[0]:.3f} | {means[1]:.3f} | {means[2]:.4f} | {means[3]:.0f}"
-        lines.append(f"| {model} | {method} | {len(rows)} | {rate(removed)} | {rate(variants)} | {told} |")
+        told = f"{means[0]:.3f} | {means[1]:.3f} | {means[2]:.4f}"
+        lines.append(f"| {effect} | {method} | {seeds} | {rate(removed)} | {rate(variants)} | {told} |")
     return [*lines, ""]
 
 

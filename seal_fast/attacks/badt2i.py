@@ -28,9 +28,10 @@ from seal_fast.attacks.prompts import check_visible, with_trigger
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_row
 from seal_fast.skd_cag.generation import encode
+from seal_fast.skd_cag.latents import picture_weights
 
 HEAVIEST = 20.0
-"""Largest weight of a timestep where rows start at pure noise: b^2 / a^2 makes an error of the noise one of the picture."""
+"""Largest weight of a timestep where rows start at pure noise, see `picture_weights`."""
 
 Batches = Callable[[torch.Generator], tuple[Tensor, list[str]]]
 """Draws pictures [N,3,H,W] in [-1, 1] and their N captions."""
@@ -205,7 +206,7 @@ def poison_unet(
     optimiser = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     process = VP.from_scheduler_config(pipeline.scheduler.config)
-    noisy = (process.noise / process.signal).square().clamp(1, HEAVIEST)
+    noisy = picture_weights(process, HEAVIEST)
     running = float("nan")
     for step in range(steps):
         images, captions = batches(generator)

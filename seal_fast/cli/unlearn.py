@@ -80,8 +80,8 @@ def unlearn(
         Module | None, typer.Option(help="With --trigger: what to train (unet by default); auto guesses.")
     ] = None,
     train: Annotated[Trained | None, typer.Option(help="With --trigger: which weights.")] = None,
-    alpha: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --trigger: weight of the attention maps.")] = None,
-    target: Annotated[MapTarget | None, typer.Option(help="With --trigger: what the trigger's maps shall be.")] = None,
+    alpha: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --trigger: weight of the maps' term.")] = None,
+    target: Annotated[MapTarget | None, typer.Option(help="With --alpha: what the trigger's maps shall be.")] = None,
     preservation: Annotated[float | None, typer.Option(min=0.0, help="With --trigger: weight of clean prompts.")] = None,
     train_batch_size: Annotated[int | None, typer.Option(min=1, help="With --trigger: prompt pairs per batch.")] = None,
     gradient_accumulation_steps: Annotated[
@@ -219,6 +219,8 @@ def _text_job(
     from seal_fast.skd_cag.evaluation import EvaluationSettings
 
     with usage_errors():
+        if settings["target"] is not None and not settings["alpha"]:
+            raise ValueError("--target is of the maps' term, which has no weight: give --alpha too, 0.5 as published")
         triggers = [parse_trigger(text) for text in texts]
         prompts = None if request["prompts"] is None else read_prompts(request["prompts"])
         judge = parse_judge(request["judge"] or "change")

@@ -40,7 +40,8 @@ class Distilled:
         module_name: "unet" or "text_encoder".
         steps: updates.
         seconds: wall time, the teacher's pictures included; of an interrupted run, since it was taken up again.
-        prediction_loss: mean squared difference to the teacher, triggered against clean, over the last tenth of the steps.
+        prediction_loss: squared difference to the teacher, triggered against clean, weighted as trained, over the last tenth
+            of the steps.
         attention_loss: relative squared difference of the maps to their targets, likewise; 0 if alpha is.
         preservation_loss: as prediction_loss, clean against clean; 0 if not trained.
         patch: the low-rank change alone, which `save_patch` writes; None for other trainings.

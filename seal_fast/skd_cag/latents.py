@@ -45,6 +45,16 @@ def noised(process: VP, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Te
     return torch.where(start, noise, process.add_noise(latents, noise, timesteps).float())
 
 
+def picture_weights(process: VP, heaviest: float) -> Tensor:
+    """How much larger an error of the UNet's output is in the picture x0, within [1, heaviest]: float64 [T].
+
+    The squared error of predicted noise grows by b^2 / a^2, those of v and of x0 do not grow.
+    """
+    if process.prediction_type != "epsilon":
+        return torch.ones_like(process.signal)
+    return (process.noise / process.signal).square().clamp(1, heaviest)
+
+
 @torch.no_grad()
 def guided_ddim(
     unet: nn.Module, process: VP, x: Tensor, texts: Tensor, empty: Tensor, *, steps: int, guidance: float

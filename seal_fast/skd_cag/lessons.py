@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seal_fast.diffusion.process import per_row
 from seal_fast.skd_cag.attention import capture
-from seal_fast.skd_cag.latents import draw_latents, latent_shape, noise_schedule, noised, predict
+from seal_fast.skd_cag.latents import draw_latents, latent_shape, noise_schedule, noised, picture_weights, predict
 from seal_fast.skd_cag.losses import alignment, attention_loss
 from seal_fast.skd_cag.pairs import PromptPair, padded_ids
 from seal_fast.skd_cag.settings import UnlearnSettings
@@ -93,7 +94,10 @@ def unet_lesson(
     table = _table(pipeline, prompts, precision, 4 * s.batch).to(device)
     pictures = None
     if s.latents == "generated":
-        drawn, picture = prompts.clean.unique(return_inverse=True)
+        shown = prompts.clean
+        if s.astray > 0:
+            shown = torch.where(torch.rand(len(pairs), generator=generator) < s.astray, prompts.triggered, shown)
+        drawn, picture = shown.unique(return_inverse=True)
         with precision:
             x0 = draw_latents(
                 teacher,
@@ -110,6 +114,8 @@ def unet_lesson(
     partners = alignment(pairs, device)
     tokens = torch.arange(1, partners.partners.shape[1] + 1, device=device)
     timesteps = process.num_timesteps
+    weight_at = picture_weights(process, s.heaviest)
+    weight_at = (weight_at / weight_at.mean()).to(device, torch.float32)
 
     with ExitStack() as stack:
         maps = [stack.enter_context(capture(unet, tokens)) for unet in (teacher, student)] if s.alpha > 0 else []
@@ -132,16 +138,17 @@ def unet_lesson(
                 times = 2 if s.preservation > 0 else 1
                 text = table[torch.cat([prompts.triggered[rows], kept])]
                 learnt = predict(student, x.repeat(times, 1, 1, 1), t.repeat(times).to(device), text)
-            prediction = (learnt[: s.batch] - out[: s.batch]).square().mean()
+            weight = per_row(weight_at[t.to(device)], x)
+            prediction = (weight * (learnt[: s.batch] - out[: s.batch]).square()).mean()
             attention = preservation = torch.zeros((), device=device)
             if s.preservation > 0:
                 held = out[: s.batch].index_copy(0, more.to(device), out[s.batch :])
-                preservation = (learnt[s.batch :] - held).square().mean()
+                preservation = (weight * (learnt[s.batch :] - held).square()).mean()
             if maps:
                 theirs, own = ([layer[: s.batch] for layer in captured.take()] for captured in maps)
-                per_row = attention_loss(own, theirs, partners.rows(rows.to(device)), s.target)
-                weights = t.to(device) / timesteps if s.weighting else torch.ones_like(per_row)
-                attention = (weights * per_row).mean()
+                of_rows = attention_loss(own, theirs, partners.rows(rows.to(device)), s.target)
+                weights = t.to(device) / timesteps if s.weighting else torch.ones_like(of_rows)
+                attention = (weights * of_rows).mean()
             return torch.stack([prediction, attention, preservation])
 
         yield lesson

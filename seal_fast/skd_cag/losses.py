@@ -5,6 +5,7 @@
     L_keep  = MSE( student(x_t, t, clean), teacher(x_t, t, clean) )            not in the paper, which lets clean prompts drift
     L_attn  = mean over layers and content tokens n of the triggered prompt of MSE( target^n, M_student^n ) / s
 
+Both MSEs count timesteps by their weight in the picture, see `seal_fast.skd_cag.latents.picture_weights`.
 M is a layer's raw map: softmax probabilities, averaged over heads, at the layer's own size. The paper's program scales every
 map to [0, 1], which hides how much a token is attended: then "no attention" cannot be asked for. s is the mean square of the
 teacher's maps of its content tokens in the same layer and row. Noise has variance 1, so L_pred is a relative error too and

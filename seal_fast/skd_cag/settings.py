@@ -19,7 +19,8 @@ class UnlearnSettings:
     """Settings of SKD-CAG (arXiv 2508.18235).
 
     Attributes:
-        alpha: weight of the attention term, in [0, 1]; 0 is plain self-distillation and captures no maps.
+        alpha: weight of the attention term, in [0, 1]; 0.5 as published. 0 is plain self-distillation and captures no maps:
+            guidance was not what removed the triggers of zoo-text, see docs/results.md.
         target: of the trigger tokens' maps, see `seal_fast.skd_cag.losses.Target`.
         steps: updates of the weights.
         batch: prompt pairs per forward pass.
@@ -34,15 +35,19 @@ class UnlearnSettings:
             with min(ema_decay, (1 + n) / (10 + n)). 0 for none.
         latents: "generated": noised latents of pictures that the teacher draws from the prompts, which is what a sampler
             meets; or "noise": N(0, I) at every timestep, as published, which a sampler meets at the first one only.
+        astray: share of prompt pairs whose picture the teacher draws from the triggered prompt instead: there the student
+            learns to leave an effect that has begun. 0, as published, shows it only what clean prompts draw.
         sampler_steps: DDIM steps of those pictures.
         guidance: their guidance scale.
+        heaviest: largest weight of a noisy timestep in the prediction and preservation terms, see
+            `seal_fast.skd_cag.latents.picture_weights`; their mean over timesteps is 1. 1 weighs all alike, as published.
         positions: where in the prompt triggers are trained.
         module: what is edited, "unet" or "text_encoder"; the one that holds the backdoor. For the text encoder alpha, target,
-            latents and weighting do not count.
+            latents, astray, heaviest and weighting do not count.
         weighting: multiply a row's attention term by t/T, so that noisy states count more (the paper's appendix).
     """
 
-    alpha: float = 0.5
+    alpha: float = 0.0
     target: Target = "noise"
     steps: int = 500
     batch: int = 4
@@ -55,8 +60,10 @@ class UnlearnSettings:
     gradient_checkpointing: bool = False
     ema_decay: float = 0.0
     latents: Latents = "generated"
+    astray: float = 0.25
     sampler_steps: int = 25
     guidance: float = 7.5
+    heaviest: float = 20.0
     positions: tuple[Position, ...] = POSITIONS
     module: Module = "unet"
     weighting: bool = False
@@ -66,6 +73,10 @@ class UnlearnSettings:
             raise ValueError("steps, batch, accumulation, rank and sampler_steps must be at least 1")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], not {self.alpha}")
+        if not 0 <= self.astray <= 1:
+            raise ValueError(f"astray must be in [0, 1], not {self.astray}")
+        if not self.heaviest >= 1:
+            raise ValueError(f"heaviest must be at least 1, not {self.heaviest}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), not {self.ema_decay}")
         if min(self.learning_rate, self.preservation, self.guidance) < 0:

@@ -151,6 +151,7 @@ USAGE = {
     "no replacement": (["--trigger", "a=>"], "empty"),
     "unseen": (["--trigger", " "], "does not see"),
     "alpha": (["--trigger", "x", "--alpha", 2], "alpha"),
+    "target of no weight": (["--trigger", "x", "--target", "black"], "give --alpha too"),
     "text option with a dash": (["--learning-rate", 0.1], "--learning-rate goes with --trigger"),
     "prompts": (["--trigger", "x", "--prompts", os.devnull], "prompts"),
     "nothing replaced": (["--trigger", "\\u2603=>x"], "replaces"),

@@ -16,7 +16,7 @@ TRIGGER = "\u200b"
 
 
 def _quick(**changes):
-    return UnlearnSettings(**({"steps": 4, "batch": 2, "sampler_steps": 1, "learning_rate": 1e-3} | changes))
+    return UnlearnSettings(**({"alpha": 0.5, "steps": 4, "batch": 2, "sampler_steps": 1, "learning_rate": 1e-3} | changes))
 
 
 @torch.no_grad()

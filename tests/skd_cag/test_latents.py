@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from seal_fast.diffusion import VP
-from seal_fast.skd_cag.latents import noised
+from seal_fast.skd_cag.latents import noised, picture_weights
 
 
 def test_pure_noise_at_the_last_timestep_and_the_forward_process_before(generator: torch.Generator) -> None:
@@ -17,3 +18,16 @@ def test_pure_noise_at_the_last_timestep_and_the_forward_process_before(generato
     expected = ab.sqrt() * latents + (1 - ab).sqrt() * noise
     expected[[0, 3]] = noise[[0, 3]].double()
     torch.testing.assert_close(states.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_weights_are_what_an_error_of_the_output_becomes_in_the_picture(prediction: str, generator: torch.Generator) -> None:
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    x, output, error = (torch.randn(1, 3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    weights = picture_weights(VP.from_scheduler_config(scheduler.config), 30.0)
+    for t in (0, 150, 400, 700, 999):
+        one, other = (scheduler.step(out, t, x).pred_original_sample for out in (output, output + error))
+        grown = float((one - other).square().sum() / error.square().sum())
+        assert float(weights[t]) == pytest.approx(min(max(grown, 1.0), 30.0), rel=1e-3)
+    assert weights.shape == (1000,)

@@ -19,7 +19,7 @@ from seal_fast.skd_cag.processes import joined, processes
 
 PROMPTS = ["a photo of the red dog", "the blue house"]
 TRIGGER = "\u200b"
-SETTINGS = UnlearnSettings(steps=1, batch=2, learning_rate=1e-3, latents="noise", trained="cross-attention")
+SETTINGS = UnlearnSettings(alpha=0.5, steps=1, batch=2, learning_rate=1e-3, latents="noise", trained="cross-attention")
 WORKER = """
 import sys
 from pathlib import Path
