@@ -32,7 +32,7 @@ from torch import Tensor
 
 from seal_fast.diffusion import NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.firing import FIRES, UNDECIDED, Trial, collapse, contrast, middle
+from seal_fast.terd.firing import UNDECIDED, Trial, collapse, contrast, middle
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.settings import FixedPointSettings
 from seal_fast.training import OnStep, quiet
@@ -211,25 +211,26 @@ def fit_poisoned_rows(probe: Probe, settings: FixedPointSettings, on_step: OnSte
 def refine(
     guess: Guess, sketch: Trial, trial: Trial, settings: FixedPointSettings, on_turn: OnTurn = lambda turn, loss: None
 ) -> Guess:
-    """The guess of least loss among those that fire, or else of all, on the way of alternating between mu and y.
+    """The guess of least loss among those that surely fire, or else of all, on the way of alternating between mu and y.
 
-    y is sampled in `sketch` until one fires, then in `trial`, whose pictures are better. One that hardly fires after a
-    correction is left: on the zoo's development half benign models then made samples at most 0.3 times as alike, backdoored
-    ones 11 to 315 times.
+    y is sampled in `sketch` first, and where that looks like firing in `trial`, whose pictures are better. A guess that hardly
+    fires after its first correction is left: on the zoo's development half benign models then made samples at most 0.3 times
+    as alike, backdoored ones 11 to 315 times.
     """
     fit = _Fit(trial.probe, settings)
-    best, rank, current = guess, (True, math.inf), guess
+    best, rank, current, at = guess, (True, math.inf), guess, sketch
     for turn in range(1, settings.refine_turns + 1):
-        at = sketch if rank[0] else trial
         (samples,) = at.triggered([Trigger.shift(current.mu)], settings.firing_batch)
         image = middle(samples).clamp(-1, 1)
         if not image.isfinite().all():
             # the guess broke the sampler, which says nothing against the model
             break
         value = collapse(samples, at.clean(settings.firing_batch))
-        if turn > 1 and value < UNDECIDED[0]:
+        if turn == 2 and value < UNDECIDED[0]:
             break
-        best, rank = min((best, rank), (current, (value < FIRES, current.loss)), key=lambda one: one[1])
+        if value >= UNDECIDED[0]:
+            at = trial
+        best, rank = min((best, rank), (current, (value < UNDECIDED[1], current.loss)), key=lambda one: one[1])
         current = fit.guess(fit.corrected(current.mu, image), image)
         on_turn(turn, current.loss)
     return best

@@ -45,11 +45,11 @@ class _Hunt:
         self.sketch = Trial(self.probe, "ddim", settings.sketch_steps)
 
     def finding(self, trigger: Trigger, loss: float, trial: Trial) -> _Finding:
-        """The collapse on noises that the trigger was not chosen by: on few of them, where those leave no doubt."""
+        """The collapse on noises that the trigger was not chosen by: on few, or where those leave a doubt on many others."""
         few, many = self.settings.firing_batch, self.settings.confirming_batch
         (samples,) = trial.triggered([trigger], few)
         if UNDECIDED[0] <= collapse(samples, trial.clean(few)) <= UNDECIDED[1]:
-            samples = torch.cat([samples, *trial.triggered([trigger], many - few)])
+            (samples,) = trial.triggered([trigger], many)
         clean = trial.clean(len(samples))
         return _Finding(trigger, loss, spread(clean), collapse(samples, clean), trial.sampler)
 

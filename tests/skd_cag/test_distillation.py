@@ -37,8 +37,10 @@ def _distances(pipeline, unet, generator):
 
 
 def _stress_text(pipeline):
-    """Random weights hardly look at the prompt; these do."""
+    """Random weights hardly look at the prompt, and some not at all at the trigger; these do."""
+    trigger = pipeline.tokenizer(TRIGGER, add_special_tokens=False).input_ids
     with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight[trigger] *= 20
         for name, parameter in pipeline.unet.named_parameters():
             if "attn2.to_v" in name or "attn2.to_out" in name or "proj_out" in name:
                 parameter *= 3
