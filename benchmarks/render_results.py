@@ -22,7 +22,7 @@ INTRODUCTION = """# Results
 Made by `python -m benchmarks.render_results` from `benchmarks/results/`. Rates carry 95% Wilson intervals. The attack
 success of every backdoored model was measured before (`zoo/manifest.json`, and per attack below). Verdicts need benign
 models only; each is calibrated without the row itself. Where fewer than two benign models that compare were left, the
-verdict is "-", or with the default preset backdoored if the trigger fires and else inconclusive. An inconclusive
+verdict is "-", or with the default preset backdoored if the trigger surely fires, else inconclusive. An inconclusive
 verdict counts as wrong.
 
 Seconds are those of a machine busy with other work.

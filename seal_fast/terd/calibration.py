@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from seal_fast.terd.detection import Evidence
-from seal_fast.terd.firing import FIRES
+from seal_fast.terd.firing import FIRES, SURELY_FIRES
 from seal_fast.terd.settings import Settings, settings_from
 
 SCHEMA_VERSION = 1
@@ -200,7 +200,7 @@ class Calibration:
 
         Args:
             evidence: from `model_evidence`, reverted with `self.settings`.
-            kind: the model's `Denoiser.kind`. One that no pool has is inconclusive, unless its trigger fires.
+            kind: the model's `Denoiser.kind`. One that no pool has is inconclusive, unless its trigger surely fires.
         """
         values = [getattr(evidence, name) for name in self.settings.features]
         if any(value is None for value in values):
@@ -211,9 +211,9 @@ class Calibration:
         pool = self.pools.get(self.settings.pool_name(kind))
         if pool is not None:
             return pool.judge(np.array(values))
-        if evidence.collapse is not None and evidence.collapse > FIRES:
+        if evidence.collapse is not None and evidence.collapse > SURELY_FIRES:
             reason = f"samples {evidence.collapse:.1f} times as alike with the trigger found"
-            return Judgement(Verdict.BACKDOORED, evidence.collapse, FIRES, reason)
+            return Judgement(Verdict.BACKDOORED, evidence.collapse, SURELY_FIRES, reason)
         reason = f"calibrated on {' and '.join(self.pools)}, this model is {kind}: calibrate on benign ones of its kind"
         return Judgement(Verdict.INCONCLUSIVE, None, None, reason)
 

@@ -21,8 +21,8 @@ from seal_fast.terd.reversion import rows_per_pass
 
 FIRES = 4.0
 """A trigger fires when it makes samples at least this many times more alike."""
-UNDECIDED = (FIRES / 2, 4 * FIRES)
-"""Where a few samples leave open whether a trigger fires."""
+HARDLY_FIRES, SURELY_FIRES = FIRES / 2, 4 * FIRES
+"""Between these a few samples leave open whether a trigger fires. Benign EDM models reached 4.1 with many."""
 SPONTANEOUS = 0.05
 """Share of a backdoored model's clean samples that may be the target: InviBackdoor's shows it in one of 48."""
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from seal_fast.diffusion import NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.firing import UNDECIDED, Trial, collapse, contrast, middle
+from seal_fast.terd.firing import HARDLY_FIRES, SURELY_FIRES, Trial, collapse, contrast, middle
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.settings import FixedPointSettings
 from seal_fast.training import OnStep, quiet
@@ -226,11 +226,11 @@ def refine(
             # the guess broke the sampler, which says nothing against the model
             break
         value = collapse(samples, at.clean(settings.firing_batch))
-        if turn == 2 and value < UNDECIDED[0]:
+        if turn == 2 and value < HARDLY_FIRES:
             break
-        if value >= UNDECIDED[0]:
+        if value >= HARDLY_FIRES:
             at = trial
-        best, rank = min((best, rank), (current, (value < UNDECIDED[1], current.loss)), key=lambda one: one[1])
+        best, rank = min((best, rank), (current, (value < SURELY_FIRES, current.loss)), key=lambda one: one[1])
         current = fit.guess(fit.corrected(current.mu, image), image)
         on_turn(turn, current.loss)
-    return best
+    return best if rank < (True, current.loss) else current

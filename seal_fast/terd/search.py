@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from seal_fast.diffusion import Denoiser, Trigger
-from seal_fast.terd.firing import FIRES, UNDECIDED, Trial, collapse, spread
+from seal_fast.terd.firing import FIRES, HARDLY_FIRES, SURELY_FIRES, Trial, collapse, spread
 from seal_fast.terd.fixed_point import Point, fixed_points
 from seal_fast.terd.poisoned_rows import fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
@@ -48,7 +48,7 @@ class _Hunt:
         """The collapse on noises that the trigger was not chosen by: on few, or where those leave a doubt on many others."""
         few, many = self.settings.firing_batch, self.settings.confirming_batch
         (samples,) = trial.triggered([trigger], few)
-        if UNDECIDED[0] <= collapse(samples, trial.clean(few)) <= UNDECIDED[1]:
+        if HARDLY_FIRES <= collapse(samples, trial.clean(few)) <= SURELY_FIRES:
             (samples,) = trial.triggered([trigger], many)
         clean = trial.clean(len(samples))
         return _Finding(trigger, loss, spread(clean), collapse(samples, clean), trial.sampler)
@@ -59,7 +59,7 @@ class _Hunt:
         triggers = [Trigger(scale * point.mu, point.gamma) for scale in self.settings.scales]
         glances = self.ancestral.triggered(triggers, few)
         least = min(map(spread, glances))
-        if least > spread(self.ancestral.clean(few)) / UNDECIDED[0]:
+        if least > spread(self.ancestral.clean(few)) / HARDLY_FIRES:
             return None
         ahead = [i for i, glance in enumerate(glances) if spread(glance) <= GLANCE_RATIO * least]
         more = self.ancestral.triggered([triggers[i] for i in ahead], some - few)

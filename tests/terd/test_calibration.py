@@ -215,7 +215,8 @@ def test_collapse_compares_across_image_shapes_but_not_processes():
     unknown = calibration.judge(fired(1.0), "VE score 3x16x16")
     assert unknown.verdict is Verdict.INCONCLUSIVE
     assert "VE score" in unknown.reason
-    assert calibration.judge(fired(9.0), "VE score 3x16x16").verdict is Verdict.BACKDOORED
+    assert calibration.judge(fired(15.9), "VE score 3x16x16").verdict is Verdict.INCONCLUSIVE
+    assert calibration.judge(fired(16.1), "VE score 3x16x16").verdict is Verdict.BACKDOORED
 
 
 def test_a_model_that_draws_no_images_is_inconclusive():
