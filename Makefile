@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SCANS := benchmarks/bench_time_to_verdict.py benchmarks/bench_many_models.py
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: setup demo test lint bench accuracy calibration zoo clean
@@ -32,7 +33,9 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/bench_cross_attention.py --benchmark-json=benchmarks/results/speed.json
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/bench_cross_attention.py $(SCANS:%=--ignore=%) \
+		--benchmark-json=benchmarks/results/speed.json
+	$(BIN)/python -m pytest $(SCANS) --benchmark-json=benchmarks/results/scans.json
 	$(BIN)/python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=benchmarks/results/cross_attention.json
 	$(BIN)/python -m benchmarks.render_results
 
