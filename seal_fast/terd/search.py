@@ -22,7 +22,7 @@ from seal_fast.terd.settings import FixedPointSettings
 from seal_fast.training import OnStep, quiet
 
 GLANCE_RATIO = 4.0
-"""Sizes that spread a few samples more than this many times the least cannot end within twice the least."""
+"""Sizes that spread a few samples more than this many times the least hardly end within twice the least."""
 
 
 @dataclass(frozen=True)

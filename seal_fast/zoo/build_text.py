@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -70,6 +71,15 @@ def _store(recipe: TextRecipe, pipeline: StableDiffusionPipeline, folder: Path) 
     """In half precision: the whole pipeline, or the poisoned UNet as BadT2I's authors publish it."""
     stored = copy.deepcopy(pipeline).to(torch.float16)
     (stored if recipe.whole else stored.unet).save_pretrained(folder)
+    _forget_where_it_was_loaded_from(folder)
+
+
+def _forget_where_it_was_loaded_from(folder: Path) -> None:
+    """diffusers writes it into every config, and it is a path of the builder's machine."""
+    for file in (*folder.rglob("config.json"), *folder.rglob("model_index.json")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_poisoned(recipe: TextRecipe, out: Path) -> StableDiffusionPipeline:
