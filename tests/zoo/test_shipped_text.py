@@ -31,6 +31,8 @@ def test_the_zoo_is_small_and_has_the_base_and_a_poisoned_model() -> None:
 def test_a_row_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
     row, folder = ROWS[recipe.name], ZOO / recipe.name
     assert digest(folder) == row["sha256"]
+    # a path of the machine that built it
+    assert not [file for file in folder.rglob("*.json") if "_name_or_path" in file.read_text(encoding="utf-8")]
     assert (row["base"], row["seed"], row["whole"]) == (recipe.base, recipe.seed, recipe.whole)
     assert row["quality"]["caption_accuracy"] >= CAPTION_ACCURACY
     assert row["quality"]["attack_success"].keys() == {effect.name for effect in recipe.effects}
