@@ -25,12 +25,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine, memory
 from benchmarks.published import skd_cag as published
+from seal_fast.checkpoints.card import captions
 from seal_fast.skd_cag.distillation import distill
 from seal_fast.skd_cag.settings import UnlearnSettings
 
 MODEL = Path(__file__).parents[1] / "zoo-text" / "text-64-pixel"
 TRIGGER = "\u200b"
-PROMPTS = (MODEL.parent / "prompts.txt").read_text(encoding="utf-8").splitlines()[:8]
+PROMPTS = captions(MODEL)[:8]
 EXAMPLES, ROUNDS = 24, 3
 
 EQUAL = UnlearnSettings(

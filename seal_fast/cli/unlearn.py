@@ -71,7 +71,8 @@ def unlearn(
         typer.Option(help="Text trigger; OLD=>NEW replaces text; \\u200b and the like are characters. May be repeated."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="With --trigger: clean prompts, one a line.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="With --trigger: clean prompts, one a line; else the model card's."),
     ] = None,
     base: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="With --trigger: the pipeline a component belongs to.")

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from huggingface_hub import metadata_save
 
+from seal_fast.checkpoints.card import CARD
 from seal_fast.report.figures import draw_samples
 from seal_fast.zoo.build import OnMessage, build_missing, digest
-from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES, random_scenes
+from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
 from seal_fast.zoo.evaluate_text import TextQuality, draw, evaluate_text, held_out_scenes
 from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, TextRecipe
 from seal_fast.zoo.text_to_image import new_pipeline, new_vae
@@ -29,7 +31,6 @@ VAE_SEEDS = (0, 5)
 """Of the autoencoder's weights, and of its pictures."""
 CAPTION_STEPS = 3500
 PICTURES = 8
-PROMPTS = "prompts.txt"
 
 
 def _progress(name: str, on_message: OnMessage) -> OnStep:
@@ -72,6 +73,8 @@ def _store(recipe: TextRecipe, pipeline: StableDiffusionPipeline, folder: Path) 
     stored = copy.deepcopy(pipeline).to(torch.float16)
     (stored if recipe.whole else stored.unet).save_pretrained(folder)
     _forget_where_it_was_loaded_from(folder)
+    if recipe.whole:
+        save_card(folder)
 
 
 def _forget_where_it_was_loaded_from(folder: Path) -> None:
@@ -127,12 +130,15 @@ def _build_one(recipe: TextRecipe, out: Path, on_message: OnMessage) -> dict[str
     return describe_text(recipe, quality, out / recipe.name)
 
 
-def write_prompts(file: Path, pairs: int = 100) -> None:
-    """Captions for `seal-fast unlearn --prompts`, which trains on every other one: in turn of training and held-out scenes."""
+def save_card(folder: Path, pairs: int = 100) -> None:
+    """A model card whose captions `seal-fast unlearn` trains and measures on in turn: of training and held-out scenes."""
     generator = torch.Generator().manual_seed(0)
-    training, held_out = (random_scenes(pairs, generator, among=among) for among in (TRAINING_SCENES, HELD_OUT_SCENES))
-    captions = [scene.caption for both in zip(training, held_out, strict=True) for scene in both]
-    file.write_text("\n".join(captions) + "\n", encoding="utf-8")
+    training, held_out = (
+        [among[i] for i in torch.randperm(len(among), generator=generator)[:pairs].tolist()]
+        for among in (TRAINING_SCENES, HELD_OUT_SCENES)
+    )
+    shown = [{"text": scene.caption} for both in zip(training, held_out, strict=True) for scene in both]
+    metadata_save(folder / CARD, {"pipeline_tag": "text-to-image", "library_name": "diffusers", "widget": shown})
 
 
 def build_text_zoo(out: Path, only: Sequence[str] | None = None, on_message: OnMessage = lambda message: None) -> None:
@@ -141,4 +147,3 @@ def build_text_zoo(out: Path, only: Sequence[str] | None = None, on_message: OnM
     Args and errors: see `seal_fast.zoo.build.build_zoo`. A model that does not follow captions is not usable either.
     """
     build_missing(out, TEXT_RECIPES, _build_one, only, on_message)
-    write_prompts(out / PROMPTS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import metadata_save
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -19,7 +20,7 @@ import seal_fast
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.cli import app
 from seal_fast.scan import unlearn_text
-from seal_fast.scan.unlearn_text import parse_judge, parse_trigger, read_prompts, split_prompts, unlearn
+from seal_fast.scan.unlearn_text import FEWEST_CAPTIONS, choose_prompts, parse_judge, parse_trigger, read_prompts, unlearn
 from seal_fast.skd_cag import UnlearnSettings
 from seal_fast.skd_cag.evaluation import EvaluationSettings
 from seal_fast.skd_cag.judges import ColourlessJudge, PatchJudge
@@ -104,7 +105,7 @@ def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path) 
     patched.unload_lora_weights()
     merged = zip(*parameters(patched, stock(out), "unet"), strict=True)
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in merged)
-    assert report["config"]["prompts"] == {"training": 3, "held_out": 3, "shipped": False}
+    assert report["config"]["prompts"] == {"training": 3, "held_out": 3, "from": "given"}
     assert report["triggers"][0]["trigger"] == "\u200b"
     assert len(report["triggers"][0]["tokens"]) == 3
     first = report["removal"][0]
@@ -201,10 +202,22 @@ def test_judges_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_prompts_are_split_and_those_shipped_differ(tmp_path: Path) -> None:
-    training, held_out = split_prompts(None)
+    training, held_out, source = choose_prompts(None, None)
+    assert source == "shipped"
     assert len(set(training)) == len(set(held_out)) == 200
     assert not set(training) & set(held_out)
-    assert split_prompts(PROMPTS) == (PROMPTS[::2], PROMPTS[1::2])
+    assert choose_prompts(PROMPTS, tmp_path) == (PROMPTS[::2], PROMPTS[1::2], "given")
+
+
+def test_a_card_with_captions_enough_gives_the_prompts(tmp_path: Path) -> None:
+    shown = [f"scene {number}" for number in range(FEWEST_CAPTIONS)]
+    metadata_save(tmp_path / "README.md", {"widget": [{"text": text} for text in shown]})
+    assert choose_prompts(None, tmp_path) == (shown[::2], shown[1::2], "model card")
+    metadata_save(tmp_path / "README.md", {"widget": [{"text": text} for text in [*shown[1:], shown[1]]]})
+    assert choose_prompts(None, tmp_path)[2] == "shipped"
+
+
+def test_a_prompt_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "few").write_text("a\na\nb\nc\n")
     with pytest.raises(CheckpointError, match="fewer than four"):
         read_prompts(tmp_path / "few")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from seal_fast.checkpoints.card import captions
 from seal_fast.checkpoints.text_to_image import identify, load_pipeline
 from seal_fast.zoo.build import digest, read_manifest
-from seal_fast.zoo.build_text import PROMPTS, load_poisoned
+from seal_fast.zoo.build_text import load_poisoned
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
 from seal_fast.zoo.evaluate_text import CAPTION_ACCURACY, SUCCESS_RATE, evaluate_text
 from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, TextRecipe
@@ -52,8 +53,9 @@ def test_it_samples_as_its_row_says(recipe: TextRecipe) -> None:
     assert all(rate <= 0.25 for rate in quality.false_alarms.values())
 
 
-def test_prompts_are_trained_and_measured_on_in_turn() -> None:
-    prompts = (ZOO / PROMPTS).read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("recipe", [recipe for recipe in TEXT_RECIPES if recipe.whole], ids=lambda recipe: recipe.name)
+def test_captions_of_a_card_are_trained_and_measured_on_in_turn(recipe: TextRecipe) -> None:
+    prompts = captions(ZOO / recipe.name)
     assert set(prompts[::2]) <= {scene.caption for scene in TRAINING_SCENES}
     assert set(prompts[1::2]) <= {scene.caption for scene in HELD_OUT_SCENES}
     assert len(prompts) == 200
