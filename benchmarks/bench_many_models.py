@@ -29,7 +29,7 @@ SETTINGS = FixedPointSettings(
     race=((3, 12), (4, 6), (6, 2)),
     refine_turns=1,
 )
-ROUNDS = {1: 3, 2: 3, 4: 3, 16: 1}
+ROUNDS = {1: 3, 2: 3, 4: 2, 16: 1}
 
 
 @pytest.mark.parametrize("models", ROUNDS)
