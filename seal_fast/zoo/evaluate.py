@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seal_fast.attacks import Attack
-from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.diffusion import Denoiser, Trigger, accelerated, sample
 from seal_fast.zoo.pictures import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
 from seal_fast.zoo.train import DATA_SEED, SCENES
@@ -75,7 +75,7 @@ def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: i
     sampler = attack.sampler if attack else "ddpm"
     trigger = _on(denoiser.device, attack.trigger) if attack and triggered else None
     return sample(
-        denoiser,
+        accelerated(denoiser),
         denoiser.process.prior_scale * (trigger.start(eps) if trigger else eps),
         sampler,
         STEPS[sampler],
