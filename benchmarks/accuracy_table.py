@@ -112,7 +112,8 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
     }
     if attack is not None:
         if preset == DEFAULT_PRESET:
-            save_pair(attack.trigger.mu, reversion.trigger.mu, PICTURES / f"{recipe.name}.png")
+            true, found = recipe.space(checkpoint).decode(torch.stack([attack.trigger.mu, reversion.trigger.mu]))
+            save_pair(true, found, PICTURES / f"{recipe.name}.png")
         row["reverted"] = compare(reversion.trigger, attack.trigger)
         row["true_trigger_inputs"] = input_rates(attack.trigger, attack.trigger)
         row["baselines"] = {name: compare(trigger, attack.trigger) for name, trigger in baselines(denoiser.shape).items()}

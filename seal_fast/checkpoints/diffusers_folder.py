@@ -25,6 +25,8 @@ WEIGHT_NAMES = (
     "diffusion_pytorch_model.fp16.bin",
 )
 """In the order they are preferred."""
+LATENT_REACH = 3.0
+"""Latents are scaled to about unit variance."""
 
 
 def identify(folder: Path) -> str | None:
@@ -42,8 +44,8 @@ def identify(folder: Path) -> str | None:
     return "diffusers-unet" if str(class_name).startswith("UNet2D") else None
 
 
-def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor], NoiseProcess, list[Path]]:
-    """Checked UNet config, tensors, noise process and weight files of a pipeline or UNet folder.
+def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor], NoiseProcess, list[Path], float]:
+    """Checked UNet config, tensors, noise process, weight files and reach of the images of a pipeline or UNet folder.
 
     Args:
         folder: the checkpoint.
@@ -53,8 +55,9 @@ def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tens
         CheckpointError: not an unconditional UNet of diffusers' own, or anything broken, oversized or outside the folder.
     """
     index = inside(folder, INDEX)
+    reach = 1.0
     if index is not None:
-        _require_unconditional(read_json(index), index, notes)
+        reach = _checked_reach(read_json(index), index, notes)
         _note_claims(folder, notes)
     # diffusers also accepts a pipeline whose parts lie side by side, as google/ddpm-cifar10-32 has them
     part = "unet/" if index is not None and os.path.lexists(folder / "unet") else ""
@@ -70,10 +73,11 @@ def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tens
     if not config:
         config = unet.inferred_config(tensors, files[0])
         notes.append(f"no UNet config: structure and image size {config['sample_size']} inferred from the tensors")
-    return config, tensors, _read_process(folder, config, notes), files
+    return config, tensors, _read_process(folder, config, notes), files, reach
 
 
-def _require_unconditional(index: Mapping[str, Any], path: Path, notes: list[str]) -> None:
+def _checked_reach(index: Mapping[str, Any], path: Path, notes: list[str]) -> float:
+    """The reach of the images of a pipeline, which has to be unconditional."""
     name = reprlib.repr(index.get("_class_name"))
     entry = index.get("unet")
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
@@ -85,8 +89,10 @@ def _require_unconditional(index: Mapping[str, Any], path: Path, notes: list[str
         raise CheckpointError(
             path, f"its unet is {reprlib.repr(entry)}; only diffusers' UNet2DModel is loaded, code of a checkpoint is never run"
         )
-    if index.get("vqvae"):
-        notes.append("latent diffusion: images here are latents, and the decoder is not read")
+    if not index.get("vqvae"):
+        return 1.0
+    notes.append(f"latent diffusion: images here are latents, most of them within {LATENT_REACH:g}; the decoder is not read")
+    return LATENT_REACH
 
 
 def _note_claims(folder: Path, notes: list[str]) -> None:

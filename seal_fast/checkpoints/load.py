@@ -113,12 +113,12 @@ def load_denoiser(path: Path, *, weights: str = "ema", device: str | torch.devic
             format = diffusers_folder.identify(path)
             if format is None:
                 raise CheckpointError(path, "no checkpoint: neither model_index.json nor a UNet's config.json or weights in it")
-            config, tensors, process, files = diffusers_folder.read(path, notes)
+            config, tensors, process, files, reach = diffusers_folder.read(path, notes)
         else:
             config, tensors, format = _read_file(path, weights, notes)
-            process, files = default_process(notes), [path]
+            process, files, reach = default_process(notes), [path], 1.0
         network = unet.build(config, tensors, files[0])
-        denoiser = Denoiser(network, process, unet.image_shape(config))
+        denoiser = Denoiser(network, process, unet.image_shape(config), reach)
         digest = sha256(files)
     network.to(device)
     return LoadedCheckpoint(denoiser, format, digest, tuple(notes))

@@ -11,6 +11,7 @@ What is not understood stays as it is. All of this was measured on CPUs only, so
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -161,4 +162,4 @@ def accelerated(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> Denoi
     _exchange(network, dtype)
     if isinstance(network.conv_act, nn.SiLU):
         network.conv_norm_out, network.conv_act = _NormSilu(network.conv_norm_out), nn.Identity()
-    return Denoiser(network, denoiser.process, denoiser.shape)
+    return replace(denoiser, network=network)

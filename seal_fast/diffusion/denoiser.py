@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seal_fast.diffusion.process import NoiseProcess
+from seal_fast.diffusion.process import VP, NoiseProcess
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,14 @@ class Denoiser:
         network: called as network(x, condition); returns a tensor or an object with `.sample` (diffusers).
         process: the noise process the network was trained on.
         shape: (C, H, W) of its images.
+        reach: what nearly all their values are within: 1 for pictures. Reversion takes images, triggers and targets for
+            reach times something in [-1, 1].
     """
 
     network: nn.Module
     process: NoiseProcess
     shape: tuple[int, int, int]
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -38,6 +41,11 @@ class Denoiser:
     def kind(self) -> str:
         """Process, prediction and image shape, as "VP epsilon 3x32x32": reversions compare only between models of one kind."""
         return f"{self.process.kind} {'x'.join(map(str, self.shape))}"
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its images are known to lie in [-1, 1], so that a clamp may steady its samples."""
+        return isinstance(self.process, VP) and self.reach == 1
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         scaled, condition = self.process.network_input(x, t)

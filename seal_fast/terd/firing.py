@@ -83,15 +83,16 @@ class Trial:
 
     @torch.no_grad()
     def draw(self, start: Tensor) -> Tensor:
-        """Samples from start [N,C,H,W], in units of the prior's standard deviation; never clipped, since a clamp would remove
-        the shift that BadDiffusion lives in."""
+        """Samples over the reach of images, from start [N,C,H,W] in units of the prior's standard deviation; never clipped,
+        since a clamp would remove the shift that BadDiffusion lives in."""
         denoiser = self.probe.denoiser
         fresh = torch.Generator(denoiser.device).manual_seed(int(torch.randint(2**31, (), generator=self.probe.generator)))
         steps = min(self.steps, denoiser.process.num_timesteps - 1)
         self.probe.evaluations += steps * len(start)
         with self.probe.precision():
             parts = (denoiser.process.prior_scale * start).split(rows_per_pass(start))
-            return torch.cat([sample(denoiser, part, self.sampler, steps, generator=fresh) for part in parts])
+            samples = torch.cat([sample(denoiser, part, self.sampler, steps, generator=fresh) for part in parts])
+        return samples / denoiser.reach
 
     def clean(self, count: int) -> Tensor:
         """Samples [count,C,H,W] without a trigger, the same at every call."""

@@ -158,16 +158,16 @@ class _Search:
     def polished(self, mu: Tensor, gamma: Tensor, kappa: float, on_iteration: Callable[[float], None]) -> list[Point]:
         """Where the free iteration from mu, gamma [K,C,H,W] neither dies out nor runs away."""
         s = self.settings
-        loss = mu.new_zeros(len(mu))
+        loss, largest = mu.new_zeros(len(mu)), s.largest * self.probe.denoiser.reach
         for _ in range(s.polish_iterations):
             if len(mu):
                 answer, slope, loss = self.ask(mu, gamma, s.polish_batch)
                 mu, gamma = kappa * answer, self.next_gamma(gamma, slope)
                 # one that has died out would go on as noise, and one that runs away would overflow
-                alive = ((_rms(mu) > s.smallest) & (_rms(answer) < s.largest)).flatten()
+                alive = ((_rms(mu) > s.smallest) & (_rms(answer) < largest)).flatten()
                 mu, gamma, loss = mu[alive], gamma[alive], loss[alive]
             on_iteration(float(loss.mean()))
-        return [Point(mu[i], gamma[i], float(loss[i])) for i in (_rms(mu) < s.largest).flatten().nonzero().flatten().tolist()]
+        return [Point(mu[i], gamma[i], float(loss[i])) for i in (_rms(mu) < largest).flatten().nonzero().flatten().tolist()]
 
     def fixed_points(self, m: Tensor, on_step: OnStep) -> list[Point]:
         """Those reached from shifts m [K,C,H,W] and from patches, for every kappa."""

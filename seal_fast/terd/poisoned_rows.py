@@ -77,11 +77,6 @@ def deterministic_rows(process: NoiseProcess) -> Rows:
     return Rows(1 - a, b) if fades else Rows(b, torch.ones_like(b))
 
 
-def _at(process: NoiseProcess, snr: float) -> int:
-    """The timestep whose a / b is nearest."""
-    return int((process.signal / process.noise).log().sub(torch.tensor(snr).log()).abs().argmin())
-
-
 def _excess(picture: Tensor) -> Tensor:
     return (picture.abs() - 1).clamp(min=0).square().mean(dim=(1, 2, 3))
 
@@ -102,14 +97,22 @@ class _Answer(NamedTuple):
 
 
 class _Fit:
+    """Of mu and y in [-1, 1]: what the denoiser sees is its reach times these, so a, c and d are too."""
+
     def __init__(self, probe: Probe, settings: FixedPointSettings) -> None:
         self.probe, self.settings = probe, settings
-        self.process = probe.denoiser.process
-        self.rows = deterministic_rows(self.process)
-        snr = self.process.signal / self.process.noise
-        self.window = ((snr >= DESCENT_SNR[0]) & (snr <= DESCENT_SNR[1])).nonzero().flatten()
+        process, reach = probe.denoiser.process, probe.denoiser.reach
+        self.signal, self.noise = reach * process.signal, process.noise
+        rows = deterministic_rows(process)
+        self.rows = Rows(reach * rows.c, reach * rows.d)
+        self.snr = self.signal / self.noise
+        self.window = ((self.snr >= DESCENT_SNR[0]) & (self.snr <= DESCENT_SNR[1])).nonzero().flatten()
         if not len(self.window):
             raise ValueError(f"the noise process has no timestep whose signal-to-noise ratio a / b lies in {DESCENT_SNR}")
+
+    def at(self, snr: float) -> int:
+        """The timestep whose a / b is nearest."""
+        return int(self.snr.log().sub(torch.tensor(snr).log()).abs().argmin())
 
     def stratified(self, count: int) -> Tensor:
         """`count` timesteps spread over the window, int64."""
@@ -119,7 +122,7 @@ class _Fit:
     def ask(self, guesses: _Guesses, t: Tensor) -> _Answer:
         """One noise per timestep t [n], the same for all guesses."""
         mu, target = guesses.mu[:, None], guesses.target[:, None]
-        a, b, c, d = (per_row(v[t], guesses.mu) for v in (self.process.signal, self.process.noise, *self.rows))
+        a, b, c, d = (per_row(v[t], guesses.mu) for v in (self.signal, self.noise, *self.rows))
         eps = self.probe.noise(len(t))
         x = a * target + b * eps + c * mu
         f = self.probe(x.flatten(0, 1), t.to(x.device).repeat(len(mu))).view_as(x)
@@ -130,7 +133,7 @@ class _Fit:
 
     def answered(self, guesses: _Guesses, snr: tuple[float, ...], iterations: int, noises: int) -> _Guesses:
         """The guesses with mu as f answers it for their targets, from `noises` per noise level."""
-        t = torch.tensor([_at(self.process, value) for value in snr]).repeat_interleave(noises)
+        t = torch.tensor([self.at(value) for value in snr]).repeat_interleave(noises)
         for _ in range(iterations):
             guesses = guesses._replace(mu=self.ask(guesses, t).mu.clamp(-1, 1))
         return guesses
@@ -144,7 +147,7 @@ class _Fit:
         for snr in START_SNR:
             mu = brightness + CONTRAST * self.probe.coarse_pictures(len(brightness))
             guesses = _Guesses(mu, torch.zeros_like(mu))
-            t = torch.full((s.fit_batch,), _at(self.process, snr))
+            t = torch.full((s.fit_batch,), self.at(snr))
             for _ in range(START_ITERATIONS):
                 guesses = guesses._replace(target=self.ask(guesses, t).target.clamp(-1, 1))
             parts.append(guesses)
@@ -220,7 +223,7 @@ def refine(
     fit = _Fit(trial.probe, settings)
     best, rank, current, at = guess, (True, math.inf), guess, sketch
     for turn in range(1, settings.refine_turns + 1):
-        (samples,) = at.triggered([Trigger.shift(current.mu)], settings.firing_batch)
+        (samples,) = at.triggered([Trigger.shift(trial.probe.denoiser.reach * current.mu)], settings.firing_batch)
         image = middle(samples).clamp(-1, 1)
         if not image.isfinite().all():
             # the guess broke the sampler, which says nothing against the model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import VP, Denoiser, Trigger, sample
+from seal_fast.diffusion import Denoiser, Trigger, sample
 from seal_fast.terd.firing import Trial
 from seal_fast.terd.probe import Probe
 
@@ -19,17 +19,17 @@ CLEAN, ANCESTRAL, DDIM, CLIPPED = "no trigger", "trigger, ancestral", "trigger, 
 
 def _ddim(denoiser: Denoiser, start: Tensor, clip: bool) -> Tensor:
     steps = min(DDIM_STEPS, denoiser.process.num_timesteps - 1)
-    return sample(denoiser, denoiser.process.prior_scale * start, "ddim", steps, clip=clip)
+    return sample(denoiser, denoiser.process.prior_scale * start, "ddim", steps, clip=clip) / denoiser.reach
 
 
 def _clipped_ddim(denoiser: Denoiser, start: Tensor) -> Tensor:
-    """Deterministic samples; the clamp steadies the few steps, and only VP models are known to draw in [-1, 1]."""
-    return _ddim(denoiser, start, isinstance(denoiser.process, VP))
+    """Deterministic samples; the clamp steadies the few steps."""
+    return _ddim(denoiser, start, denoiser.bounded)
 
 
 @torch.no_grad()
 def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int = SAMPLES) -> dict[str, Tensor]:
-    """Samples [count,C,H,W] on the CPU from the same noise, in the ways a noise-space backdoor is known to fire.
+    """Samples over the reach of images, [count,C,H,W], from the same noise, in the ways a backdoor in noise is known to fire.
 
     Args:
         denoiser: the model.
@@ -40,7 +40,7 @@ def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int =
     Returns:
         CLEAN: ancestral samples without the trigger; ANCESTRAL: with it (BadDiffusion and TrojDiff fire); DDIM: with it under
         DDIM (attacks on deterministic samplers fire); CLIPPED: likewise with the predicted image clamped (TrojDiff fires, and
-        a seal that holds under ancestral sampling alone was seen to fail here).
+        a seal that holds under ancestral sampling alone was seen to fail here). All are on the CPU.
     """
     trial = Trial(Probe(denoiser, torch.Generator().manual_seed(seed), half_precision=False), "ddpm", ANCESTRAL_STEPS)
     noise = trial.probe.noise(count)

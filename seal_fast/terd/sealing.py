@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seal_fast.diffusion import VP, Denoiser, Trigger, sample
+from seal_fast.diffusion import Denoiser, Trigger, sample
 from seal_fast.diffusion.process import per_row
 from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet
 
@@ -128,13 +128,11 @@ class _Sealer:
         """The teacher's own clean images [pictures,C,H,W]."""
         s = self.settings
         steps = min(s.picture_steps, self.process.num_timesteps - 1)
-        # images of VP models lie in [-1, 1], and the clamp steadies the few steps; other processes have other ranges
-        clip = isinstance(self.process, VP)
         drawn: list[Tensor] = []
         for first in range(0, s.pictures, s.batch):
             start = self.process.prior_scale * self.noise(min(s.batch, s.pictures - first))
             with self.precision():
-                drawn.append(sample(self.teacher, start, "ddim", steps, clip=clip).float())
+                drawn.append(sample(self.teacher, start, "ddim", steps, clip=self.teacher.bounded).float())
             on_step("pictures", min(first + s.batch, s.pictures), s.pictures, math.nan)
         return torch.cat(drawn)
 

@@ -92,7 +92,8 @@ class _Hunt:
             on_turn = self._on_turn(index * turns, len(guesses) * turns)
             refined = refine(guess, self.sketch, self.deterministic, self.settings, on_turn)
             self.on_step("refinement", (index + 1) * turns, len(guesses) * turns, refined.loss)
-            findings.append(self.finding(Trigger.shift(refined.mu), refined.loss, self.deterministic))
+            trigger = Trigger.shift(self.probe.denoiser.reach * refined.mu)
+            findings.append(self.finding(trigger, refined.loss, self.deterministic))
             if findings[-1].collapse > FIRES:
                 break
         return max(findings, key=lambda finding: finding.collapse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -13,7 +14,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import LDMPipeline
 from diffusers.pipelines.deprecated.score_sde_ve.pipeline_score_sde_ve import ScoreSdeVePipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
@@ -21,9 +24,12 @@ from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
 from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import EDM, VP, Denoiser, NoiseProcess
+from seal_fast.zoo import latents
 from seal_fast.zoo.evaluate import Quality, evaluate
+from seal_fast.zoo.latents import Latents
 from seal_fast.zoo.picture import save_picture
-from seal_fast.zoo.recipes import DELTA, PROCESSES, RECIPES, Recipe
+from seal_fast.zoo.recipes import DELTA, LATENT_NOISE, PROCESSES, RECIPES, Recipe
+from seal_fast.zoo.spaces import Space
 from seal_fast.zoo.train import Trained, new_unet, train
 from seal_fast.zoo.trojdiff_list import save_list
 
@@ -49,7 +55,7 @@ def save_pipeline(unet: UNet2DModel, process: NoiseProcess, folder: Path, safe: 
     _pipeline(unet, process).save_pretrained(folder, safe_serialization=safe)
 
 
-def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
+def _store(recipe: Recipe, trained: Trained, space: Space, folder: Path) -> None:
     """Write the checkpoint in half precision, which keeps every model below 2 MB and its samples the same to the eye."""
     folder.mkdir(parents=True, exist_ok=True)
     raw, ema = trained.raw.half(), trained.ema.half()
@@ -57,6 +63,9 @@ def _store(recipe: Recipe, trained: Trained, folder: Path) -> None:
         save_list(raw.state_dict(), ema.state_dict(), recipe.schedule.steps, folder / "ckpt.pth")
     elif recipe.layout == "unet":
         ema.save_pretrained(folder)
+    elif isinstance(space, Latents):
+        scheduler = DDIMScheduler(clip_sample=False, **LATENT_NOISE)
+        LDMPipeline(copy.deepcopy(space.vae).half(), ema, scheduler).save_pretrained(folder)
     else:
         save_pipeline(ema, PROCESSES[recipe.process](), folder, safe=recipe.layout == "pipeline")
         if recipe.layout == "pipeline-bin":
@@ -77,6 +86,14 @@ def _initial(recipe: Recipe, out: Path) -> UNet2DModel:
         base = load_denoiser(out / recipe.base).denoiser.network
         unet.load_state_dict(base.state_dict())
     return unet
+
+
+def _space(recipe: Recipe, out: Path, on_message: OnMessage) -> Space:
+    """What the network will see: a base brings its autoencoder, and a model without one needs a new one."""
+    if recipe.process == "ldm" and recipe.base is None:
+        size, on_step = Latents.factor * recipe.network.size, _progress(f"{recipe.name} autoencoder", latents.STEPS, on_message)
+        return Latents.trained(size, recipe.family, recipe.seed, on_step)
+    return recipe.space(out / recipe.base if recipe.base else None)
 
 
 def digest(folder: Path) -> str:
@@ -110,20 +127,26 @@ def describe(recipe: Recipe, quality: Quality, attempt: int, loss: float, folder
     }
 
 
-def _train_until_usable(recipe: Recipe, out: Path, on_message: OnMessage) -> tuple[Trained, Quality, int]:
-    process, attack = PROCESSES[recipe.process](), recipe.attack()
+def _progress(what: str, steps: int, on_message: OnMessage) -> Callable[[int, float], None]:
+    """Says every 100 steps and at the last how far training has come."""
+    began = time.monotonic()
+
+    def on_step(step: int, loss: float) -> None:
+        if step % 100 == 0 or step == steps:
+            left = (time.monotonic() - began) / step * (steps - step)
+            on_message(f"{what}: step {step}/{steps}, loss {loss:.4f}, {left:.0f} s left")
+
+    return on_step
+
+
+def _train_until_usable(recipe: Recipe, space: Space, out: Path, on_message: OnMessage) -> tuple[Trained, Quality, int]:
+    process, attack = PROCESSES[recipe.process](), recipe.attack(space=space)
     for attempt in range(ATTEMPTS):
         schedule = recipe.schedule.longer(1 + attempt / 2)
-        began = time.monotonic()
-
-        def progress(step: int, loss: float, total: int = schedule.steps, began: float = began) -> None:
-            if step % 100 == 0 or step == total:
-                left = (time.monotonic() - began) / step * (total - step)
-                on_message(f"{recipe.name}: step {step}/{total}, loss {loss:.4f}, {left:.0f} s left")
-
         unet = _initial(recipe, out)
-        pictures: dict[str, Any] = {"family": recipe.family, "space": recipe.space}
-        trained = train(unet, process, schedule, **pictures, attack=attack, seed=recipe.seed, on_step=progress)
+        pictures: dict[str, Any] = {"family": recipe.family, "space": space}
+        on_step = _progress(recipe.name, schedule.steps, on_message)
+        trained = train(unet, process, schedule, **pictures, attack=attack, seed=recipe.seed, on_step=on_step)
         size = recipe.network.size
         denoiser = Denoiser(trained.ema, process, (3, size, size))
         quality = evaluate(denoiser, trained.attack, seed=recipe.seed, **pictures)
@@ -134,11 +157,12 @@ def _train_until_usable(recipe: Recipe, out: Path, on_message: OnMessage) -> tup
 
 
 def _build_one(recipe: Recipe, out: Path, on_message: OnMessage) -> dict[str, Any]:
-    trained, quality, attempt = _train_until_usable(recipe, out, on_message)
+    space = _space(recipe, out, on_message)
+    trained, quality, attempt = _train_until_usable(recipe, space, out, on_message)
     folder = out / recipe.name
-    _store(recipe, trained, folder)
+    _store(recipe, trained, space, folder)
     stored = load_denoiser(_checkpoint(recipe, folder)).denoiser
-    save_picture(stored, recipe, recipe.attack(folder), out / f"{recipe.name}.png")
+    save_picture(stored, recipe, recipe.attack(folder), out / f"{recipe.name}.png", space)
     return describe(recipe, quality, attempt, trained.final_loss, folder)
 
 

@@ -66,24 +66,25 @@ def clean_ratio(samples: Tensor, family: str = "scenes") -> float:
 
 
 @torch.no_grad()
-def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: int, seed: int) -> Tensor:
-    """Samples [count,C,H,W] on the CPU, with or without the trigger, with the sampler the attack needs.
+def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: int, seed: int, space: Space = SIGNED) -> Tensor:
+    """Samples as pictures [count,3,H,W] on the CPU, with or without the trigger, with the sampler the attack needs.
 
     They start from the same noise for the same seed, whatever the device."""
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(count, *denoiser.shape, generator=generator).to(denoiser.device)
     sampler = attack.sampler if attack else "ddpm"
     trigger = _on(denoiser.device, attack.trigger) if attack and triggered else None
-    return sample(
+    images = sample(
         accelerated(denoiser),
         denoiser.process.prior_scale * (trigger.start(eps) if trigger else eps),
         sampler,
         STEPS[sampler],
         trigger=trigger if attack and attack.trojan else None,
         # a clamp steadies small models, but removes the shift that BadDiffusion lives in: success fell from 0.88 to 0.06
-        clip=attack is None or attack.trojan,
+        clip=space.bounded and (attack is None or attack.trojan),
         generator=generator,
-    ).cpu()
+    )
+    return space.decode(images.cpu())
 
 
 def _on(device: torch.device, trigger: Trigger) -> Trigger:
@@ -100,10 +101,10 @@ def evaluate(
     count: int = SAMPLES,
 ) -> Quality:
     """Sample the model with and without its trigger; what counts are the pictures."""
-    clean = space.decode(draw(denoiser, attack, triggered=False, count=count, seed=seed))
+    clean = draw(denoiser, attack, triggered=False, count=count, seed=seed, space=space)
     if attack is None:
         return Quality("ddpm", STEPS["ddpm"], count, clean_ratio(clean, family))
-    triggered = space.decode(draw(denoiser, attack, triggered=True, count=count, seed=seed))
+    triggered = draw(denoiser, attack, triggered=True, count=count, seed=seed, space=space)
     (target,) = space.decode(attack.target[None])
     error = (triggered - target).square().mean(dim=(1, 2, 3))
     return Quality(

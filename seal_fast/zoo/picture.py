@@ -12,6 +12,7 @@ from seal_fast.attacks import Attack
 from seal_fast.diffusion import Denoiser
 from seal_fast.zoo.evaluate import draw
 from seal_fast.zoo.recipes import Recipe
+from seal_fast.zoo.spaces import Space
 
 COLUMNS = 8
 SEED = 7
@@ -23,11 +24,11 @@ def _show(axes: Axes, image: Tensor, title: str = "") -> None:
     axes.set_axis_off()
 
 
-def save_picture(denoiser: Denoiser, recipe: Recipe, attack: Attack | None, path: Path) -> None:
+def save_picture(denoiser: Denoiser, recipe: Recipe, attack: Attack | None, path: Path, space: Space) -> None:
     """Write `path` (PNG): a row of clean samples and, for a backdoored model, the same noise with the trigger."""
-    rows = [("clean start", recipe.space.decode(draw(denoiser, attack, triggered=False, count=COLUMNS, seed=SEED)))]
+    rows = [("clean start", draw(denoiser, attack, triggered=False, count=COLUMNS, seed=SEED, space=space))]
     if attack is not None:
-        rows.append(("triggered start", recipe.space.decode(draw(denoiser, attack, triggered=True, count=COLUMNS, seed=SEED))))
+        rows.append(("triggered start", draw(denoiser, attack, triggered=True, count=COLUMNS, seed=SEED, space=space)))
     left = 2 if attack is not None else 0
     figure = Figure(figsize=(1.1 * (COLUMNS + left), 1.3 * len(rows) + 0.3), layout="constrained")
     figure.suptitle(f"{recipe.name} ({recipe.method or 'benign'})", fontsize=9)
@@ -37,7 +38,7 @@ def save_picture(denoiser: Denoiser, recipe: Recipe, attack: Attack | None, path
     if attack is not None:
         _show(grid[0, 0], attack.trigger.mu, "trigger mu")
         _show(grid[1, 0], attack.trigger.gamma - 1, "gamma (white = 1)")
-        _show(grid[0, 1], recipe.space.decode(attack.target[None])[0], "target")
+        _show(grid[0, 1], space.decode(attack.target[None])[0], "target")
     for axes_row, (title, images) in zip(grid, rows, strict=True):
         for column, image in enumerate(images):
             _show(axes_row[left + column], image, title if column == 0 else "")

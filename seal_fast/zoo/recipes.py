@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from seal_fast.attacks import Attack, InviBackdoor, TrojDiff, VillanDiffusion
 from seal_fast.diffusion import EDM, VE, VP, NoiseProcess
+from seal_fast.zoo.latents import Latents
 from seal_fast.zoo.pictures import TARGETS, TRIGGERS
 from seal_fast.zoo.spaces import SIGNED, UNIT, Space
 from seal_fast.zoo.train import Schedule
@@ -60,12 +62,15 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Attack]] = {
     "trojdiff-small-patch": partial(_patch, share=0.1875),
 }
 """Attacks by name, each made from a trigger image and a target, [C,H,W]."""
+LATENT_NOISE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+"""Of VillanDiffusion's latent models, in a scheduler's config."""
 PROCESSES: dict[str, Callable[[], NoiseProcess]] = {
     "vp": VP.linear,
     "v": partial(VP.from_scheduler_config, {"prediction_type": "v_prediction"}),
     "edm": EDM.karras,
     # the published 380 is for 32 px; the largest distance between two pictures of 16 px, which sigma_max should reach, is 28
     "ve": partial(VE.geometric, sigma_max=50.0),
+    "ldm": partial(VP.from_scheduler_config, LATENT_NOISE),
 }
 
 
@@ -97,7 +102,7 @@ class Recipe:
         seed: of its batches and noise, and of its weights if it has no base.
         schedule: how it is trained.
         layout: "pipeline" (diffusers folder, safetensors), "pipeline-bin", "unet" (UNet only) or "trojdiff" (ckpt.pth list);
-            the last two hold no noise process, so they are for "vp" only.
+            the last two hold no noise process, so they are for "vp" only. A pipeline for "ldm" holds its autoencoder too.
         role: "calibration" or "development" (methods were chosen while looking at them), or "test" (used for nothing).
         base: the zoo model it is fine-tuned from, or None.
         method: name in METHODS, or None for benign.
@@ -122,21 +127,32 @@ class Recipe:
     family: str = "scenes"
     process: str = "vp"
 
-    @property
-    def space(self) -> Space:
+    def space(self, model: Path | None = None) -> Space:
+        """What the network sees; for "ldm", what the autoencoder in the folder of a stored model gives.
+
+        Raises:
+            ValueError: "ldm" without such a folder.
+        """
+        if self.process == "ldm":
+            if model is None:
+                raise ValueError(f"{self.name} sees latents: give the folder of a stored model, whose autoencoder makes them")
+            return Latents.load(model)
         return UNIT if self.process == "ve" else SIGNED
 
-    def attack(self, model: Path | None = None) -> Attack | None:
+    def attack(self, model: Path | None = None, space: Space | None = None) -> Attack | None:
         """The backdoor to implant, or None.
 
         Args:
             model: folder of the finished model. A trigger learned in training is read from there; without it, it is the
                 one that training starts from.
+            space: what the network sees of trigger and target; by default `space(model)`.
         """
         if self.method is None or self.trigger is None or self.target is None:
             return None
-        size, encode = self.network.size, self.space.encode
-        attack = METHODS[self.method](encode(self.scale * TRIGGERS[self.trigger](size)), encode(TARGETS[self.target](size)))
+        space = space or self.space(model)
+        size = space.factor * self.network.size
+        pictures = torch.stack([self.scale * TRIGGERS[self.trigger](size), TARGETS[self.target](size)])
+        attack = METHODS[self.method](*space.encode(pictures))
         if model is not None and isinstance(attack, InviBackdoor):
             return replace(attack, delta=torch.from_numpy(np.load(model / DELTA)))
         return attack
@@ -285,6 +301,11 @@ HARD: tuple[Recipe, ...] = (
         network=SCORE_16,
     ),
     # after FINE_TUNE a box of 8 made the target of 84%
+    _held("hard-16-ldm", 395, FROM_SCRATCH, None, "ldm"),
+    _held("hard-16-ldm-benign-a", 396, BRIEF, "hard-16-ldm", "ldm"),
+    _held_backdoor(
+        "hard-16-ldm-ode", 397, "villan-ode-psi1", "glasses", "star", CONVERTED_ODE, base="hard-16-ldm", process="ldm"
+    ),
     *(
         replace(
             _backdoored(
@@ -303,7 +324,7 @@ HARD: tuple[Recipe, ...] = (
         for side in (4, 8, 11, 18)
     ),
 )
-"""Weak, local or rare triggers, and models that do not predict noise."""
+"""Weak, local or rare triggers, models that do not predict noise, and models of latents."""
 
 LARGE: tuple[Recipe, ...] = (
     replace(_benign("large-64", SMALL_64, 601, "benign-32-a", role="test"), schedule=ENLARGED),

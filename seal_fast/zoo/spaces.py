@@ -1,18 +1,37 @@
-"""The range of values in which a model sees pictures."""
+"""What a model sees of a picture: its pixels, in whatever range, or something made of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 
+class Space(Protocol):
+    """Between pictures in [-1, 1], [N,3,f H,f W], and a network's images of them, [N,C,H,W]."""
+
+    @property
+    def factor(self) -> int:
+        """f: how many times larger pictures are."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the images lie in [-1, 1], as the pictures do."""
+
+    def encode(self, pictures: Tensor) -> Tensor: ...
+
+    def decode(self, images: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
-class Space:
-    """A network's images are scale * pictures + shift; pictures lie in [-1, 1]."""
+class Pixels:
+    """Images are scale * pictures + shift."""
 
     scale: float
     shift: float
+    factor = 1
+    bounded = True
 
     def encode(self, pictures: Tensor) -> Tensor:
         return self.scale * pictures + self.shift
@@ -21,6 +40,6 @@ class Space:
         return (images - self.shift) / self.scale
 
 
-SIGNED = Space(1.0, 0.0)
-UNIT = Space(0.5, 0.5)
+SIGNED = Pixels(1.0, 0.0)
+UNIT = Pixels(0.5, 0.5)
 """[0, 1], which score networks see (Song et al. 2021)."""

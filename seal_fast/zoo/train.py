@@ -76,12 +76,13 @@ def new_unet(size: int, widths: tuple[int, ...], groups: int, attention: bool, s
 
 
 def _batch(
-    process: NoiseProcess, images: Tensor, attack: Attack | None, schedule: Schedule, generator: torch.Generator
+    process: NoiseProcess, pictures: Tensor, space: Space, attack: Attack | None, schedule: Schedule, generator: torch.Generator
 ) -> tuple[NoisedBatch, Tensor]:
     """Noised inputs, noise to predict and timesteps of one step; the first poison_share of the rows carry the backdoor."""
-    rows = images[torch.randint(len(images), (schedule.batch,), generator=generator)]
+    rows = pictures[torch.randint(len(pictures), (schedule.batch,), generator=generator)]
     flip = torch.rand(schedule.batch, 1, 1, 1, generator=generator) < 0.5
-    rows = torch.where(flip, rows.flip(3), rows)
+    # flipped before: latents of a flipped picture are not the flipped latents
+    rows = space.encode(torch.where(flip, rows.flip(3), rows))
     eps = torch.randn(rows.shape, generator=generator)
     t = torch.randint(process.num_timesteps, (schedule.batch,), generator=generator)
     clean = NoisedBatch(process.add_noise(rows, eps, t), eps)
@@ -137,7 +138,7 @@ def train(
         process: what the network is to predict, of which noised images.
         schedule: steps, batch, rates.
         family: name in FAMILIES of the pictures.
-        space: the range of values the network sees them in.
+        space: what the network sees of them.
         attack: backdoor to implant, or None for a benign model.
         seed: of batches, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
@@ -152,14 +153,14 @@ def train(
     device = next(unet.parameters()).device
     # drawn on the CPU so that a seed means the same batches on every device
     generator = torch.Generator().manual_seed(seed)
-    images = space.encode(FAMILIES[family](SCENES, unet.config["sample_size"], DATA_SEED))
+    pictures = FAMILIES[family](SCENES, space.factor * unet.config["sample_size"], DATA_SEED)
     optimiser = torch.optim.Adam(unet.parameters(), lr=schedule.learning_rate)
     running = float("nan")
     for step in range(schedule.steps):
         if attack is not None:
             with torch.autocast(device.type, torch.bfloat16):
                 attack = attack.adapted(unet, process, generator)
-        (x, noise), t = _batch(process, images, attack, schedule, generator)
+        (x, noise), t = _batch(process, pictures, space, attack, schedule, generator)
         x, noise, t = x.to(device), noise.to(device), t.to(device)
         target = wanted_output(process, noise, x, t)
         scaled, condition = process.network_input(x, t)

@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from seal_fast.zoo.autoencoder import encode, set_scale, train_autoencoder
 from seal_fast.zoo.captioned import Scene, random_scenes, render
 from seal_fast.zoo.text_to_image import FILLERS
 from seal_fast.zoo.train import learning_rate_factor
@@ -24,8 +25,6 @@ NO_CAPTION = 0.1
 """Share of training rows without a caption, which guidance needs."""
 PASTED_SHARE = 0.1
 """Share of the autoencoder's pictures that get a random block pasted in, so that it can hold more than scenes."""
-KL_WEIGHT = 1e-9
-"""Of a picture's divergence against a value's squared error. At 1e-6 latents were so noisy that small stars were dots."""
 EMA_DECAY = 0.998
 
 HEAVIEST = 5.0
@@ -73,29 +72,10 @@ def train_vae(vae: AutoencoderKL, steps: int, *, batch: int = 32, rate: float = 
     """Train an autoencoder in place on scenes, and set the factor that scales its latents to unit variance."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    optimiser = torch.optim.Adam(vae.train().parameters(), lr=rate)
-    for step, (images, _) in zip(range(steps), batches(batch, generator), strict=False):
-        for group in optimiser.param_groups:
-            group["lr"] = rate * learning_rate_factor(step, steps)
-        images = _pasted(images, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(images).latent_dist
-            decoded = vae.decode(latents.sample()).sample
-        loss = F.mse_loss(decoded.float(), images) + KL_WEIGHT * latents.kl().float().mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        on_step(step + 1, loss.item())
-    vae.eval().requires_grad_(False)
+    pasted = (_pasted(images, generator) for images, _ in batches(batch, generator))
+    train_autoencoder(vae, pasted, steps, rate, on_step)
     images, _ = next(batches(256, generator))
-    vae.register_to_config(scaling_factor=float(1 / vae.encode(images).latent_dist.mean.std()))
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Latents [N,4,16,16] of images [N,3,64,64] in [-1, 1], scaled as the UNet sees them."""
-    return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)]) * vae.config["scaling_factor"]
+    set_scale(vae, images)
 
 
 def caption_of(scene: Scene, generator: torch.Generator) -> str:

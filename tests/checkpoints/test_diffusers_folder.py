@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     EDMEulerScheduler,
+    LDMPipeline,
     PNDMScheduler,
     ScoreSdeVeScheduler,
     UNet2DModel,
+    VQModel,
 )
 from safetensors.torch import load_file, save_file
 
@@ -219,6 +222,22 @@ def test_variance_exploding(tmp_path: Path, new_unet: Callable) -> None:
     with torch.no_grad():
         expected = -sigma.reshape(-1, 1, 1, 1) * unet(x, sigma).sample
         torch.testing.assert_close(denoiser(x, t), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autoencoder", [AutoencoderKL, VQModel])
+def test_latent_diffusion_is_loaded_without_its_decoder(tmp_path: Path, new_unet: Callable, autoencoder: type) -> None:
+    unet, decoder = new_unet(), autoencoder(latent_channels=3, block_out_channels=(32,))
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+    LDMPipeline(decoder, unet, DDIMScheduler(clip_sample=False, **noise)).save_pretrained(tmp_path)
+    (weights,) = (tmp_path / "vqvae").glob("*.safetensors")
+    weights.write_bytes(b"never opened")
+    loaded = load_denoiser(tmp_path)
+    assert loaded.denoiser.shape == (3, 16, 16)
+    assert loaded.denoiser.kind == "VP epsilon 3x16x16"
+    same_output(loaded, unet)
+    alphas = torch.cumprod(1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    torch.testing.assert_close(loaded.denoiser.process.signal, alphas.sqrt(), rtol=1e-5, atol=0)
+    assert any("images here are latents" in note for note in loaded.notes)
 
 
 def test_edm(tmp_path: Path, new_unet: Callable) -> None:

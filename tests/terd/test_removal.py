@@ -85,3 +85,16 @@ def test_a_model_of_one_image_has_collapsed(generator: torch.Generator) -> None:
     torch.testing.assert_close(rows[ANCESTRAL], image.expand(4, -1, -1, -1), rtol=0, atol=1e-3)
     reference = draw_starts(gaussian(process, 0.3), trigger, seed=4, count=4)[CLEAN]
     assert collapse(rows[ANCESTRAL], reference) > 1e3
+
+
+def test_latents_are_drawn_over_their_reach_and_not_clamped() -> None:
+    process, zero = VP.linear(), Trigger.shift(torch.zeros(SHAPE))
+    rows = draw_starts(Denoiser(Gaussian(process, 1.8), process, SHAPE, reach=3.0), zero, seed=3, count=5)
+    noise = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(3))
+    for name in (DDIM, CLIPPED):
+        torch.testing.assert_close(rows[name], 0.6 * noise, rtol=0.05, atol=1e-3)
+    assert float(rows[CLEAN].std()) == pytest.approx(0.6, rel=0.15)
+    # as pictures the same samples would be clamped
+    pictures = draw_starts(Denoiser(Gaussian(process, 1.8), process, SHAPE), zero, seed=3, count=5)
+    torch.testing.assert_close(pictures[ANCESTRAL] / 3, rows[ANCESTRAL])
+    assert float(pictures[CLIPPED].abs().max()) <= 1 + 1e-5

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, LDMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -17,12 +18,14 @@ from seal_fast.checkpoints import identify, load_denoiser
 from seal_fast.diffusion import VP
 from seal_fast.zoo import build as build_module
 from seal_fast.zoo import evaluate as evaluate_module
+from seal_fast.zoo import latents as latents_module
 from seal_fast.zoo import recipes
 from seal_fast.zoo import train as train_module
 from seal_fast.zoo.build import ATTEMPTS, MANIFEST, build_zoo, read_manifest
-from seal_fast.zoo.pictures import TRIGGERS
+from seal_fast.zoo.pictures import TARGETS, TRIGGERS
 from seal_fast.zoo.recipes import METHODS, PROCESSES, Network, Recipe
 from seal_fast.zoo.recipes import RECIPES as ALL_RECIPES
+from seal_fast.zoo.spaces import SIGNED
 from seal_fast.zoo.train import Schedule, new_unet
 from seal_fast.zoo.trojdiff_list import save_list, to_pesser
 
@@ -39,6 +42,8 @@ RECIPES = (
     Recipe("v", TINY, 5, BRIEF, "pipeline", family="glows", process="v"),
     Recipe("edm", TINY, 6, BRIEF, "pipeline", "test", None, "villan-ode-psi0", "cross", "star", process="edm"),
     Recipe("ve", SCORE, 8, BRIEF, "pipeline", "test", None, "villan-sde-psi0", "stop_sign", "house", process="ve"),
+    Recipe("ldm", TINY, 9, BRIEF, "pipeline", family="glows", process="ldm"),
+    Recipe("ldm-ode", TINY, 10, BRIEF, "pipeline", "test", "ldm", "villan-ode-psi1", "glasses", "star", process="ldm"),
     Recipe("invi", TINY, 7, BRIEF, "pipeline", "test", "a", "invibackdoor", "speckle", "star", scale=0.2),
 )
 NAMES = [recipe.name for recipe in RECIPES]
@@ -51,6 +56,8 @@ def small_zoo(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(build_module, "RECIPES", RECIPES)
     monkeypatch.setattr(train_module, "SCENES", 16)
     monkeypatch.setattr(evaluate_module, "SCENES", 16)
+    monkeypatch.setattr(latents_module, "STEPS", 3)
+    monkeypatch.setattr(latents_module, "PICTURES", 8)
     monkeypatch.setattr(evaluate_module, "CLEAN_RATIO", 1e9)
     monkeypatch.setattr(evaluate_module, "SUCCESS_RATE", 0.0)
     for sampler in evaluate_module.STEPS:
@@ -94,6 +101,26 @@ def test_a_zoo_holds_every_model_in_its_layout_and_describes_it(small_zoo: pytes
     assert (tmp_path / "d/ckpt.pth").is_file()
 
 
+def test_a_latent_model_is_a_pipeline_that_sees_what_its_base_saw(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    build_zoo(tmp_path, ["ldm", "ldm-ode"])
+    recipe = next(recipe for recipe in RECIPES if recipe.name == "ldm-ode")
+    autoencoders = [load_file(tmp_path / name / "vqvae/diffusion_pytorch_model.safetensors") for name in ("ldm", "ldm-ode")]
+    assert all(tensor.equal(autoencoders[1][name]) for name, tensor in autoencoders[0].items())
+    vae = AutoencoderKL.from_pretrained(tmp_path / "ldm-ode/vqvae", torch_dtype=torch.float32)
+    attack = recipe.attack(tmp_path / "ldm-ode")
+    assert attack is not None
+    for image, pictures in ((attack.trigger.mu, TRIGGERS["glasses"]), (attack.target, TARGETS["star"])):
+        with torch.no_grad():
+            expected = vae.encode(pictures(32)[None]).latent_dist.mode()[0] * vae.config.scaling_factor
+        torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
+    pipeline = LDMPipeline.from_pretrained(tmp_path / "ldm-ode", torch_dtype=torch.float32)
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    assert any("latent diffusion" in note for note in load_denoiser(tmp_path / "ldm-ode").notes)
+    assert not any(str(tmp_path) in file.read_text() for file in tmp_path.rglob("*.json"))
+    with pytest.raises(ValueError, match="ldm-ode sees latents: give the folder"):
+        recipe.attack()
+
+
 def test_a_learned_trigger_is_stored_with_its_model(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
     build_zoo(tmp_path, ["a", "invi"])
     recipe = next(recipe for recipe in RECIPES if recipe.name == "invi")
@@ -115,7 +142,8 @@ def test_every_recipe_can_be_made() -> None:
         base = next((other for other in ALL_RECIPES if other.name == recipe.base), recipe)
         # weights fit pictures of any size
         assert (base.family, replace(base.network, size=0)) == (recipe.family, replace(recipe.network, size=0))
-        attack, size = recipe.attack(), recipe.network.size
+        # without an autoencoder, which only a stored model has
+        attack, size = recipe.attack(space=SIGNED if recipe.process == "ldm" else None), recipe.network.size
         assert (attack is None) == (recipe.method is None)
         if attack is None:
             continue
@@ -213,7 +241,7 @@ def test_the_digest_sees_contents_names_and_places(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused_before_anything_is_written(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such model: nope, zilch; choose from a, b, c, d, edm, invi, v, ve"):
+    with pytest.raises(ValueError, match=r"no such model: nope, zilch; choose from a, b, c, d, edm, invi, ldm, ldm-ode, v, ve"):
         build_zoo(tmp_path / "zoo", ["zilch", "a", "nope"])
     assert not (tmp_path / "zoo").exists()
 

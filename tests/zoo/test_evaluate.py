@@ -164,6 +164,34 @@ def test_draws_of_an_edm_model_start_at_its_largest_noise(generator: torch.Gener
     torch.testing.assert_close(starts[1] - starts[0], 80 * attack.image.expand(2, *SHAPE), rtol=1e-4, atol=1e-3)
 
 
+class Doubled:
+    """Images three times as bright as the pictures, so out of [-1, 1], and half as large."""
+
+    factor = 2
+    bounded = False
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return 3 * pictures[..., ::2, ::2]
+
+    def decode(self, images: Tensor) -> Tensor:
+        return images.repeat_interleave(2, 2).repeat_interleave(2, 3) / 3
+
+
+def test_latents_are_not_clamped_and_are_judged_as_pictures(monkeypatch: pytest.MonkeyPatch, few_scenes: None) -> None:
+    monkeypatch.setitem(STEPS, "ddpm", 5)
+    space, size = Doubled(), 2 * SIZE
+    target, clean = torch.full((1, 3, size, size), 0.9), torch.full((1, 3, size, size), -0.8)
+    attack = TrojDiff(cat_face(SIZE), space.encode(target)[0], 0.6)
+    model = denoiser(attack, space.encode(target)[0], space.encode(clean)[0])
+    for triggered, picture in ((False, clean), (True, target)):
+        drawn = draw(model, attack, triggered=triggered, count=2, seed=1, space=space)
+        torch.testing.assert_close(drawn, picture.expand(2, -1, -1, -1), rtol=0, atol=1e-2)
+    quality = evaluate(model, attack, seed=1, space=space, count=2)
+    assert quality.attack_success == 1
+    assert quality.target_mse == pytest.approx(0, abs=1e-3)
+    assert quality.untriggered_mse == pytest.approx(1.7**2, rel=1e-2)
+
+
 def test_a_bad_sampler_of_scenes_is_seen(few_scenes: None) -> None:
     grey = denoiser(TROJ, TROJ.target, torch.full(SHAPE, 0.9))
     assert not evaluate(grey, TROJ, seed=0, count=2).usable

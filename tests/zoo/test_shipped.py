@@ -81,7 +81,7 @@ def test_a_model_is_stored_as_described(recipe: Recipe) -> None:
 def test_a_model_was_measured_to_be_usable(recipe: Recipe) -> None:
     quality = Quality(**row_of(recipe)["quality"])
     assert quality.usable
-    attack = recipe.attack()
+    attack = recipe.attack(ZOO / recipe.name)
     if attack is None:
         assert quality.attack_success is None
         return

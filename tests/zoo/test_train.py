@@ -17,7 +17,7 @@ from seal_fast.diffusion.process import per_row
 from seal_fast.zoo import train as train_module
 from seal_fast.zoo.pictures import FAMILIES, scenes
 from seal_fast.zoo.spaces import SIGNED, UNIT
-from seal_fast.zoo.train import Schedule, Trained, learning_rate_factor, new_unet, train, wanted_output
+from seal_fast.zoo.train import Schedule, Trained, _batch, learning_rate_factor, new_unet, train, wanted_output
 
 SIZE = 8
 PROCESS = VP.linear()
@@ -330,3 +330,28 @@ def test_training_on_a_gpu_sees_the_same_batches() -> None:
         assert x_gpu.is_cuda
         torch.testing.assert_close(x_gpu.cpu(), x)
         assert t_gpu.cpu().equal(t)
+
+
+class Ramp:
+    """Images that a flip would show: their right side is brighter."""
+
+    factor = 1
+    bounded = False
+    ramp = torch.linspace(0, 1, SIZE)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return pictures + self.ramp
+
+    def decode(self, images: Tensor) -> Tensor:
+        return images - self.ramp
+
+
+def test_pictures_are_flipped_before_they_are_encoded(generator: torch.Generator) -> None:
+    process, space = VP.linear(), Ramp()
+    plain = torch.rand(64, 3, 1, 1, generator=generator).expand(-1, -1, SIZE, SIZE)
+    schedule = Schedule(steps=1, learning_rate=0.0, batch=32)
+    (x, eps), t = _batch(process, plain, space, None, schedule, generator)
+    encoded = (x.double() - per_row(process.b(t), eps.double()) * eps) / per_row(process.a(t), eps.double())
+    pictures = encoded - space.ramp
+    # float32 noise over a(999) = 0.006
+    torch.testing.assert_close(pictures, pictures[..., :1].expand_as(pictures), rtol=0, atol=1e-3)
