@@ -48,7 +48,7 @@ from seal_fast.zoo.recipes import HARD, HELD_OUT, RECIPES, Recipe
 PICTURES = Path("docs/triggers")
 INPUTS = 10_000
 HELD_OUT_NAMES = {recipe.name for recipe in HELD_OUT if recipe.role == "test"}
-HARD_NAMES = {recipe.name for recipe in HARD}
+HARD_NAMES = {recipe.name for recipe in HARD if recipe.role == "test"}
 SEED = 0
 """Of every reversion; the inputs use SEED + 1."""
 
@@ -134,6 +134,12 @@ def _judgement(row: dict[str, Any], benign: list[dict[str, Any]], preset: str) -
     return calibration, calibration.judge(Evidence(**row["evidence"]), row["kind"])
 
 
+def _comparable(pool: list[dict[str, Any]], preset: str) -> list[dict[str, Any]]:
+    """Without models that are the only ones of their kind."""
+    names = [PRESETS[preset].pool_name(row["kind"]) for row in pool]
+    return [row for row, name in zip(pool, names, strict=True) if names.count(name) > 1]
+
+
 def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
     """Add a benign-only verdict to every row, calibrated without the row itself.
 
@@ -142,7 +148,7 @@ def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
     settings = PRESETS[preset]
     pool = [row for row in rows if row["role"] == "calibration"]
     for row in rows:
-        judged, others = judgement_of(row, pool, preset), [other for other in pool if other["name"] != row["name"]]
+        judged, others = judgement_of(row, pool, preset), _comparable([r for r in pool if r["name"] != row["name"]], preset)
         # the first rows of a new table have nothing to be judged by yet
         if judged is None and preset == DEFAULT_PRESET and len(others) >= 2:
             judged = _judgement(row, others, preset)
@@ -156,24 +162,6 @@ def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
             row["deviations"] = calibration.pools[row["kind"]].deviations(features).tolist()
         row["verdict"], row["score"], row["threshold"] = str(judgement.verdict), judgement.score, judgement.threshold
         row["reason"] = judgement.reason
-
-
-def judge_by_own_kind(rows: list[dict[str, Any]], preset: str) -> None:
-    """Add to rows of a kind that the calibration lacks the verdict of one on the other benign rows of that kind.
-
-    It is what a user gets from `seal-fast calibrate` on benign models of their own, given at least 2.
-    """
-    name_of = PRESETS[preset].pool_name
-    known = {name_of(row["kind"]) for row in rows if row["role"] == "calibration"}
-    benign = [row for row in rows if row["method"] is None]
-    for row in rows:
-        # a table written before may have had fewer rows
-        row.pop("own_kind", None)
-        judged = None if name_of(row["kind"]) in known else judgement_of(row, benign, preset)
-        if judged is not None:
-            calibration, judgement = judged
-            names = [model.name for model in calibration.models]
-            row["own_kind"] = {**asdict(judgement), "verdict": str(judgement.verdict), "calibrated_on": names}
 
 
 def rates(verdicts: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
@@ -211,8 +199,6 @@ def summarise(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
     summary: dict[str, Any] = {
         name: {**rates([(row, row["verdict"]) for row in part]), **closeness_of(part)} for name, part in parts.items()
     }
-    if own := [row for row in rows if "own_kind" in row]:
-        summary["own kind"] = rates([(row, row["own_kind"]["verdict"]) for row in own])
     if isinstance(PRESETS[preset], ReversionSettings):
         plain = [(row, "backdoored" if max(row["deviations"]) > SIGMAS else "clean") for row in judged]
         summary["all, without the correction"] = rates(plain)
@@ -249,7 +235,6 @@ def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
     roles = {recipe.name: recipe.role for recipe in RECIPES}
     rows = [{**row, "role": roles[row["name"]]} for row in rows]
     judge_rows(rows, preset)
-    judge_by_own_kind(rows, preset)
     content = {
         "command": f"python -m benchmarks.accuracy_table --preset {preset}",
         "machine": describe_machine(),

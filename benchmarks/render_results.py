@@ -35,7 +35,8 @@ nothing. Rows that are not in `zoo/` come back with `seal-fast zoo build OUT --o
 
 Eight models of the held-out families were judged wrongly at first, and the method was mended while looking at them: the benign
 held-16, held-16-benign-a, -b, -d and -h, and the backdoored held-16-troj-flag, held-16-troj-patch and held-16-villan-ode. They
-count as development.
+count as development. So do the latent models hard-16-ldm and hard-16-ldm-ode: the backdoored one was called clean while the
+reversion took latents for pictures in [-1, 1]. Its trigger is found in latents and drawn decoded.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.
@@ -44,10 +45,6 @@ Student's prediction interval is.
 
 BASELINES = """Input columns give TPR / TNR over 10,000 triggered and 10,000 clean inputs: detection with the reverted trigger,
 with the true one (the optimum), and with triggers that needed no reversion.
-"""
-
-OWN_KIND = """Kinds that the calibration lacks. "Own kind": judged by the other benign models of the kind, as a user does with
-`seal-fast calibrate` and `seal-fast scan --calibration` on at least two benign models.
 """
 
 NOT_TAKEN = """Trainings that gave no evidence: the attack made its target of fewer than 90% of the triggered samples, or
@@ -83,8 +80,7 @@ HEADS = (
 PARTS = {
     "all": "all models, benign ones leave-one-out",
     "held out": "published attacks at published strength on held-out models (seeds, pictures, triggers, targets of their own)",
-    "hard": "weak, small, learned or rare triggers, and other predictions or processes, on models used for nothing else",
-    "own kind": "hard models of kinds the calibration lacks, calibrated on the other benign models of their kind",
+    "hard": "weak, small, learned or rare triggers, other predictions and processes, latents, on models used for nothing else",
     "all, without the correction": "all, mean + 3 standard deviations without the correction",
 }
 
@@ -127,22 +123,7 @@ def table_page(title: str, note: str, content: dict[str, Any]) -> list[str]:
         success = "-" if row.get("attack_success") is None else f"{row['attack_success']:.2f}"
         judged = (row["role"], success, row["verdict"] or "-", score)
         lines.append("| " + " | ".join((row["name"], *judged, tried, statistics, closeness, f"{row['seconds']:.0f}")) + " |")
-    return [*lines, "", *own_kind_table(content["rows"]), *baseline_table(content["rows"]), ""]
-
-
-def own_kind_table(rows: list[dict[str, Any]]) -> list[str]:
-    """What a calibration on a user's own benign models changes."""
-    own = [row for row in rows if "own_kind" in row]
-    if not own:
-        return []
-    heads = ("model", "kind", "shipped calibration", "own kind", "collapse / limit", "calibrated on")
-    lines = [OWN_KIND, *table_head(heads)]
-    for row in own:
-        judged = row["own_kind"]
-        score = "-" if judged["score"] is None else f"{judged['score']:.1f} / {judged['threshold']:.1f}"
-        cells = (row["name"], row["kind"], row["verdict"], judged["verdict"], score, ", ".join(judged["calibrated_on"]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    return [*lines, "", *baseline_table(content["rows"]), ""]
 
 
 def not_taken_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -395,6 +376,24 @@ def profile_page(content: dict[str, Any]) -> list[str]:
                 *(f"{share:.0%}" for share in loop["shares"].values()),
             ]
             lines.append("| " + " | ".join(told) + " |")
+    return [*lines, *whole_scans(content["scans"])]
+
+
+WHOLE_SCANS = """
+Whole reversions at the default settings, on the same thread: seconds of each stage, and the shares of all of them together
+in a second, profiled run, where Python waits for the profiler at every op.
+"""
+
+
+def whole_scans(scans: list[dict[str, Any]]) -> list[str]:
+    """A row per model."""
+    stages = list(dict.fromkeys(stage for scan in scans for stage in scan["stages"]))
+    columns = ["model", "images denoised", *stages, *scans[0]["shares"]]
+    lines = [WHOLE_SCANS, "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for scan in scans:
+        spent = [f"{scan['stages'][stage]:.1f} s" if stage in scan["stages"] else "-" for stage in stages]
+        told = [scan["name"], f"{scan['evaluations']:,}", *spent, *(f"{share:.0%}" for share in scan["shares"].values())]
+        lines.append("| " + " | ".join(told) + " |")
     return lines
 
 

@@ -114,14 +114,12 @@ class _Scan:
     out: Path | None
     total: int
 
-    def each(self, waiting: Sequence[_Task], jobs: int | None, on_progress: OnProgress) -> Iterator[tuple[int, ModelResult]]:
+    def each(self, waiting: Sequence[_Task], jobs: int, on_progress: OnProgress) -> Iterator[tuple[int, ModelResult]]:
         """The place and the row of every model, as they finish; a single one is scanned here, with all threads."""
-        # on a GPU processes would take turns, and each would need a context of its own
-        if jobs == 1 or len(waiting) == 1 or (jobs is None and default_device() == "cuda"):
+        if jobs == 1 or len(waiting) == 1:
             for task in waiting:
                 yield task.place, self.model(task, on_progress)
             return
-        jobs = jobs or default_jobs([task.candidate.path for task in waiting])
         for task, outcome in in_processes(self.model, waiting, jobs, on_progress):
             yield task.place, _lost(task.candidate, outcome) if isinstance(outcome, Died) else outcome
 
@@ -257,8 +255,8 @@ def scan(
             report.json is replaced whole after every model, so an interrupted scan leaves the finished ones; the next one with
             equal settings keeps the rows of models whose weights did not change, errors excepted.
         jobs: models scanned at a time, each in a process of its own with its share of torch's threads; a process that dies
-            costs one `error` row. 1 scans in this process. None takes as many as cores and memory allow, and on a GPU 1.
-            Programs that ask for another number than 1 need the guard `if __name__ == "__main__":` of Python's multiprocessing.
+            costs one `error` row. 1 scans in this process. None takes as many as cores and memory allow. Programs that ask for
+            more than 1 need the guard `if __name__ == "__main__":` of Python's multiprocessing.
         on_progress: called as the work goes on.
         on_result: called with every finished row.
 
@@ -285,6 +283,7 @@ def scan(
         write_report(report, out / "report.json")
     for number, row in enumerate(rows.values(), 1):
         on_result(row, number, len(candidates))
+    jobs = default_jobs([task.candidate.path for task in waiting]) if jobs is None else jobs
     for place, row in _Scan(calibration, weights, seed, out, len(candidates)).each(waiting, jobs, on_progress):
         rows[place] = row
         report = replace(report, models=tuple(rows[place] for place in sorted(rows)))

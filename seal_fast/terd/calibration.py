@@ -31,7 +31,7 @@ UNSURE_SIGMAS = 2.0
 UNSURE_PROBABILITY = 0.1
 """In the labelled setting, a probability within this of one half is inconclusive."""
 UNSURE_SHARE = 0.75
-"""A collapse between this share of the limit and the limit is inconclusive."""
+"""A collapse between this share of what benign models reach and the limit is inconclusive."""
 WIDEST_SPREAD = 2.0
 """Images in [-1, 1] have a variance of at most 1: a model whose own samples spread further denoises no images."""
 
@@ -133,15 +133,24 @@ class FiringPool(Pool):
     """Models judged by whether their reverted trigger fires: by the collapse itself, which means the same in every model."""
 
     @property
-    def limits(self) -> dict[str, float]:
+    def reached(self) -> dict[str, float]:
         """What a trigger must at least do to fire, or more where the benign models' mean + 3 standard deviations lies above."""
         values = self.benign.mean(0) + SIGMAS * self.benign.std(0, ddof=1)
         return {name: max(FIRES, float(value)) for name, value in zip(self.features, values, strict=True)}
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """From what surely fires, the limit without any benign model, down to `reached`, as far as the pool's size warrants.
+
+        Of four benign EDM models one collapsed by 4.1, and two of the others, by 1.8 and 1.9, would have called it backdoored.
+        """
+        corrected = super().limits
+        return {name: max(value, min(corrected[name], SURELY_FIRES)) for name, value in self.reached.items()}
+
     def _judge_benign_only(self, features: np.ndarray) -> Judgement:
         collapse, limit = float(features[0]), self.limits["collapse"]
         what = f"samples {collapse:.1f} times as alike with the trigger found"
-        unless_backdoored = Verdict.INCONCLUSIVE if collapse > UNSURE_SHARE * limit else Verdict.CLEAN
+        unless_backdoored = Verdict.INCONCLUSIVE if collapse > UNSURE_SHARE * self.reached["collapse"] else Verdict.CLEAN
         return Judgement(Verdict.BACKDOORED if collapse > limit else unless_backdoored, collapse, limit, what)
 
 

@@ -300,12 +300,15 @@ HARD: tuple[Recipe, ...] = (
         _held_backdoor("hard-16-ve-sde", 393, "villan-sde-psi0", "cross", "house", FOR_SCORE, base="hard-16-ve", process="ve"),
         network=SCORE_16,
     ),
-    # after FINE_TUNE a box of 8 made the target of 84%
-    _held("hard-16-ldm", 395, FROM_SCRATCH, None, "ldm"),
+    replace(_held("hard-16-ldm", 395, FROM_SCRATCH, None, "ldm"), role="development"),
     _held("hard-16-ldm-benign-a", 396, BRIEF, "hard-16-ldm", "ldm"),
-    _held_backdoor(
-        "hard-16-ldm-ode", 397, "villan-ode-psi1", "glasses", "star", CONVERTED_ODE, base="hard-16-ldm", process="ldm"
+    replace(
+        _held_backdoor(
+            "hard-16-ldm-ode", 397, "villan-ode-psi1", "glasses", "star", CONVERTED_ODE, base="hard-16-ldm", process="ldm"
+        ),
+        role="development",
     ),
+    # after FINE_TUNE a box of 8 made the target of 84%
     *(
         replace(
             _backdoored(
