@@ -1,4 +1,5 @@
-"""Where the time of reversion goes: one iteration of estimation, as published and as seal-fast runs it, op by op.
+"""Where the time of reversion goes, op by op: of one iteration of estimation, as published and as seal-fast runs it, and of
+whole default reversions.
 
 python -m benchmarks.profile_scan      writes benchmarks/results/profile.json, which benchmarks.render_results shows
 
@@ -26,7 +27,7 @@ from benchmarks import machine
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import VP, Denoiser
-from seal_fast.terd import ReversionSettings, reverse_trigger
+from seal_fast.terd import DEFAULT_PRESET, PRESETS, ReversionSettings, reverse_trigger
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "profile.json"
@@ -35,10 +36,12 @@ PARTS = {
     "convolutions": ("convolution",),
     "norms and activations": ("group_norm", "silu"),
     "attention and linear layers": ("scaled_dot_product", "softmax", "bmm", "addmm", "aten::mm"),
+    "sampler": ("seal_fast::sampler_step",),
     "noise, loss and update": ("seal_fast::reversed_loss", "randn", "normal_", "randint", "random_", "foreach", "SGD"),
 }
 """What the names of ops contain, first match; other ops are copies and sums, and what no op accounts for is Python."""
 ELEMENTWISE, PYTHON = "copies and sums", "Python"
+SCANNED = ("benign-16-a", "ode-16-stop", "benign-32-a")
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,26 @@ def profiled(case: Case) -> dict[str, Any]:
     return {"name": case.name, "images": 2 * case.batch, "parameters": parameters, "loops": rows}
 
 
+def scanned(name: str) -> dict[str, Any]:
+    """A whole default reversion: seconds per stage, and shares by part of one more, profiled."""
+    denoiser, settings, last = zoo(name), PRESETS[DEFAULT_PRESET], process_time()
+    stages: dict[str, float] = {}
+
+    def on_step(stage: str, iteration: int, total: int, loss: float) -> None:
+        nonlocal last
+        now = process_time()
+        stages[stage] = stages.get(stage, 0.0) + now - last
+        last = now
+
+    evaluations = reverse_trigger(denoiser, settings, on_step=on_step).evaluations
+    return {
+        "name": name,
+        "evaluations": evaluations,
+        "stages": stages,
+        "shares": split(lambda: reverse_trigger(denoiser, settings)),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     content = {
@@ -155,6 +178,7 @@ def main() -> None:
         "float32_matrix_rate": matrix_rate(torch.float32),
         "bfloat16_matrix_rate": matrix_rate(torch.bfloat16),
         "cases": [profiled(case) for case in CASES],
+        "scans": [scanned(name) for name in SCANNED],
     }
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
 
