@@ -78,8 +78,10 @@ def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str]
         captions: below the last row, N or none.
     """
     columns = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.6 * columns, 1.95 * len(rows) + 1.15 * bool(captions)), layout="constrained")
-    for part, (title, images) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True):
+    heights = [2.15] * (len(rows) - 1) + [2.55 if captions else 2.15]
+    figure = Figure(figsize=(1.6 * columns, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)
+    for part, (title, images) in zip(parts.flat, rows.items(), strict=True):
         part.suptitle(title, fontsize=11)
         shown = list(part.subplots(1, columns, squeeze=False).flat)
         for axes, image in zip(shown, images, strict=True):
