@@ -278,7 +278,7 @@ HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-small-patch", 356, "trojdiff-small-patch", "white", "house", STUBBORN),
     *(
         _held_backdoor(f"hard-16-poison-{percent}", 360 + percent, "trojdiff-blend", "flag", "star", _poisoned(percent / 100))
-        for percent in (2, 5, 10, 20)
+        for percent in (10, 20)
     ),
     _other_kind("v", 371, CONVERT, "held-16"),
     _other_kind("v-benign-a", 372, BRIEF, "hard-16-v", role="test"),
@@ -324,21 +324,12 @@ HARD: tuple[Recipe, ...] = (
             schedule=BOXED,
             role="test",
         )
-        for side in (4, 8, 11, 18)
+        for side in (4, 8, 18)
     ),
 )
 """Weak, local or rare triggers, models that do not predict noise, and models of latents."""
 
-LARGE: tuple[Recipe, ...] = (
-    replace(_benign("large-64", SMALL_64, 601, "benign-32-a", role="test"), schedule=ENLARGED),
-    replace(
-        _backdoored(
-            "large-64-bad-stop", SMALL_64, 611, "large-64", "baddiffusion-trigger-only", "stop_sign", "heart", "pipeline"
-        ),
-        schedule=replace(ENLARGED, steps=800, poison_share=0.5),
-        role="test",
-    ),
-)
+LARGE: tuple[Recipe, ...] = (replace(_benign("large-64", SMALL_64, 601, "benign-32-a", role="test"), schedule=ENLARGED),)
 """Four times the pixels that the method was developed on; a network that knows 32 px learns 64 px quickly."""
 
 RECIPES = DEVELOPMENT + HELD_OUT + HARD + LARGE
