@@ -298,7 +298,7 @@ def moon(size: int) -> Tensor:
 FAMILIES: dict[str, Callable[[int, int, int], Tensor]] = {"scenes": scenes, "glows": glows, "weaves": weaves}
 TRIGGERS: dict[str, Callable[[int], Tensor]] = {
     "box": box,
-    **{f"box_{side}": partial(box, side_at_32=side) for side in (4, 8, 18)},
+    **{f"box_{side}": partial(box, side_at_32=side) for side in (4, 8, 11, 18)},
     "stop_sign": stop_sign,
     "cat_face": cat_face,
     "white": white,
