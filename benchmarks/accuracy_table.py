@@ -178,7 +178,8 @@ def transfer(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
     for source, suspect in ((a, b) for a in sizes for b in sizes if a != b):
         pool = [row for row in rows if row["role"] == "calibration" and row["size"] == source]
         judged = [(row, judgement_of(row, pool, preset)) for row in rows if row["size"] == suspect]
-        found[f"{source} px to {suspect} px"] = rates([(row, j[1].verdict) for row, j in judged if j is not None])
+        if any(j is not None for _, j in judged):
+            found[f"{source} px to {suspect} px"] = rates([(row, j[1].verdict) for row, j in judged if j is not None])
     return found
 
 
