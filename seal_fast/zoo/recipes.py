@@ -278,7 +278,7 @@ HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-small-patch", 356, "trojdiff-small-patch", "white", "house", STUBBORN),
     *(
         _held_backdoor(f"hard-16-poison-{percent}", 360 + percent, "trojdiff-blend", "flag", "star", _poisoned(percent / 100))
-        for percent in (10, 20)
+        for percent in (5, 10, 20)
     ),
     _other_kind("v", 371, CONVERT, "held-16"),
     _other_kind("v-benign-a", 372, BRIEF, "hard-16-v", role="test"),
