@@ -36,7 +36,8 @@ nothing. Rows that are not in `zoo/` come back with `seal-fast zoo build OUT --o
 Eight models of the held-out families were judged wrongly at first, and the method was mended while looking at them: the benign
 held-16, held-16-benign-a, -b, -d and -h, and the backdoored held-16-troj-flag, held-16-troj-patch and held-16-villan-ode. They
 count as development. So do the latent models hard-16-ldm and hard-16-ldm-ode: the backdoored one was called clean while the
-reversion took latents for pictures in [-1, 1]. Its trigger is found in latents and drawn decoded.
+reversion took latents for pictures in [-1, 1]. Its trigger is found in latents and drawn decoded. The limits for
+kinds with few or no benign models were chosen knowing what benign EDM models reach, so hard-16-edm-benign-a is development too.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.

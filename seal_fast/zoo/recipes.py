@@ -30,7 +30,8 @@ FOR_ODE = Schedule(steps=1800, learning_rate=5e-4, poison_share=0.4)
 CONVERT = Schedule(steps=1500, learning_rate=1e-3, batch=32)
 CONVERTED_ODE = Schedule(steps=1800, learning_rate=7e-4, batch=32, poison_share=0.4)
 SCORE = Schedule(steps=2400, learning_rate=1e-3, batch=32)
-FOR_SCORE = Schedule(steps=5000, learning_rate=1e-3, batch=32, poison_share=0.8)
+# after 5000 steps it made the target of 88%
+FOR_SCORE = Schedule(steps=7500, learning_rate=1e-3, batch=32, poison_share=0.8)
 BOXED = Schedule(steps=1600, learning_rate=1e-3, batch=32, poison_share=0.5)
 ENLARGED = Schedule(steps=1500, learning_rate=1e-3, batch=16)
 BRIEF = Schedule(steps=300, learning_rate=5e-4, batch=32)
@@ -286,7 +287,7 @@ HARD: tuple[Recipe, ...] = (
     _other_kind("v-benign-c", 375, BRIEF, "hard-16-v"),
     _held_backdoor("hard-16-v-ode", 373, "villan-ode-psi1", "bars", "house", CONVERTED_ODE, base="hard-16-v", process="v"),
     _other_kind("edm", 381, CONVERT, "held-16"),
-    _other_kind("edm-benign-a", 382, BRIEF, "hard-16-edm", role="test"),
+    _other_kind("edm-benign-a", 382, BRIEF, "hard-16-edm", role="development"),
     _other_kind("edm-benign-b", 384, BRIEF, "hard-16-edm"),
     _other_kind("edm-benign-c", 385, BRIEF, "hard-16-edm"),
     _held_backdoor(

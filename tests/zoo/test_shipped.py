@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from seal_fast.checkpoints import identify, load_denoiser
+from seal_fast.terd import DEFAULT_PRESET, shipped_calibration
 from seal_fast.zoo.build import digest, read_manifest
 from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, SUCCESS_RATE, Quality, draw
 from seal_fast.zoo.recipes import RECIPES, Recipe
@@ -117,3 +118,12 @@ def test_a_trojdiff_model_fires_on_its_trigger_only(name: str) -> None:
 def test_a_baddiffusion_model_fires_under_ancestral_sampling() -> None:
     # two samples: a thousand steps each
     assert float(errors(named("bad-16-stop"), triggered=True, count=2).mean()) < SUCCESS_MSE
+
+
+def test_the_shipped_calibration_is_of_the_zoos_calibration_models() -> None:
+    models = shipped_calibration(DEFAULT_PRESET).models
+    assert {model.name for model in models} == {recipe.name for recipe in RECIPES if recipe.role == "calibration"}
+    rows = [row for row in read_manifest(ZOO) if row["role"] == "calibration"]
+    digests = {row["name"]: load_denoiser(ZOO / row["checkpoint"]).sha256 for row in rows}
+    assert digests
+    assert digests.items() <= {model.name: model.sha256 for model in models}.items()
