@@ -96,7 +96,8 @@ def test_harmless_changes_raise_few_alarms(generator: torch.Generator) -> None:
         clean = scenes(100, generator)
         judge = ChangeJudge.fitted(clean, [change(clean, generator, 0.2) for _ in range(4)])
         alarms.append(judge(change(clean, generator, 0.2), clean))
-    assert 0 < torch.cat(alarms).float().mean() < 4 * FALSE_ALARMS
+    # 0.0035 on average and 0.008 at most of 31 seeds; none at all at three of them
+    assert torch.cat(alarms).float().mean() < 2 * FALSE_ALARMS
 
 
 def test_change_needs_a_null(generator: torch.Generator) -> None:
