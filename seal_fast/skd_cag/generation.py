@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seal_fast.skd_cag.latents import guided_ddim, latent_shape, noise_schedule
-from seal_fast.training import native_bfloat16
+from seal_fast.training import half_precision
 
 STEPS = 25
 GUIDANCE = 7.5
@@ -67,7 +67,7 @@ def sample_latents(pipeline: Any, prompts: Sequence[str], *, seed: int, steps: i
         raise ValueError("no prompts to draw")
     process, rows = noise_schedule(pipeline), _rows_per_pass(pipeline)
     drawn = []
-    with _precision(pipeline):
+    with half_precision(pipeline.device):
         empty = encode(pipeline, [""])
         for at, noise in enumerate(starting_noise(pipeline, len(prompts), seed).split(rows)):
             texts = encode(pipeline, prompts[at * rows : (at + 1) * rows])
@@ -81,7 +81,7 @@ def decode(pipeline: Any, latents: Tensor) -> Tensor:
     """Pictures float32 [N,3,H,W] in [0, 1] on the CPU, from latents [N,C,h,w] as the UNet sees them."""
     # the decoder's activations are larger than the UNet's
     rows = max(1, _rows_per_pass(pipeline) // 4)
-    with _precision(pipeline):
+    with half_precision(pipeline.device):
         pictures = [
             pipeline.vae.decode(part.to(pipeline.device) / pipeline.vae.config.scaling_factor).sample.float().cpu()
             for part in latents.split(rows)
@@ -92,8 +92,3 @@ def decode(pipeline: Any, latents: Tensor) -> Tensor:
 def _rows_per_pass(pipeline: Any) -> int:
     channels, height, width = latent_shape(pipeline.unet)
     return max(1, LATENTS_PER_PASS // (channels * height * width))
-
-
-def _precision(pipeline: Any) -> torch.autocast:
-    device = pipeline.device
-    return torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device))

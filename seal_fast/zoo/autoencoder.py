@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from seal_fast.training import half_precision
 from seal_fast.zoo.train import learning_rate_factor
 
 KL_WEIGHT = 1e-9
@@ -25,7 +26,7 @@ def train_autoencoder(
     for step, images in zip(range(steps), pictures, strict=False):
         for group in optimiser.param_groups:
             group["lr"] = rate * learning_rate_factor(step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision(images.device):
             latents = vae.encode(images).latent_dist
             decoded = vae.decode(latents.sample()).sample
         loss = F.mse_loss(decoded.float(), images) + KL_WEIGHT * latents.kl().float().mean()

@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from seal_fast.training import half_precision
 from seal_fast.zoo.autoencoder import encode, set_scale, train_autoencoder
 from seal_fast.zoo.captioned import Scene, random_scenes, render
 from seal_fast.zoo.text_to_image import FILLERS
@@ -130,7 +131,7 @@ def train_captions(
         noised[:starts], t[:starts] = torch.randn(starts, *latents.shape[1:], generator=generator), len(signal) - 1
         noise[:starts] = (noised[:starts] - signal[-1].sqrt() * latents[rows[:starts]]) / (1 - signal[-1]).sqrt()
         ids = pipeline.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision(noised.device):
             states = pipeline.text_encoder(ids).last_hidden_state
             prediction = pipeline.unet(noised, t, states).sample
         error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from seal_fast.skd_cag import generation
+from seal_fast import training
 from seal_fast.skd_cag.evaluation import (
     AS_GIVEN,
     EvaluationSettings,
@@ -34,7 +34,7 @@ SETTINGS = EvaluationSettings(prompts=16, variant_prompts=8, steps=2, guidance=2
 
 @pytest.fixture
 def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(generation, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(training, "native_bfloat16", lambda device: False)
     return tiny_pipeline(tmp_path)
 
 

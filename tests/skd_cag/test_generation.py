@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
+from seal_fast import training
 from seal_fast.skd_cag import generation
 from seal_fast.skd_cag.generation import generate, starting_noise
 from tests.tiny_pipeline import tiny_pipeline
@@ -22,7 +23,7 @@ def pipeline(tmp_path: Path) -> StableDiffusionPipeline:
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(training, "native_bfloat16", lambda device: False)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
