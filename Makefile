@@ -26,7 +26,7 @@ demo: setup
 	@echo "The unlearned text trigger, before and after: demo-results/sealed/before_after_1.png"
 
 test: setup lint
-	$(BIN)/python -m pytest --cov --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --cov --cov-fail-under=90
 
 lint: setup
 	$(BIN)/ruff check .

@@ -340,7 +340,7 @@ def test_a_scan_that_is_run_again_says_what_it_kept(scan, quiet_model, corrupt, 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_keeps_the_finished_models(tmp_path, quiet_model, calibration, jobs):
     hub(tmp_path / "hub", a=quiet_model, b=quiet_model, c=quiet_model, d=quiet_model)
-    slow = replace(calibration, settings=replace(calibration.settings, estimation_iterations=150))
+    slow = replace(calibration, settings=replace(calibration.settings, estimation_iterations=50))
     slow.save(tmp_path / "pool.json")
     options = "--out", tmp_path / "out", "--calibration", tmp_path / "pool.json", "--jobs", jobs
     command = program("scan", "--batch", tmp_path / "hub", *options)

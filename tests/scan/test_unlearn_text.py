@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from seal_fast.checkpoints import CheckpointError
 from seal_fast.cli import app
 from seal_fast.scan import unlearn_text
 from seal_fast.scan.unlearn_text import FEWEST_CAPTIONS, choose_prompts, parse_judge, parse_trigger, read_prompts, unlearn
-from seal_fast.skd_cag import UnlearnSettings
+from seal_fast.skd_cag import UnlearnSettings, evaluation
 from seal_fast.skd_cag.evaluation import EvaluationSettings
 from seal_fast.skd_cag.judges import ColourlessJudge, PatchJudge
 from tests.tiny_pipeline import tiny_pipeline
@@ -66,7 +67,9 @@ def files(folder: Path) -> set[str]:
     return {os.fspath(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the command has no option for the steps of a picture: 25 would take most of two minutes
+    monkeypatch.setattr(evaluation, "EvaluationSettings", partial(EvaluationSettings, steps=2))
     out = tmp_path / "out"
     # a trigger with $ is no formula in a picture, and one with | breaks no table
     texts = ["--trigger", "\\u200b", "--trigger", "a$|$b", "--prompts", prompts, "--steps", 2, "--format", "json"]
