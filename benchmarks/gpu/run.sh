@@ -35,7 +35,10 @@ parts=$work/parts venv=$work/venv/bin/python
 mkdir "$parts"
 : >"$parts/stages.tsv"
 : >"$out/run.log"
-deadline=570
+# a dry run proves the stages, not their time: two cores without AVX-512 take several times as long
+patience=1
+[[ -n $dry ]] && patience=5
+deadline=$((570 * patience))
 export python wheels work venv dry
 
 wanted() { [[ -z $only || ",$only," == *",$1,"* ]]; }
@@ -44,7 +47,7 @@ record() { printf '%s\t%s\t%s\t%s\n' "$@" >>"$parts/stages.tsv"; }
 
 # stage NAME SECONDS COMMAND...: with a time limit; what fails is recorded, and the rest goes on
 stage() {
-    local name=$1 limit=$2 began=$SECONDS left=$((deadline - SECONDS)) status=ok detail=""
+    local name=$1 limit=$(($2 * patience)) began=$SECONDS left=$((deadline - SECONDS)) status=ok detail=""
     shift 2
     wanted "$name" || [[ $name == install ]] || return 0
     ((limit > left)) && limit=$left
