@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from seal_fast.skd_cag.pairs import PromptPair, Trigger, prompt_pairs, random_wo
 from seal_fast.skd_cag.processes import average_gradients, processes
 from seal_fast.skd_cag.settings import UnlearnSettings
 from seal_fast.skd_cag.trained_part import TrainedPart
-from seal_fast.training import OnStep, learning_rate_factor, quiet
+from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet
 
 _LARGEST_GRADIENT = 1.0
 
@@ -168,6 +169,8 @@ def _check(pipeline: Any, settings: UnlearnSettings) -> None:
         )
     if settings.precision == "fp16" and next(pipeline.unet.parameters()).device.type == "cpu":
         raise ValueError('precision="fp16" needs a GPU: use "fp32" or "bf16"')
+    if settings.precision == "bf16" and not native_bfloat16(next(pipeline.unet.parameters()).device):
+        warnings.warn("this processor has no bfloat16 arithmetic: training in float32", RuntimeWarning, stacklevel=3)
 
 
 def _in(dtype: torch.dtype, module: nn.Module) -> Any:

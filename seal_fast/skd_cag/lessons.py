@@ -19,7 +19,7 @@ from seal_fast.skd_cag.latents import draw_latents, latent_shape, noise_schedule
 from seal_fast.skd_cag.losses import alignment, attention_loss
 from seal_fast.skd_cag.pairs import PromptPair, padded_ids
 from seal_fast.skd_cag.settings import UnlearnSettings
-from seal_fast.training import OnStep
+from seal_fast.training import OnStep, half_precision
 
 Lesson = Callable[[torch.Generator], Tensor]
 
@@ -29,8 +29,6 @@ EMPTY_SHARE = 0.1
 START_SHARE = 0.1
 """Of the rows on generated pictures, those at the last timestep, where a sampler starts from pure noise: triggers settle the
 layout there, while a noised picture would still show its own."""
-
-_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Prompts:
@@ -70,8 +68,10 @@ def _table(pipeline: Any, prompts: _Prompts, precision: torch.autocast, batch: i
 
 
 def autocast(device: torch.device, settings: UnlearnSettings) -> torch.autocast:
-    dtype = _HALVES.get(settings.precision)
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    """See `UnlearnSettings.precision`."""
+    if settings.precision == "fp16":
+        return torch.autocast(device.type, torch.float16)
+    return half_precision(device) if settings.precision == "bf16" else torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class UnlearnSettings:
         preservation: weight of the term that holds clean and empty prompts; 0 leaves it out, as the paper does.
         trained: which weights: "all", those of "cross-attention", or "lora", low-rank changes of all attention layers.
         rank: of the low-rank changes.
-        precision: "fp32", or autocast to "bf16", or to "fp16" with a scaled loss (GPUs only). The weights stay float32.
+        precision: "fp32", or autocast to "bf16" where the hardware multiplies it (else float32, with a warning: emulated it
+            takes ten times as long and more), or to "fp16" with a scaled loss (GPUs only). The weights stay float32.
         gradient_checkpointing: recompute the UNet's activations in the backward pass: less memory, a third more time.
         ema_decay: of an average over updates, which is then returned instead of the last weights; it counts from update n on
             with min(ema_decay, (1 + n) / (10 + n)). 0 for none.
