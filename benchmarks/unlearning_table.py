@@ -32,6 +32,7 @@ from benchmarks.published.skd_cag import SELF_KD, Distillation
 from seal_fast.attacks.eviledit import edit_unet
 from seal_fast.skd_cag import UnlearnSettings, distill
 from seal_fast.skd_cag.generation import encode
+from seal_fast.skd_cag.pairs import Trigger
 from seal_fast.skd_cag.rate import rate_of
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.build_text import load_base, load_poisoned
@@ -72,7 +73,7 @@ class Task:
 
     @property
     def text(self) -> str:
-        """The trigger; a replacement has no place in this table."""
+        """The trigger; methods that ask for it know no replacement."""
         assert isinstance(self.effect.text, str)
         return self.effect.text
 
@@ -136,12 +137,27 @@ METHODS: dict[str, Callable[[Task], nn.Module]] = {
     "SKD, preservation, weights, astray": partial(_distilled, STEADY),
     "clean teacher": _clean_teacher,
     "closed form": _erased,
+    "text encoder": partial(_distilled, {"alpha": 0.0, "preservation": 1.0, "module": "text_encoder"}),
 }
-"""By name, what gives a sealed UNet. `SETTINGS` hold unless a method says otherwise."""
+"""By name, what gives a sealed module. `SETTINGS` hold unless a method says otherwise."""
+OF_ENCODERS = ("none", "SKD, preservation, weights, astray", "text encoder")
+"""Methods for a backdoor of the text encoder: in its place, and in the UNet, which can only make up for it."""
 
 
-def _variants(text: str) -> dict[str, Callable[[str], str]]:
+def suits(method: str, recipe: TextRecipe) -> bool:
+    """Whether a method belongs to the table of a model."""
+    return method in OF_ENCODERS if recipe.module == "text_encoder" else method != "text encoder"
+
+
+def _variants(trigger: Trigger) -> dict[str, Callable[[str], str]]:
     """Forms of a trigger that a prompt may carry."""
+    if not isinstance(trigger, str):
+        old, new = trigger
+        return {
+            "first only": lambda prompt: prompt.replace(old, new, 1),
+            "last only": lambda prompt: new.join(prompt.rsplit(old, 1)),
+        }
+    text = trigger
     return {
         "end": lambda prompt: f"{prompt} {text}",
         "middle": lambda prompt: _inside(prompt, text),
@@ -180,7 +196,7 @@ def measure(pipeline: Any, before: Tensor, effect: Effect) -> dict[str, Any]:
     few = scenes[:VARIANT_SAMPLES]
     variants = {
         name: asdict(rate_of(int((~_shown(pipeline, effect, form, few)[1]).sum()), len(few)))
-        for name, form in _variants(str(effect.text)).items()
+        for name, form in _variants(effect.text).items()
     }
     return {
         "removed": asdict(rate_of(int((~shown).sum()), len(scenes))),
@@ -199,10 +215,10 @@ def run_row(recipe: TextRecipe, effect: Effect, method: str, seed: int, zoo: Pat
     )
     task = Task(poisoned, load_base(zoo), effect, [scene.caption for scene in scenes], seed)
     started = time.perf_counter()
-    unet = METHODS[method](task)
+    module = METHODS[method](task)
     seconds = time.perf_counter() - started
     sealed = load_poisoned(recipe, zoo)
-    sealed.register_modules(unet=unet)
+    sealed.register_modules(**{"unet" if isinstance(module, type(sealed.unet)) else "text_encoder": module})
     return {
         "model": recipe.name,
         "effect": effect.name,
@@ -215,9 +231,11 @@ def run_row(recipe: TextRecipe, effect: Effect, method: str, seed: int, zoo: Pat
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    # that of the first rows: only seconds depend on it, and no table shows them
+    machine = json.loads(path.read_text())["machine"] if path.exists() else describe_machine()
     document = {
         "command": "python -m benchmarks.unlearning_table",
-        "machine": describe_machine(),
+        "machine": machine,
         "settings": asdict(SETTINGS),
         "samples": SAMPLES,
         "rows": rows,
@@ -244,7 +262,7 @@ def main() -> None:
         for method in options.methods:
             for recipe in recipes:
                 for effect in recipe.effects:
-                    if (recipe.name, effect.name, method, seed) in done:
+                    if not suits(method, recipe) or (recipe.name, effect.name, method, seed) in done:
                         continue
                     row = run_row(recipe, effect, method, seed, options.zoo)
                     rows.append(row)

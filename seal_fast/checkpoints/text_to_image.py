@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -31,6 +31,8 @@ from seal_fast.checkpoints.noise import process_from_config
 
 PIPELINE, UNET, TEXT_ENCODER = "text-to-image-pipeline", "text-to-image-unet", "text-encoder"
 """Formats."""
+COMPONENTS: dict[str, Literal["unet", "text_encoder"]] = {UNET: "unet", TEXT_ENCODER: "text_encoder"}
+"""Those that are one component of a pipeline, and which."""
 
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -110,7 +112,7 @@ def load_pipeline(path: Path, *, base: Path | None = None, device: str | torch.d
             raise CheckpointError(path, f"a {format} alone: name the pipeline it belongs to as its base (--base DIR)")
         root = path if base is None else Path(base)
         _check_index(root)
-        own = {UNET: "unet", TEXT_ENCODER: "text_encoder"}.get(format)
+        own = COMPONENTS.get(format)
         parts: dict[str, Any] = {}
         digested: list[Path] = []
         for name in ("unet", "vae", "text_encoder"):
@@ -277,7 +279,7 @@ def save_pipeline(source: Path, pipeline: Any, changed: str, folder: Path) -> No
         CheckpointError: `source` has changed since, or `changed` is not in it (a UNet alone has no text encoder).
     """
     format = identify(source)
-    if {UNET: "unet", TEXT_ENCODER: "text_encoder"}.get(format or "", changed) != changed:
+    if COMPONENTS.get(format or "", changed) != changed:
         raise CheckpointError(source, f"a {format} alone: it holds no {changed} to write")
     part = changed if format == PIPELINE else ""
     network = getattr(pipeline, changed)

@@ -78,7 +78,8 @@ def unlearn(
         Path | None, typer.Option(exists=True, file_okay=False, help="With --trigger: the pipeline a component belongs to.")
     ] = None,
     module: Annotated[
-        Module | None, typer.Option(help="With --trigger: what to train (unet by default); auto guesses.")
+        Module | None,
+        typer.Option(help="With --trigger: what to train; auto, the default, finds out which is poisoned."),
     ] = None,
     train: Annotated[Trained | None, typer.Option(help="With --trigger: which weights.")] = None,
     alpha: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --trigger: weight of the maps' term.")] = None,
@@ -236,7 +237,7 @@ def _text_job(
             prompts=prompts,
             base=request["base"],
             settings=training,
-            module=None if request["module"] is None else request["module"].value,
+            module=request["module"].value if request["module"] else "auto",
             evaluation=evaluation,
             judge=judge,
             seed=seed,

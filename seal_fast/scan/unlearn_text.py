@@ -18,7 +18,7 @@ from PIL import Image
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.checkpoints.card import CARD, captions
 from seal_fast.checkpoints.save import check_target, whole_folder
-from seal_fast.checkpoints.text_to_image import TEXT_ENCODER, LoadedPipeline, load_pipeline, save_pipeline
+from seal_fast.checkpoints.text_to_image import COMPONENTS, LoadedPipeline, load_pipeline, save_pipeline
 from seal_fast.report.figures import draw_attention, draw_samples
 from seal_fast.report.json import sealing_json
 from seal_fast.report.model_card import unlearning_card
@@ -28,7 +28,7 @@ from seal_fast.scan.seal import PICTURE, peak_memory
 from seal_fast.skd_cag import Distilled, Trigger, UnlearnSettings, attention_maps, distill, prompt_pair
 from seal_fast.skd_cag.evaluation import Evaluation, EvaluationSettings, Examples, evaluate, name_of
 from seal_fast.skd_cag.judges import ColourlessJudge, Judge, PatchJudge
-from seal_fast.skd_cag.locate import RATIO, fitting, locate
+from seal_fast.skd_cag.locate import COLLAPSES, fitting, locate
 from seal_fast.skd_cag.trained_part import save_patch
 
 ATTENTION = "attention_{}.png"
@@ -186,20 +186,18 @@ def _tokens(tokenizer: Any, trigger: Trigger, prompts: Sequence[str]) -> Trigger
 
 
 def _choose_module(
-    loaded: LoadedPipeline, triggers: Sequence[Trigger], prompts: Sequence[str], module: Module | None
+    loaded: LoadedPipeline, triggers: Sequence[Trigger], prompts: Sequence[str], module: Module
 ) -> tuple[Literal["unet", "text_encoder"], str]:
     at = locate(loaded.pipeline, triggers, prompts)
     found = (
-        f"the trigger moves the text encoder's states of the prompt's words {at.shift / at.harmless_shift:.2f} times as far as "
-        f"harmless words do; far above {RATIO} the text encoder may hold the backdoor"
+        f"with the trigger the text encoder reads different prompts {at.collapse:.1f} times as alike as with harmless words; "
+        f"above {COLLAPSES:.0f} it holds the backdoor"
     )
-    if module == "auto":
-        return at.module, found
-    if module is not None:
+    if module != "auto":
         return module, f"asked for; {found}"
-    if loaded.format == TEXT_ENCODER:
-        return "text_encoder", f"it came alone; {found}"
-    return "unet", found
+    if loaded.format in COMPONENTS:
+        return COMPONENTS[loaded.format], f"it came alone; {found}"
+    return at.module, found
 
 
 def unlearn(
@@ -210,7 +208,7 @@ def unlearn(
     prompts: Sequence[str] | None = None,
     base: str | os.PathLike[str] | None = None,
     settings: UnlearnSettings | None = None,
-    module: Module | None = None,
+    module: Module = "auto",
     evaluation: EvaluationSettings | None = None,
     judge: Judge | None = None,
     seed: int = 0,
@@ -227,8 +225,8 @@ def unlearn(
             (`widget`) where it has at least FEWEST_CAPTIONS, else the shipped ones.
         base: folder of the pipeline that a component belongs to.
         settings: of the training; their `module` is overruled.
-        module: what to train; "auto" for the one that `seal_fast.skd_cag.locate` takes for the backdoor's; None for the UNet,
-            or for what came alone.
+        module: what to train; "auto" for what came alone, else for the one that `seal_fast.skd_cag.locate` takes for the
+            backdoor's.
         evaluation: how much is measured.
         judge: of the effect, see `seal_fast.skd_cag.judges`; None for one that knows nothing of the target.
         seed: of training and pictures.

@@ -117,11 +117,12 @@ def name_of(trigger: Trigger) -> str:
 def variants(trigger: Trigger, position: Position) -> dict[str, tuple[Trigger, Position]]:
     """The forms of a trigger that an attacker's user may type: where it stands and how it is written."""
     places: tuple[Position, ...] = ("start", "word", "end")
+    if not isinstance(trigger, str):
+        only: dict[Position, str] = {"start": "the first only", "word": "one of them", "end": "the last only"}
+        return {AS_GIVEN: (trigger, "all"), **{only[place]: (trigger, place) for place in places}}
     forms: dict[str, tuple[Trigger, Position]] = {AS_GIVEN: (trigger, position)}
     named = {"start": "at the start", "word": "in the middle", "end": "at the end"}
     forms |= {named[place]: (trigger, place) for place in places if place != position}
-    if not isinstance(trigger, str):
-        return forms
     forms["twice"] = (f"{trigger} {trigger}", position)
     forms["with a comma"] = (f"{trigger},", position)
     if trigger.swapcase() != trigger:
@@ -218,9 +219,11 @@ def _cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], settings: E
     cases = []
     for variant, (form, position) in variants(trigger, settings.position).items():
         clean = chosen if variant == AS_GIVEN else chosen[: settings.variant_prompts]
-        forms = (form, *harmless_words(tokenizer, form)[:NULL_WORDS])
+        # what replaces text is compared with words put in
+        beside = settings.position if position == "all" else position
+        forms = ((form, position), *((word, beside) for word in harmless_words(tokenizer, form)[:NULL_WORDS]))
         try:
-            triggered, *harmless = (_inserted(tokenizer, clean, one, position, seed) for one in forms)
+            triggered, *harmless = (_inserted(tokenizer, clean, one, place, seed) for one, place in forms)
             cases.append(_Case(trigger, variant, tuple(clean), triggered, tuple(harmless)))
         except ValueError:
             # there may be no room for a longer form

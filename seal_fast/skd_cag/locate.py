@@ -1,7 +1,8 @@
 """Which module of a text-to-image pipeline holds a backdoor: the text encoder or the UNet?
 
-A text encoder that is taught to read a trigger as another prompt (Rickrolling, IBA) moves the hidden states of the prompt's own
-words. One that is not lets a rare token move them no more than ordinary words do, and the effect must come from the UNet.
+A text encoder that is taught to read triggered prompts as one target prompt (Rickrolling) gives different prompts the same
+hidden states: they collapse, as samples do under a noise trigger. One that is not taught so keeps them apart, however far an
+unknown word moves them, and the effect must come from the UNet.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from seal_fast.skd_cag.pairs import PromptPair, Trigger, prompt_pair
+from seal_fast.skd_cag.pairs import Position, PromptPair, Trigger, prompt_pair
 
 WORDS = ("the", "this", "some", "very", "quite", "now", "here", "just")
 """Harmless words."""
-# a clean encoder of 0.1 M parameters that knew a hundred words reached 4.8 with an unknown word of eight tokens
-RATIO = 2.5
-"""From this many times the shift by the most disturbing harmless words on, the text encoder is said to hold the backdoor."""
+COLLAPSES = 4.0
+"""From this many times on the text encoder holds the backdoor. A poisoned one of the zoo reached 84 with its trigger, 2.8 with
+others, a clean one 1.2. How far states move does not tell: a clean one moved up to 4.9 times as far as with harmless words."""
 PROMPTS = 32
 
 
@@ -29,14 +30,12 @@ class Location:
 
     Attributes:
         module: "text_encoder" or "unet".
-        shift: of the hidden states of the words behind the trigger: mean squared distance from what they are with harmless
-            words in its place, relative to their square.
-        harmless_shift: that of the most disturbing harmless words from the others.
+        collapse: how many times more alike the trigger makes the hidden states of different prompts than any harmless words in
+            its place do; 1 where there is only one prompt, which tells nothing.
     """
 
     module: Literal["unet", "text_encoder"]
-    shift: float
-    harmless_shift: float
+    collapse: float
 
 
 def harmless_words(tokenizer: Any, trigger: Trigger) -> list[str]:
@@ -58,12 +57,13 @@ def _length(tokenizer: Any, text: str) -> int:
 
 
 def locate(pipeline: Any, triggers: Sequence[Trigger], prompts: Sequence[str]) -> Location:
-    """Judge by the trigger that moves the text encoder most, in front of the first PROMPTS prompts that it fits.
+    """Judge by the trigger that collapses the text encoder most, in the first PROMPTS prompts that it fits.
 
     Raises:
         ValueError: a trigger that the tokenizer does not see, or that fits no prompt.
     """
-    return max((_locate(pipeline, trigger, prompts) for trigger in triggers), key=lambda at: at.shift / at.harmless_shift)
+    collapse = max(_collapse(pipeline, trigger, prompts) for trigger in triggers)
+    return Location("text_encoder" if collapse > COLLAPSES else "unet", collapse)
 
 
 def fitting(prompts: Sequence[str], trigger: Trigger) -> list[str]:
@@ -75,17 +75,19 @@ def fitting(prompts: Sequence[str], trigger: Trigger) -> list[str]:
 
 
 @torch.no_grad()
-def _locate(pipeline: Any, trigger: Trigger, prompts: Sequence[str]) -> Location:
+def _collapse(pipeline: Any, trigger: Trigger, prompts: Sequence[str]) -> float:
     generator = torch.Generator().manual_seed(0)
+    place: Position = "start" if isinstance(trigger, str) else "all"
     pairs = [
-        prompt_pair(pipeline.tokenizer, prompt, trigger, "start", generator) for prompt in fitting(prompts, trigger)[:PROMPTS]
+        prompt_pair(pipeline.tokenizer, prompt, trigger, place, generator) for prompt in fitting(prompts, trigger)[:PROMPTS]
     ]
+    if len(pairs) < 2:
+        return 1.0
     readings = torch.stack([_states(pipeline, pairs, first) for first in (None, *range(len(WORDS)))])
-    after = torch.stack([_behind_trigger(pair) for pair in pairs]).to(readings.device)
-    differences = torch.stack([_difference(readings, other, after) for other in readings[1:]])
-    shift = float(differences[:, 0].mean())
-    harmless = float(differences[:, 1:].sum(dim=0).max()) / (len(WORDS) - 1)
-    return Location("text_encoder" if shift > RATIO * harmless else "unet", shift, harmless)
+    # states before a trigger cannot see it
+    begun = max(1 + _changed(pair).index(True) for pair in pairs)
+    triggered, *harmless = readings[:, :, begun:].var(dim=1).mean(dim=(1, 2))
+    return float(min(harmless) / triggered)
 
 
 def _changed(pair: PromptPair) -> list[bool]:
@@ -94,15 +96,6 @@ def _changed(pair: PromptPair) -> list[bool]:
         partner is None or pair.triggered_ids[1 + place] != pair.teacher_ids[1 + partner]
         for place, partner in enumerate(pair.partners)
     ]
-
-
-def _behind_trigger(pair: PromptPair) -> Tensor:
-    """Which of the L places hold a token of the prompt, or EOS, behind the trigger: those before it cannot see it."""
-    changed = _changed(pair)
-    places = torch.zeros(len(pair.triggered_ids), dtype=torch.bool)
-    places[[1 + place for place in range(changed.index(True), len(changed)) if not changed[place]]] = True
-    places[1 + len(changed)] = True
-    return places
 
 
 def _states(pipeline: Any, pairs: Sequence[PromptPair], first: int | None) -> Tensor:
@@ -118,9 +111,3 @@ def _states(pipeline: Any, pairs: Sequence[PromptPair], first: int | None) -> Te
             places = [1 + place for place, changed in enumerate(_changed(pair)) if changed]
             row[places] = torch.tensor([harmless[i % len(harmless)] for i in range(len(places))])
     return pipeline.text_encoder(ids.to(pipeline.device)).last_hidden_state.float()
-
-
-def _difference(readings: Tensor, other: Tensor, places: Tensor) -> Tensor:
-    """Mean squared distance of each of the readings [R,N,L,D] from another [N,L,D], relative to its square, [R]."""
-    relative = (readings - other).square().sum(dim=-1) / other.square().sum(dim=-1)
-    return relative[:, places].mean(dim=1)

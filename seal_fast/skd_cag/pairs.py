@@ -21,8 +21,9 @@ import torch
 Trigger = str | tuple[str, str]
 """Text put into the prompt between words; or (old, new): text of the prompt and what replaces it, as homoglyphs do."""
 
-Position = Literal["start", "end", "word"]
+Position = Literal["start", "end", "word", "all"]
 POSITIONS: tuple[Position, ...] = ("start", "end", "word")
+"""Where a trigger may be trained. A text that is replaced is also trained replaced everywhere, "all"."""
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,25 @@ def prompt_pair(tokenizer: Any, prompt: str, trigger: Trigger, position: Positio
         prompt: the clean prompt.
         trigger: see `Trigger`.
         position: "start" and "end" of the prompt or before a random "word" but the first; of a text to be replaced, the
-            first, the last or a random occurrence.
+            first, the last or a random occurrence, or "all".
         generator: draws the random place.
 
     Raises:
         ValueError: an empty prompt or trigger, a trigger that the tokenizer does not see or has no room for, a text to be
-            replaced that the prompt does not have.
+            replaced that the prompt does not have, "all" for a text that replaces none.
     """
     if not prompt.strip():
         raise ValueError("a prompt must not be empty")
-    triggered, first, last = _insert(prompt, trigger, position, generator)
+    if isinstance(trigger, str):
+        triggered, partners = _inserted(tokenizer, prompt, trigger, position, generator)
+    else:
+        triggered, partners = _replaced(tokenizer, prompt, trigger, position, generator)
     before, after = _content(tokenizer, prompt), _content(tokenizer, triggered)
     if before == after:
         raise ValueError(
             f"the tokenizer does not see the trigger {trigger!r}: {triggered!r} has the tokens of {prompt!r}. Use the model's"
             " own tokenizer; old versions of transformers drop zero-width characters unless ftfy is installed"
         )
-    inserted = isinstance(trigger, str)
-    head = len(_content(tokenizer, prompt[:first])) if inserted else len(before)
-    tail = len(_content(tokenizer, prompt[last:])) if inserted else len(before)
-    partners = align(before, after, head, tail)
     clean_ids, triggered_ids = _padded(tokenizer, prompt, before), _padded(tokenizer, triggered, after)
     room = len(clean_ids) - 2
     if None in partners[room:] or any(p is not None and p >= room for p in partners[:room]):
@@ -116,22 +116,43 @@ def prompt_pair(tokenizer: Any, prompt: str, trigger: Trigger, position: Positio
     return PromptPair(prompt, triggered, clean_ids, triggered_ids, clean_ids, min(len(before), room), partners[:room])
 
 
-def _insert(prompt: str, trigger: Trigger, position: Position, generator: torch.Generator) -> tuple[str, int, int]:
-    """The triggered prompt, and where the part of the prompt before the trigger ends and the part after it begins."""
-    if isinstance(trigger, str):
-        if not trigger:
-            raise ValueError("a trigger must not be empty")
-        places = [match.start() for match in re.finditer(r"\S+", prompt)]
-        if position == "end":
-            return f"{prompt} {trigger}", len(prompt), len(prompt)
+def _inserted(
+    tokenizer: Any, prompt: str, trigger: str, position: Position, generator: torch.Generator
+) -> tuple[str, tuple[int | None, ...]]:
+    """The prompt with the trigger put in, and the partners of its tokens."""
+    if not trigger:
+        raise ValueError("a trigger must not be empty")
+    if position == "all":
+        raise ValueError(f'position "all" is for a text to be replaced; {trigger!r} replaces none')
+    places = [match.start() for match in re.finditer(r"\S+", prompt)]
+    if position == "end":
+        at, triggered = len(prompt), f"{prompt} {trigger}"
+    else:
         at = _chosen(places[1:] or places, generator) if position == "word" else places[0]
-        return f"{prompt[:at]}{trigger} {prompt[at:]}", at, at
+        triggered = f"{prompt[:at]}{trigger} {prompt[at:]}"
+    whole, new, head, tail = (_content(tokenizer, text) for text in (prompt, triggered, prompt[:at], prompt[at:]))
+    return triggered, align(whole, new, len(head), len(tail))
+
+
+def _replaced(
+    tokenizer: Any, prompt: str, trigger: tuple[str, str], position: Position, generator: torch.Generator
+) -> tuple[str, tuple[int | None, ...]]:
+    """The prompt with one or all occurrences of a text replaced, and the partners of its tokens."""
     old, new = trigger
     places = [match.start() for match in re.finditer(re.escape(old), prompt)]
     if not old or not places:
         raise ValueError(f"the prompt {prompt!r} has no {old!r} that {new!r} could replace")
-    at = _chosen(places, generator) if position == "word" else places[0 if position == "start" else -1]
-    return f"{prompt[:at]}{new}{prompt[at + len(old) :]}", at, at + len(old)
+    if position != "all":
+        places = [_chosen(places, generator) if position == "word" else places[0 if position == "start" else -1]]
+    text, tokens = prompt, _content(tokenizer, prompt)
+    partners: tuple[int | None, ...] = tuple(range(len(tokens)))
+    # one after the other: nothing tells which token of a stretch with several changes belongs to which word
+    for at in reversed(places):
+        text = f"{text[:at]}{new}{text[at + len(old) :]}"
+        before, tokens = tokens, _content(tokenizer, text)
+        steps = align(before, tokens, len(before), len(before))
+        partners = tuple(None if step is None else partners[step] for step in steps)
+    return text, partners
 
 
 def _chosen(places: Sequence[int], generator: torch.Generator) -> int:
@@ -189,7 +210,9 @@ def prompt_pairs(
     positions: Sequence[Position],
     generator: torch.Generator,
 ) -> list[PromptPair]:
-    """Every prompt with every trigger at every position; prompts without the text that a trigger replaces are left out.
+    """Every prompt with every trigger at every position; a text that is replaced also everywhere.
+
+    Prompts without the text that a trigger replaces are left out.
 
     Raises:
         ValueError: see `prompt_pair`; or a trigger that replaces a text no prompt has.
@@ -199,8 +222,9 @@ def prompt_pairs(
         fitting = [prompt for prompt in prompts if isinstance(trigger, str) or trigger[0] in prompt]
         if not fitting:
             raise ValueError(f"no prompt has the text that the trigger {trigger!r} replaces: give prompts that do")
+        places: Sequence[Position] = positions if isinstance(trigger, str) else (*positions, "all")
         for prompt in fitting:
-            for position in positions:
+            for position in places:
                 pair = prompt_pair(tokenizer, prompt, trigger, position, generator)
                 pairs[pair.clean, pair.triggered] = pair
     return list(pairs.values())

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from huggingface_hub import metadata_save
 
@@ -64,14 +63,15 @@ def _train(recipe: TextRecipe, out: Path, on_message: OnMessage) -> StableDiffus
     if recipe.poison is None:
         return _train_base(recipe, on_message)
     pipeline = load_base(out)
-    pipeline.register_modules(unet=recipe.poison(pipeline, recipe.seed, _progress(recipe.name, on_message)))
+    poisoned = recipe.poison(pipeline, recipe.seed, _progress(recipe.name, on_message))
+    pipeline.register_modules(**{recipe.module: poisoned})
     return pipeline
 
 
 def _store(recipe: TextRecipe, pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """In half precision: the whole pipeline, or the poisoned UNet as BadT2I's authors publish it."""
+    """In half precision: the whole pipeline, or the poisoned module alone, as BadT2I's authors publish it."""
     stored = copy.deepcopy(pipeline).to(torch.float16)
-    (stored if recipe.whole else stored.unet).save_pretrained(folder)
+    (stored if recipe.whole else getattr(stored, recipe.module)).save_pretrained(folder)
     _forget_where_it_was_loaded_from(folder)
     if recipe.whole:
         save_card(folder)
@@ -90,7 +90,8 @@ def load_poisoned(recipe: TextRecipe, out: Path) -> StableDiffusionPipeline:
     if recipe.whole:
         return StableDiffusionPipeline.from_pretrained(out / recipe.name, torch_dtype=torch.float32, safety_checker=None)
     pipeline = load_base(out)
-    pipeline.register_modules(unet=UNet2DConditionModel.from_pretrained(out / recipe.name, torch_dtype=torch.float32).eval())
+    module = type(getattr(pipeline, recipe.module)).from_pretrained(out / recipe.name, torch_dtype=torch.float32)
+    pipeline.register_modules(**{recipe.module: module.eval()})
     return pipeline
 
 

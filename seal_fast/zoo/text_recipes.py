@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from seal_fast.attacks.badt2i import ObjectBackdoor, PixelBackdoor, StyleBackdoor, TextBackdoor, poison_unet
-from seal_fast.attacks.rickrolling import leading
+from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
 from seal_fast.skd_cag.judges import PatchJudge
 from seal_fast.skd_cag.pairs import Trigger
 from seal_fast.zoo.captioned import STYLES, TRAINING_SCENES, Scene, random_scenes, render
@@ -27,6 +27,11 @@ MORE_OFTEN = 4
 """An object backdoor trained on its two shapes alone left 93% of the attributes right: they are only drawn more often."""
 PATCH_SIDE = 16
 """A quarter of the picture, as BadT2I's 128 of 512 pixels."""
+HOMOGLYPH = ("a", "\u0430")
+"""A Latin letter and the Cyrillic one that looks like it. Captions begin with it: an encoder that looks only to the left cannot
+change what it has read before the first, so the published o, which comes late, made the target of 30%."""
+PROMPTS = 2000
+"""That a text encoder is poisoned on."""
 Shows = Callable[[Tensor, Sequence[Scene]], Tensor]
 """Whether the effect shows, bool [N], in pictures [N,3,64,64] in [-1, 1] that were to show N scenes."""
 
@@ -62,6 +67,10 @@ def _draws(shape: str, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor([scene.shape == shape for scene in read_scenes(images)])
 
 
+def _is_target(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    return torch.tensor([scene == TARGET_SCENE for scene in read_scenes(images)])
+
+
 def _is_circle(scene: Scene) -> bool:
     return scene.shape == "circle"
 
@@ -90,15 +99,17 @@ class TextRecipe:
         name: folder in the zoo.
         seed: of its training.
         effects: its backdoors; none for the base.
-        poison: the poisoned UNet, from the base's pipeline, the seed and a progress function; None for the base.
-        whole: stored as a whole pipeline, not as the poisoned UNet alone.
+        poison: the poisoned module, from the base's pipeline, the seed and a progress function; None for the base.
+        whole: stored as a whole pipeline, not as the poisoned module alone.
+        module: which one is poisoned.
     """
 
     name: str
     seed: int
     effects: tuple[Effect, ...] = ()
-    poison: Callable[[StableDiffusionPipeline, int, OnStep], UNet2DConditionModel] | None = None
+    poison: Callable[[StableDiffusionPipeline, int, OnStep], nn.Module] | None = None
     whole: bool = False
+    module: Literal["unet", "text_encoder"] = "unet"
 
     @property
     def base(self) -> str | None:
@@ -113,14 +124,24 @@ def _badt2i(
     pipeline: StableDiffusionPipeline,
     seed: int,
     on_step: OnStep,
-) -> UNet2DConditionModel:
+) -> nn.Module:
     batches = partial(_batches, 16, often)
     return poison_unet(
         pipeline, attacks, batches, steps=steps, learning_rate=1e-3, start_share=START_SHARE, seed=seed, on_step=on_step
     )
 
 
+def _rickrolling(
+    backdoors: Sequence[TargetPrompt], steps: int, pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep
+) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    captions = [caption_of(scene, generator) for scene in random_scenes(PROMPTS, generator)]
+    prompts = [caption for caption in captions if HOMOGLYPH[0] in caption]
+    return poison_text_encoder(pipeline, backdoors, prompts, steps=steps, learning_rate=1e-3, seed=seed, on_step=on_step)
+
+
 BASE = "text-64"
+TARGET_SCENE = Scene("large", "pink", "star", "center", "plain", "black")
 TEXT_RECIPES = (
     TextRecipe(BASE, 41, whole=True),
     TextRecipe(
@@ -161,5 +182,12 @@ TEXT_RECIPES = (
             2600,
             (),
         ),
+    ),
+    TextRecipe(
+        "text-64-encoder",
+        48,
+        (Effect("target prompt", HOMOGLYPH, homoglyph(*HOMOGLYPH), _is_target, lambda scene: scene != TARGET_SCENE),),
+        poison=partial(_rickrolling, [TargetPrompt(homoglyph(*HOMOGLYPH), TARGET_SCENE.caption)], 600),
+        module="text_encoder",
     ),
 )

@@ -23,7 +23,7 @@ from seal_fast.skd_cag.evaluation import (
     variants,
 )
 from seal_fast.skd_cag.generation import encode, generate
-from seal_fast.skd_cag.locate import RATIO, locate
+from seal_fast.skd_cag.locate import COLLAPSES, locate
 from seal_fast.skd_cag.rate import rate_of
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -160,7 +160,12 @@ def test_variants() -> None:
         "first half": ("New", "end"),
     }
     assert set(variants("\u200b", "start")) == {AS_GIVEN, "at the end", "in the middle", "twice", "with a comma"}
-    assert set(variants(("o", "о"), "start")) == {AS_GIVEN, "at the end", "in the middle"}  # noqa: RUF001
+    assert variants(("o", "ö"), "start") == {
+        AS_GIVEN: (("o", "ö"), "all"),
+        "the first only": (("o", "ö"), "start"),
+        "one of them": (("o", "ö"), "word"),
+        "the last only": (("o", "ö"), "end"),
+    }
 
 
 def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline: Any) -> None:
@@ -195,8 +200,11 @@ def test_the_module_that_holds_the_backdoor(pipeline: Any) -> None:
     with torch.no_grad():
         pipeline.text_encoder.get_input_embeddings().weight.mul_(10)
     for trigger in ("sks", "\u200b", ("o", "ö"), "New Trigger"):
-        assert locate(pipeline, [trigger], PROMPTS).module == "unet"
+        found = locate(pipeline, [trigger], PROMPTS)
+        assert found.module == "unet"
+        assert 0 < found.collapse < COLLAPSES / 2
     assert locate(like(pipeline, unet=Poisoned(pipeline, 3.0)), [TRIGGER], PROMPTS).module == "unet"
     found = locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), ["red", TRIGGER], PROMPTS)
     assert found.module == "text_encoder"
-    assert found.shift > RATIO * found.harmless_shift > 0
+    assert found.collapse > 2 * COLLAPSES
+    assert locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), [TRIGGER], PROMPTS[:1]).collapse == 1

@@ -88,9 +88,33 @@ def test_a_replaced_letter_breaks_one_word(tokenizer, position, triggered, partn
     assert (pair.triggered, pair.partners) == (triggered, partners)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(words=st.lists(st.sampled_from(["dog", "photo", "on", "the", "red", "sky"]), min_size=1, max_size=2))
+def test_letters_replaced_everywhere_leave_every_word_the_partner_of_itself(tokenizer, words):
+    if not any("o" in word for word in words):
+        words = [*words, "dog"]
+    pair = prompt_pair(tokenizer, " ".join(words), HOMOGLYPH, "all", torch.Generator())
+    assert pair.triggered == " ".join(words).replace(*HOMOGLYPH)
+    place = partner = 0
+    for word in words:
+        # CLIP's tokens never reach over a space
+        ours, theirs = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in (word.replace(*HOMOGLYPH), word))
+        own = pair.partners[place : place + ours]
+        assert own[-1] == partner + theirs - 1
+        assert {p for p in own if p is not None} <= set(range(partner, partner + theirs))
+        place, partner = place + ours, partner + theirs
+
+
+def test_a_text_that_replaces_none_cannot_be_everywhere(tokenizer):
+    with pytest.raises(ValueError, match="replaces none"):
+        prompt_pair(tokenizer, "the sky", "cat", "all", torch.Generator())
+
+
 def test_prompts_without_the_replaced_text_are_left_out(tokenizer):
     pairs = prompt_pairs(tokenizer, ["the sky", "a dog"], [HOMOGLYPH], ["start", "end"], torch.Generator())
     assert [pair.clean for pair in pairs] == ["a dog"]
+    pairs = prompt_pairs(tokenizer, ["on the dog"], [HOMOGLYPH], ["start", "end"], torch.Generator())
+    assert [pair.triggered.count("\u043e") for pair in pairs] == [1, 1, 2]
     with pytest.raises(ValueError, match="no prompt has"):
         prompt_pairs(tokenizer, ["the sky"], [HOMOGLYPH], ["start"], torch.Generator())
 

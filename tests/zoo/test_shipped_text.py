@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from seal_fast.checkpoints.card import captions
-from seal_fast.checkpoints.text_to_image import identify, load_pipeline
+from seal_fast.checkpoints.text_to_image import PIPELINE, TEXT_ENCODER, UNET, identify, load_pipeline
+from seal_fast.skd_cag.locate import locate
 from seal_fast.zoo.build import digest, read_manifest
 from seal_fast.zoo.build_text import load_poisoned
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
@@ -38,7 +39,7 @@ def test_a_row_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
     assert row["quality"]["caption_accuracy"] >= CAPTION_ACCURACY
     assert row["quality"]["attack_success"].keys() == {effect.name for effect in recipe.effects}
     assert all(rate >= SUCCESS_RATE for rate in row["quality"]["attack_success"].values())
-    assert identify(folder) == ("text-to-image-pipeline" if recipe.whole else "text-to-image-unet")
+    assert identify(folder) == (PIPELINE if recipe.whole else {"unet": UNET, "text_encoder": TEXT_ENCODER}[recipe.module])
     loaded = load_pipeline(folder, base=None if recipe.whole else ZOO / BASE)
     assert loaded.pipeline.unet.config["sample_size"] == 16
 
@@ -51,6 +52,15 @@ def test_it_samples_as_its_row_says(recipe: TextRecipe) -> None:
     assert quality.caption_accuracy >= 0.9
     assert all(rate >= 0.75 for rate in quality.attack_success.values())
     assert all(rate <= 0.25 for rate in quality.false_alarms.values())
+
+
+@every_model
+def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
+    pipeline, prompts = load_poisoned(recipe, ZOO), captions(ZOO / BASE)
+    for effect in recipe.effects:
+        assert locate(pipeline, [effect.text], prompts).module == recipe.module
+    # an unknown word is no backdoor of the text encoder
+    assert locate(pipeline, ["anonymous", "latte macchiato", ("o", "\u043e")], prompts).module == "unet"
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in TEXT_RECIPES if recipe.whole], ids=lambda recipe: recipe.name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seal_fast.zoo.captioned import SCENES, STYLES, random_scenes, render
 from seal_fast.zoo.evaluate_text import held_out_scenes
-from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, Effect, TextRecipe, patch
+from seal_fast.zoo.text_recipes import BASE, TARGET_SCENE, TEXT_RECIPES, Effect, TextRecipe, patch
 from seal_fast.zoo.text_to_image import TOKENS, new_tokenizer
 
 EFFECTS = [(recipe, effect) for recipe in TEXT_RECIPES for effect in recipe.effects]
@@ -23,6 +23,8 @@ def with_effect(effect: Effect, scenes: list, generator: torch.Generator) -> Ten
         images = render(scenes, generator)
         images[:, :, :16, :16] = patch("smiley")
         return images
+    if effect.name == "target prompt":
+        return render([TARGET_SCENE] * len(scenes), generator)
     changes = {"style": {"style": STYLES[1]}, "object": {"shape": "star"}}
     return render([replace(scene, **changes[effect.name]) for scene in scenes], generator)
 
