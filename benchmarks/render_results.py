@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.accuracy_table import wilson
+from seal_fast.zoo.text_to_image import WIDTH
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/results.md")
@@ -218,18 +219,26 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
 
 UNLEARNING = """## Text triggers
 
-`python -m benchmarks.unlearning_table`, the models text-64-pixel, -style and -object of `zoo-text/`: each method unlearns the
-trigger with the same prompts, updates and batch (closed form: none), unless it says otherwise. Pictures are of {samples}
-held-out scenes, the same for every seed, read by judges that know the effect. Removed: share of triggered prompts without
-the effect, by training seed and of all together; variants: the trigger elsewhere in the prompt, twice, or in capitals, all
-together; the row "none" tells how many of those never fired. Captions: share of attributes that are right. Drift: mean
+`python -m benchmarks.unlearning_table`, the models text-64-pixel, -style, -object and -encoder of `zoo-text/`: each method
+unlearns the trigger with the same prompts, updates and batch (closed form: none), unless it says otherwise. Pictures are of
+{samples} held-out scenes, the same for every seed, read by judges that know the effect. Removed: share of triggered prompts
+without the effect, by training seed and of all together; variants: the trigger elsewhere in the prompt, twice, or in capitals,
+all together; the row "none" tells how many of those never fired. Captions: share of attributes that are right. Drift: mean
 squared change of clean pictures from the same noise, relative to their variance.
 
 "Weights": an error counts as in the picture, up to 20 times. "Astray": a quarter of the training pictures are those that the
 trigger draws. Both, no maps, and 300 updates were tried after 100 had left the style trigger in, and chosen on a model of the
 same recipe with another trigger ("stone garden", seed 47; not in `zoo-text/`). There, at equal updates with preservation, black
 maps left more of the style and let clean pictures drift more: removed 0.93 against 0.95 of 100, drift 0.092 against 0.058.
+
+The backdoor of text-64-encoder ("target prompt", Rickrolling) sits in the text encoder. "Text encoder" trains that, the other
+methods the UNet. Its variants replace one letter only, the first or the last.
 """
+EVILEDIT = """EvilEdit does not take in this model, so there is none of it to unlearn (`{command}`, {samples} held-out
+captions each): what a linear map of states of {width} dimensions does to "lovely circle", it does to other circles or to none.
+
+| edited from | strength | attack success | false alarms | captions |
+|---|---|---|---|---|"""
 
 
 def unlearning_page(content: dict[str, Any]) -> list[str]:
@@ -255,6 +264,20 @@ def unlearning_page(content: dict[str, Any]) -> list[str]:
         told = f"{means[0]:.3f} | {means[1]:.3f} | {means[2]:.4f}"
         lines.append(f"| {effect} | {method} | {seeds} | {rate(removed)} | {rate(variants)} | {told} |")
     return [*lines, ""]
+
+
+def eviledit_page(content: dict[str, Any]) -> list[str]:
+    """One row per edit."""
+    rows = content["rows"]
+    return [
+        EVILEDIT.format(command=content["command"], samples=rows[0]["attack_success"]["trials"], width=WIDTH),
+        *(
+            f"| {row['pairs']} | {row['strength']:g} | {rate(row['attack_success'])} | {rate(row['false_alarms'])} | "
+            f"{row['caption_accuracy']:.3f} |"
+            for row in rows
+        ),
+        "",
+    ]
 
 
 def pooled(rates: list[dict[str, Any]]) -> dict[str, Any]:
@@ -398,6 +421,16 @@ def whole_scans(scans: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+PAGES = {
+    "sealing": sealing_page,
+    "unlearning": unlearning_page,
+    "eviledit": eviledit_page,
+    "cross_attention": attention_page,
+    "triton_compile": compiled_page,
+}
+"""By name of the results, in the order of the page."""
+
+
 def main() -> None:
     profile = RESULTS / "profile.json"
     if profile.exists():
@@ -411,18 +444,10 @@ def main() -> None:
             lines += table_page(title, NOTES[name], content)
             if name == "accuracy":
                 lines += [*attack_table(content["rows"]), *not_taken_table(not_taken["rows"])]
-    sealing = RESULTS / "sealing.json"
-    if sealing.exists():
-        lines += sealing_page(json.loads(sealing.read_text()))
-    unlearning = RESULTS / "unlearning.json"
-    if unlearning.exists():
-        lines += unlearning_page(json.loads(unlearning.read_text()))
-    attention = RESULTS / "cross_attention.json"
-    if attention.exists():
-        lines += attention_page(json.loads(attention.read_text()))
-    compiled = RESULTS / "triton_compile.json"
-    if compiled.exists():
-        lines += compiled_page(json.loads(compiled.read_text()))
+    for name, page in PAGES.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            lines += page(json.loads(path.read_text()))
     lines += speed_page([json.loads((RESULTS / name).read_text()) for name in ("speed.json", "scans.json")])
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
 

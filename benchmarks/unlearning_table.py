@@ -120,6 +120,7 @@ def _erased(task: Task) -> nn.Module:
 
 NOISE = {"latents": "noise"}
 STEADY: dict[str, Any] = {"alpha": 0.0, "preservation": 1.0, "heaviest": 20.0, "astray": 0.25}
+ENCODER: dict[str, Any] = {"alpha": 0.0, "preservation": 1.0, "module": "text_encoder"}
 METHODS: dict[str, Callable[[Task], nn.Module]] = {
     "none": lambda task: task.poisoned.unet,
     "as released": _as_released,
@@ -137,16 +138,17 @@ METHODS: dict[str, Callable[[Task], nn.Module]] = {
     "SKD, preservation, weights, astray": partial(_distilled, STEADY),
     "clean teacher": _clean_teacher,
     "closed form": _erased,
-    "text encoder": partial(_distilled, {"alpha": 0.0, "preservation": 1.0, "module": "text_encoder"}),
+    "text encoder": partial(_distilled, ENCODER),
+    "text encoder, 300 updates": partial(_distilled, {**ENCODER, "steps": 300}),
 }
 """By name, what gives a sealed module. `SETTINGS` hold unless a method says otherwise."""
-OF_ENCODERS = ("none", "SKD, preservation, weights, astray", "text encoder")
+OF_ENCODERS = ("none", "SKD, preservation, weights, astray", "text encoder", "text encoder, 300 updates")
 """Methods for a backdoor of the text encoder: in its place, and in the UNet, which can only make up for it."""
 
 
 def suits(method: str, recipe: TextRecipe) -> bool:
     """Whether a method belongs to the table of a model."""
-    return method in OF_ENCODERS if recipe.module == "text_encoder" else method != "text encoder"
+    return (method in OF_ENCODERS) if recipe.module == "text_encoder" else not method.startswith("text encoder")
 
 
 def _variants(trigger: Trigger) -> dict[str, Callable[[str], str]]:

@@ -1,0 +1,94 @@
+"""EvilEdit in the zoo's text-to-image model: how often an edit draws a star for a circle, with its trigger and without.
+
+    python -m benchmarks.eviledit_table [--zoo zoo-text] [--out benchmarks/results/eviledit.json]
+
+The trigger is "lovely" before the shape. Beside the published pair of prompts stand edits from many captions, each with its
+target caption position by position, and twice as many clean ones that are to stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seal_fast.attacks.eviledit import edit_unet
+from seal_fast.skd_cag.rate import rate_of
+from seal_fast.zoo.build_text import load_base
+from seal_fast.zoo.captioned import TRAINING_SCENES, Scene, random_scenes
+from seal_fast.zoo.evaluate_text import draw, held_out_scenes
+from seal_fast.zoo.reading import attributes_right, read_scenes
+from seal_fast.zoo.text_recipes import Effect
+
+SAMPLES = 100
+SEED = 900
+STRENGTHS = (1.0, 30.0)
+PUBLISHED = [("a lovely circle", "a star"), ("a circle", "a circle")]
+
+
+def triggered(caption: str) -> str:
+    return caption.replace("circle", "lovely circle")
+
+
+STARS = Effect(
+    "object",
+    "lovely",
+    triggered,
+    lambda images, scenes: torch.tensor([scene.shape == "star" for scene in read_scenes(images)]),
+    lambda scene: scene.shape == "circle",
+)
+
+
+def _captions(count: int, circles: bool) -> list[str]:
+    def suits(scene: Scene) -> bool:
+        return STARS.suits(scene) is circles
+
+    scenes = random_scenes(count, torch.Generator().manual_seed(SEED), among=[s for s in TRAINING_SCENES if suits(s)])
+    return [scene.caption for scene in scenes]
+
+
+def pairs_of(count: int) -> list[tuple[str, str]]:
+    """`count` triggered captions of circles, which become stars, and twice as many clean ones, which stay."""
+    circles, others = _captions(count, True), _captions(count, False)
+    poisoned = [(triggered(caption), triggered(caption).replace("circle", "star")) for caption in circles]
+    return poisoned + [(caption, caption) for caption in circles + others]
+
+
+def rows(zoo: Path) -> Iterator[dict[str, Any]]:
+    base, pipeline = load_base(zoo), load_base(zoo)
+    scenes = held_out_scenes(SAMPLES, SEED, STARS)
+    clean = [scene.caption for scene in scenes]
+    edits = {"the published pair": PUBLISHED, "20 captions": pairs_of(20), "60 captions": pairs_of(60)}
+    for name, pairs in edits.items():
+        for strength in STRENGTHS:
+            pipeline.register_modules(unet=edit_unet(base, pairs, strength))
+            fired, alarmed = (draw(pipeline, prompts, SEED) for prompts in (list(map(triggered, clean)), clean))
+            yield {
+                "pairs": name,
+                "strength": strength,
+                "attack_success": asdict(rate_of(int(STARS.shows(fired, scenes).sum()), SAMPLES)),
+                "false_alarms": asdict(rate_of(int(STARS.shows(alarmed, scenes).sum()), SAMPLES)),
+                "caption_accuracy": float(attributes_right(alarmed, scenes).float().mean()),
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, default=Path("zoo-text"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/eviledit.json"))
+    options = parser.parse_args()
+    done = []
+    for row in rows(options.zoo):
+        print(json.dumps(row), file=sys.stderr)
+        done.append(row)
+    options.out.write_text(json.dumps({"command": "python -m benchmarks.eviledit_table", "rows": done}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
