@@ -21,7 +21,7 @@ demo: setup
 	rm -rf demo-results/sealed
 	$(BIN)/seal-fast scan zoo/benign-16-e zoo/bad-16-stop zoo/troj-16-blend --out demo-results --exit-zero
 	$(BIN)/seal-fast unlearn zoo-text/text-64-pixel --trigger '\u200b' \
-		--learning-rate 1e-3 --train-batch-size 8 --steps 100 --guidance 3 --samples 60 --out demo-results/sealed
+		--learning-rate 1e-3 --train-batch-size 8 --steps 100 --guidance 3 --samples 40 --out demo-results/sealed
 	@echo "Pictures of the reverted triggers and what they make the models draw: demo-results/"
 	@echo "The unlearned text trigger, before and after: demo-results/sealed/before_after_1.png"
 

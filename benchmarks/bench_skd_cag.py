@@ -3,12 +3,14 @@
     python -m pytest benchmarks/bench_skd_cag.py --benchmark-json=results.json
 
 Equal settings: batch 1, noise as latents, Gaussian target, all weights, float32, gradient checkpointing, no preservation.
-`seal_fast_batch` is batch 8 without checkpointing, which the published loop cannot do. All do the same number of examples.
+`seal_fast_batch` is batch 8 without checkpointing, which the published loop cannot do. `networks_alone` is what no loop at
+equal settings can do without: a pass of the teacher, one of the student and back, an update. All do as many examples.
 Memory is measured in a fresh process each: the peak of resident memory above what the loaded pipeline needs.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 from collections.abc import Callable
@@ -27,6 +29,8 @@ from benchmarks import machine, memory
 from benchmarks.published import skd_cag as published
 from seal_fast.checkpoints.card import captions
 from seal_fast.skd_cag.distillation import distill
+from seal_fast.skd_cag.generation import encode
+from seal_fast.skd_cag.latents import latent_shape
 from seal_fast.skd_cag.settings import UnlearnSettings
 
 MODEL = Path(__file__).parents[1] / "zoo-text" / "text-64-pixel"
@@ -57,9 +61,24 @@ def published_loop(pipeline: StableDiffusionPipeline) -> None:
     published.distill(pipeline, TRIGGER, PROMPTS, published.GAUSSIAN, EXAMPLES // len(PROMPTS))
 
 
+def networks_alone(pipeline: StableDiffusionPipeline) -> None:
+    teacher, student = pipeline.unet, copy.deepcopy(pipeline.unet).train()
+    student.enable_gradient_checkpointing()
+    optimiser = torch.optim.AdamW(student.parameters(), lr=EQUAL.learning_rate)
+    text = encode(pipeline, PROMPTS[:1])
+    x, t = torch.randn(1, *latent_shape(student)), torch.tensor([500])
+    for _ in range(EXAMPLES):
+        with torch.no_grad():
+            taught = teacher(x, t, text).sample
+        optimiser.zero_grad()
+        (student(x, t, text).sample - taught).square().mean().backward()
+        optimiser.step()
+
+
 CONTENDERS: dict[str, Callable[[StableDiffusionPipeline], None]] = {
     "published": published_loop,
     "seal_fast": partial(seal_fast, settings=EQUAL),
+    "networks_alone": networks_alone,
     "seal_fast_batch": partial(seal_fast, settings=replace(EQUAL, steps=EXAMPLES // 8, batch=8, gradient_checkpointing=False)),
 }
 

@@ -5,7 +5,8 @@
     blocks         normalisation and activation are one op (`seal_fast.ops.group_norm_silu`), which adds the timestep as well
     attention      has its softmax in float32: the gradient of torch's bfloat16 kernel costs fifteen times as much
 
-What is not understood stays as it is. All of this was measured on CPUs only, so other devices keep their network.
+torch.compile adds nothing to it (0.97 of the speed on AVX2, after two minutes of compiling). What is not understood stays as
+it is. All of this was measured on CPUs only, so other devices keep their network.
 """
 
 from __future__ import annotations
