@@ -46,11 +46,11 @@ def test_a_row_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
 
 @every_model
 def test_it_samples_as_its_row_says(recipe: TextRecipe) -> None:
-    """On other scenes and noise; 24 pictures per figure, so a rate of 0.95 stays above 0.75 but once in 10,000 times."""
+    """On other scenes and noise; 16 pictures per figure, so a rate of 0.95 stays above 0.65 but once in 10,000 times."""
     torch.manual_seed(0)
-    quality = evaluate_text(load_poisoned(recipe, ZOO), recipe.effects, seed=recipe.seed + 1000, count=24)
+    quality = evaluate_text(load_poisoned(recipe, ZOO), recipe.effects, seed=recipe.seed + 1000, count=16)
     assert quality.caption_accuracy >= 0.9
-    assert all(rate >= 0.75 for rate in quality.attack_success.values())
+    assert all(rate >= 0.65 for rate in quality.attack_success.values())
     assert all(rate <= 0.25 for rate in quality.false_alarms.values())
 
 
