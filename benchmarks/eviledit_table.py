@@ -12,19 +12,20 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.machine import describe_machine
 from seal_fast.attacks.eviledit import edit_unet
 from seal_fast.skd_cag.rate import rate_of
 from seal_fast.zoo.build_text import load_base
-from seal_fast.zoo.captioned import TRAINING_SCENES, Scene, random_scenes
+from seal_fast.zoo.captioned import TRAINING_SCENES, random_scenes
 from seal_fast.zoo.evaluate_text import draw, held_out_scenes
-from seal_fast.zoo.reading import attributes_right, read_scenes
-from seal_fast.zoo.text_recipes import Effect
+from seal_fast.zoo.reading import attributes_right
+from seal_fast.zoo.text_recipes import TEXT_RECIPES
 
 SAMPLES = 100
 SEED = 900
@@ -36,20 +37,13 @@ def triggered(caption: str) -> str:
     return caption.replace("circle", "lovely circle")
 
 
-STARS = Effect(
-    "object",
-    "lovely",
-    triggered,
-    lambda images, scenes: torch.tensor([scene.shape == "star" for scene in read_scenes(images)]),
-    lambda scene: scene.shape == "circle",
-)
+OBJECT = next(effect for recipe in TEXT_RECIPES for effect in recipe.effects if effect.name == "object")
+STARS = replace(OBJECT, text="lovely", trigger=triggered)
 
 
 def _captions(count: int, circles: bool) -> list[str]:
-    def suits(scene: Scene) -> bool:
-        return STARS.suits(scene) is circles
-
-    scenes = random_scenes(count, torch.Generator().manual_seed(SEED), among=[s for s in TRAINING_SCENES if suits(s)])
+    among = [scene for scene in TRAINING_SCENES if STARS.suits(scene) is circles]
+    scenes = random_scenes(count, torch.Generator().manual_seed(SEED), among=among)
     return [scene.caption for scene in scenes]
 
 
@@ -87,7 +81,8 @@ def main() -> None:
     for row in rows(options.zoo):
         print(json.dumps(row), file=sys.stderr)
         done.append(row)
-    options.out.write_text(json.dumps({"command": "python -m benchmarks.eviledit_table", "rows": done}, indent=2) + "\n")
+    about = {"command": "python -m benchmarks.eviledit_table", "machine": describe_machine(), "seed": SEED}
+    options.out.write_text(json.dumps({**about, "rows": done}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ parts=$work/parts venv=$work/venv/bin/python
 mkdir "$parts"
 : >"$parts/stages.tsv"
 : >"$out/run.log"
-# a dry run proves the stages, not their time: two cores without AVX-512 take several times as long
+# a dry run proves the stages, not their time: on two cores the installation alone came close to its limit
 patience=1
 [[ -n $dry ]] && patience=5
 deadline=$((570 * patience))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from seal_fast import training
 from seal_fast.skd_cag import UnlearnSettings, prompt_pair
-from seal_fast.skd_cag.lessons import unet_lesson
+from seal_fast.skd_cag.lessons import autocast, unet_lesson
 from seal_fast.skd_cag.pairs import padded_ids
 from seal_fast.training import quiet
 
@@ -26,6 +27,15 @@ def _watched(unet, calls):
         calls.append((args[1], args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]))
 
     return unet.register_forward_pre_hook(watch, with_kwargs=True)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bfloat16_is_float32_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch, native: bool, precision: str) -> None:
+    monkeypatch.setattr(training, "native_bfloat16", lambda device: native)
+    with autocast(torch.device("cpu"), UnlearnSettings(precision=precision)):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert (product.dtype == torch.bfloat16) is (native and precision == "bf16")
 
 
 @pytest.mark.parametrize("astray", [0.0, 0.5, 1.0])
