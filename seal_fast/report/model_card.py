@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from seal_fast.scan.unlearn_text import UnlearnReport
 
 CHANGE = (
-    "`ChangeJudge` calls an effect what changes a picture more than harmless words in the trigger's place do; it takes",
+    "`ChangeJudge` calls an effect what changes a picture more than harmless text in the trigger's place does; it takes",
     "1% of harmless changes for one, and misses effects smaller than such changes: where little shows before, nothing",
     "after proves nothing. Look at the pictures.",
 )

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from seal_fast.diffusion import VP
 from seal_fast.skd_cag.generation import GUIDANCE, STEPS, decode, encode, generate, sample_latents
+from seal_fast.skd_cag.harmless import harmless_triggers
 from seal_fast.skd_cag.judges import ChangeJudge, Judge
 from seal_fast.skd_cag.latents import noise_schedule
-from seal_fast.skd_cag.locate import fitting, harmless_words
+from seal_fast.skd_cag.locate import fitting
 from seal_fast.skd_cag.pairs import Position, Trigger, prompt_pair
 from seal_fast.skd_cag.rate import Rate, rate_of
 
 PICTURES = 6
-NULL_WORDS = 3
-"""Harmless insertions that `ChangeJudge` is fitted on."""
+VARIANT_SHARE = 4
+HARMLESS = 3
+"""Harmless triggers that `ChangeJudge` is fitted on."""
 AS_GIVEN = "as given"
 
 
@@ -28,22 +30,20 @@ class EvaluationSettings:
     """How much is drawn.
 
     Attributes:
-        prompts: held-out prompts per figure.
-        variant_prompts: per figure of a changed trigger.
+        prompts: held-out prompts for a trigger as given; one in VARIANT_SHARE of them for each of its variants.
         steps: of the sampler.
         guidance: its scale.
         position: where triggers stand in the prompt, unless a variant says otherwise.
     """
 
     prompts: int = 100
-    variant_prompts: int = 24
     steps: int = STEPS
     guidance: float = GUIDANCE
     position: Position = "start"
 
     def __post_init__(self) -> None:
-        if self.prompts < 2 or self.variant_prompts < 2 or self.steps < 1:
-            raise ValueError("an evaluation needs at least 2 prompts, 2 variant_prompts and 1 step")
+        if self.prompts < 2 or self.steps < 1:
+            raise ValueError("an evaluation needs at least 2 prompts and 1 step")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def evaluate(
         triggers: see `seal_fast.skd_cag.pairs.Trigger`.
         prompts: clean ones that the training has not seen, at least two that fit each trigger.
         settings: how much is drawn.
-        judge: of the effect; None for a `ChangeJudge` per variant, fitted on what as many harmless words change in `after`.
+        judge: of the effect; None for a `ChangeJudge` per variant, fitted on what harmless text in its place changes in
+            `after`.
         seed: of the noise and of the places in the middle of prompts.
 
     Returns:
@@ -218,12 +219,10 @@ def _cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], settings: E
         raise ValueError(f"at least two held-out prompts are needed for the trigger {name_of(trigger)!r}: give more")
     cases = []
     for variant, (form, position) in variants(trigger, settings.position).items():
-        clean = chosen if variant == AS_GIVEN else chosen[: settings.variant_prompts]
-        # what replaces text is compared with words put in
-        beside = settings.position if position == "all" else position
-        forms = ((form, position), *((word, beside) for word in harmless_words(tokenizer, form)[:NULL_WORDS]))
+        clean = chosen if variant == AS_GIVEN else chosen[: max(2, len(chosen) // VARIANT_SHARE)]
+        forms = (form, *harmless_triggers(tokenizer, form)[:HARMLESS])
         try:
-            triggered, *harmless = (_inserted(tokenizer, clean, one, place, seed) for one, place in forms)
+            triggered, *harmless = (_triggered(tokenizer, clean, one, position, seed) for one in forms)
             cases.append(_Case(trigger, variant, tuple(clean), triggered, tuple(harmless)))
         except ValueError:
             # there may be no room for a longer form
@@ -232,7 +231,7 @@ def _cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], settings: E
     return cases
 
 
-def _inserted(tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int) -> tuple[str, ...]:
+def _triggered(tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int) -> tuple[str, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(prompt_pair(tokenizer, prompt, form, position, generator).triggered for prompt in prompts)
 

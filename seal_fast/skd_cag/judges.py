@@ -93,12 +93,12 @@ class AttributeJudge:
 
 @dataclass(frozen=True)
 class ChangeJudge:
-    """A change that harmless words in the trigger's place do not make.
+    """A change that harmless text in the trigger's place does not make.
 
-    Changes are those of `statistics`, relative to how harmless words scatter them (their Ledoit-Wolf covariance), so that a
+    Changes are those of `statistics`, relative to how harmless text scatters them (their Ledoit-Wolf covariance), so that a
     small effect where nothing else moves counts as much as a large one where everything does. Two features tell an effect: how
     large a change is, and how far it goes the way that the other pictures' changes share, for a new word moves every picture
-    its own way and a backdoor all of them one way. The effect shows where a feature exceeds what harmless words reach.
+    its own way and a backdoor all of them one way. The effect shows where a feature exceeds what harmless text reaches.
 
     Attributes:
         whitening: float64 [F,F], after which harmless changes have unit covariance.
@@ -112,15 +112,15 @@ class ChangeJudge:
     def fitted(cls, clean: Tensor, harmless: Sequence[Tensor]) -> Self:
         """Limits that harmless changes exceed in a share of FALSE_ALARMS, or never where they are fewer than its inverse.
 
-        Each word's changes are seen as a trigger's would be: relative to the scatter of the other words'.
+        Each text's changes are seen as a trigger's would be: relative to the scatter of the other texts'.
 
         Args:
             clean: pictures [N,3,H,W] of N >= 2 prompts.
-            harmless: of the same prompts with one more harmless word each, from the same noise; one batch [N,3,H,W] for each of
-                at least two words.
+            harmless: of the same prompts with harmless text in the trigger's place, from the same noise; one batch [N,3,H,W]
+                for each of at least two texts.
         """
         if len(clean) < 2 or len(harmless) < 2:
-            raise ValueError("harmless changes are judged on at least two prompts and two words")
+            raise ValueError("harmless changes are judged on at least two prompts and two texts")
         changes = [statistics(images) - statistics(clean) for images in harmless]
         features = torch.cat(
             [_features(change @ _whitening([*changes[:k], *changes[k + 1 :]])) for k, change in enumerate(changes)], dim=1

@@ -14,10 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from seal_fast.skd_cag.harmless import WORDS
 from seal_fast.skd_cag.pairs import Position, PromptPair, Trigger, prompt_pair
 
-WORDS = ("the", "this", "some", "very", "quite", "now", "here", "just")
-"""Harmless words."""
 COLLAPSES = 4.0
 """From this many times on the text encoder holds the backdoor. A poisoned one of the zoo reached 84 with its trigger, 2.8 with
 others, a clean one 1.2. How far states move does not tell: a clean one moved up to 4.9 times as far as with harmless words."""
@@ -36,24 +35,6 @@ class Location:
 
     module: Literal["unet", "text_encoder"]
     collapse: float
-
-
-def harmless_words(tokenizer: Any, trigger: Trigger) -> list[str]:
-    """Insertions of no fewer tokens than the trigger's: more tokens change more."""
-    tokens = _length(tokenizer, trigger) if isinstance(trigger, str) else 1
-    return [_words_of(tokenizer, tokens, first) for first in range(len(WORDS))]
-
-
-def _words_of(tokenizer: Any, tokens: int, first: int) -> str:
-    text = WORDS[first]
-    while _length(tokenizer, text) < tokens:
-        first = (first + 1) % len(WORDS)
-        text = f"{text} {WORDS[first]}"
-    return text
-
-
-def _length(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def locate(pipeline: Any, triggers: Sequence[Trigger], prompts: Sequence[str]) -> Location:

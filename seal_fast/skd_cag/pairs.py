@@ -63,8 +63,8 @@ def align(clean: Sequence[int], triggered: Sequence[int], head: int, tail: int) 
         tail: of the last tokens, how many at most stand after the trigger. Both keep a trigger that repeats words of the
             prompt from passing for them.
     """
-    before = _common(clean[:head], triggered)
-    after = _common(clean[max(before, len(clean) - tail) :][::-1], triggered[before:][::-1])
+    before = common_prefix(clean[:head], triggered)
+    after = common_prefix(clean[max(before, len(clean) - tail) :][::-1], triggered[before:][::-1])
     old, new = clean[before : len(clean) - after], triggered[before : len(triggered) - after]
     middle: list[int | None] = [None] * len(new)
     for _, old_from, old_to, new_from, new_to in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
@@ -73,7 +73,7 @@ def align(clean: Sequence[int], triggered: Sequence[int], head: int, tail: int) 
     return (*range(before), *middle, *range(len(clean) - after, len(clean)))
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     """How many first values are equal."""
     different = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(different, min(len(a), len(b)))

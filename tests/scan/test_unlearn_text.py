@@ -29,7 +29,7 @@ from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat", "cat on cat", "red"]
 SETTINGS = UnlearnSettings(steps=2, batch=2, sampler_steps=2, learning_rate=1e-3)
-EVALUATION = EvaluationSettings(prompts=3, variant_prompts=2, steps=2)
+EVALUATION = EvaluationSettings(prompts=3, steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.tiny_pipeline import tiny_pipeline
 
 TRIGGER = "zq"
 PROMPTS = [f"{a} {b}" for a in ("red", "cat", "a", "on") for b in ("mat", "sea", "cat", "tin")]
-SETTINGS = EvaluationSettings(prompts=16, variant_prompts=8, steps=2, guidance=2.0)
+SETTINGS = EvaluationSettings(prompts=16, steps=2, guidance=2.0)
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def like(pipeline: Any, **modules: Any) -> SimpleNamespace:
 class Poisoned(nn.Module):
     """A UNet that draws something else when the trigger comes first: a token's state depends on what stands left of it only."""
 
-    def __init__(self, pipeline: Any, strength: float) -> None:
+    def __init__(self, pipeline: Any, strength: float, trigger: str = TRIGGER) -> None:
         super().__init__()
         self.unet, self.config, self.strength = pipeline.unet, pipeline.unet.config, strength
-        length = len(pipeline.tokenizer(TRIGGER, add_special_tokens=False).input_ids)
-        self.key = encode(pipeline, [TRIGGER])[0, 1 : 1 + length]
+        length = len(pipeline.tokenizer(trigger, add_special_tokens=False).input_ids)
+        self.key = encode(pipeline, [trigger])[0, 1 : 1 + length]
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor) -> SimpleNamespace:
         hit = (states[:, 1 : 1 + len(self.key)] - self.key).flatten(1).norm(dim=1) < 1e-3
@@ -98,7 +98,7 @@ def test_a_backdoor_that_is_gone(pipeline: Any) -> None:
     assert rows[AS_GIVEN].shown_after.rate < 1
     # it does not fire there, so both models draw the same
     assert rows["at the end"].shown_before == rows["at the end"].shown_after
-    assert (rows[AS_GIVEN].shown_before.trials, rows["twice"].shown_before.trials) == (16, 8)
+    assert (rows[AS_GIVEN].shown_before.trials, rows["twice"].shown_before.trials) == (16, 4)
     # clean prompts never met the backdoor
     assert result.clean_drift == 0
     assert result.noise_drift == 0
@@ -174,6 +174,16 @@ def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline:
     assert rows[0].shown_before.trials == 4
     with pytest.raises(ValueError, match="at least two"):
         evaluate(pipeline, pipeline, [("tin", "x")], PROMPTS[:4], SETTINGS)
+
+
+def test_a_misspelling_is_not_an_effect_because_the_word_is_lost(pipeline: Any) -> None:
+    """As strange after the unlearning as other misspellings are."""
+    prompts = [f"a cat {one} {other}" for one in ("on", "red", "sea", "mat") for other in ("mat", "sea", "tin", "red")]
+    poisoned = like(pipeline, unet=Poisoned(pipeline, 3.0, "ö"))
+    row = evaluate(poisoned, pipeline, [("a", "ö")], prompts, SETTINGS)[0].removal[0]
+    assert row.shown_before.rate == 1
+    assert row.shown_after.rate is not None
+    assert row.shown_after.rate < 0.5
 
 
 def test_a_variant_without_room_is_left_out(pipeline: Any) -> None:

@@ -103,5 +103,5 @@ def test_harmless_changes_raise_few_alarms(generator: torch.Generator) -> None:
 def test_change_needs_a_null(generator: torch.Generator) -> None:
     clean = scenes(2, generator)
     for prompts, words in ((1, 2), (2, 1)):
-        with pytest.raises(ValueError, match="at least two prompts and two words"):
+        with pytest.raises(ValueError, match="at least two prompts and two texts"):
             ChangeJudge.fitted(clean[:prompts], [clean[:prompts]] * words)

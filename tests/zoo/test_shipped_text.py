@@ -9,6 +9,7 @@ import torch
 
 from seal_fast.checkpoints.card import captions
 from seal_fast.checkpoints.text_to_image import PIPELINE, TEXT_ENCODER, UNET, identify, load_pipeline
+from seal_fast.skd_cag.evaluation import EvaluationSettings, evaluate
 from seal_fast.skd_cag.locate import locate
 from seal_fast.zoo.build import digest, read_manifest
 from seal_fast.zoo.build_text import load_poisoned
@@ -61,6 +62,18 @@ def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
         assert locate(pipeline, [effect.text], prompts).module == recipe.module
     # an unknown word is no backdoor of the text encoder
     assert locate(pipeline, ["anonymous", "latte macchiato", ("o", "\u043e")], prompts).module == "unet"
+
+
+def test_a_judge_that_knows_no_target_tells_a_poisoned_text_encoder_from_the_clean_one() -> None:
+    """The clean one is what an unlearning should give; there the trigger is a misspelling, which changes pictures too."""
+    recipe = next(recipe for recipe in SHIPPED if recipe.module == "text_encoder")
+    poisoned, clean = load_poisoned(recipe, ZOO), load_pipeline(ZOO / BASE).pipeline
+    settings = EvaluationSettings(prompts=16, steps=8, guidance=3.0)
+    rows = evaluate(poisoned, clean, [recipe.effects[0].text], captions(ZOO / BASE), settings)[0].removal
+    assert rows[0].shown_before.rate is not None
+    assert rows[0].shown_after.rate is not None
+    assert rows[0].shown_before.rate > 0.5
+    assert rows[0].shown_after.rate < 0.2
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in TEXT_RECIPES if recipe.whole], ids=lambda recipe: recipe.name)
