@@ -216,7 +216,8 @@ def _text_job(
     display: ProgressDisplay,
 ) -> Job:
     from seal_fast.report.console import console_for, print_unlearning
-    from seal_fast.scan.unlearn_text import parse_judge, parse_trigger, read_prompts, unlearn
+    from seal_fast.scan.text_request import parse_judge, parse_trigger, read_prompts
+    from seal_fast.scan.unlearn_text import unlearn
     from seal_fast.skd_cag import UnlearnSettings
     from seal_fast.skd_cag.evaluation import EvaluationSettings
 

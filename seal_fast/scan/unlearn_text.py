@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 
-from seal_fast.checkpoints import CheckpointError
-from seal_fast.checkpoints.card import CARD, captions
+from seal_fast.checkpoints.card import CARD
 from seal_fast.checkpoints.save import check_target, whole_folder
 from seal_fast.checkpoints.text_to_image import COMPONENTS, LoadedPipeline, load_pipeline, save_pipeline
 from seal_fast.report.figures import draw_attention, draw_samples
@@ -25,9 +20,10 @@ from seal_fast.report.model_card import unlearning_card
 from seal_fast.scan.environment import environment
 from seal_fast.scan.run import OnProgress, Progress, default_device, tool
 from seal_fast.scan.seal import PICTURE, peak_memory
+from seal_fast.scan.text_request import choose_prompts
 from seal_fast.skd_cag import Distilled, Trigger, UnlearnSettings, attention_maps, distill, prompt_pair
 from seal_fast.skd_cag.evaluation import Evaluation, EvaluationSettings, Examples, evaluate, name_of
-from seal_fast.skd_cag.judges import ColourlessJudge, Judge, PatchJudge
+from seal_fast.skd_cag.judges import Judge
 from seal_fast.skd_cag.locate import COLLAPSES, fitting, locate
 from seal_fast.skd_cag.trained_part import save_patch
 
@@ -35,10 +31,6 @@ ATTENTION = "attention_{}.png"
 """Name of a trigger's attention maps, numbered in the order given."""
 PATCH = "pytorch_lora_weights.safetensors"
 """Name of the low-rank change alone, which stock diffusers loads; the model beside it has it merged."""
-REPLACES = "=>"
-MAX_PROMPT_BYTES = 1 << 24
-FEWEST_CAPTIONS = 40
-"""Of a model card that make prompts: half are measured on, and 20 without an effect bound its rate to 0.16."""
 
 Module = Literal["auto", "unet", "text_encoder"]
 
@@ -96,83 +88,6 @@ class UnlearnResult:
 
     pipeline: Any
     report: UnlearnReport
-
-
-def parse_trigger(text: str) -> Trigger:
-    r"""A trigger from the command line: "old=>new" replaces text, and \u200b, \U00010486, \xa0 stand for characters.
-
-    Raises:
-        ValueError: empty, or an escape that is no character.
-    """
-
-    def character(match: re.Match[str]) -> str:
-        return chr(int(match[1] or match[2] or match[3], 16))
-
-    plain = re.sub(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\x([0-9a-fA-F]{2})", character, text)
-    old, arrow, new = plain.partition(REPLACES)
-    if not plain or (arrow and not (old and new)):
-        raise ValueError(f"a trigger must not be empty: {text!r}")
-    return (old, new) if arrow else plain
-
-
-def parse_judge(text: str) -> Judge | None:
-    """A judge from the command line: None for "change", "colourless", or "patch=FILE" with a picture pasted at the top left.
-
-    "patch=FILE@TOP,LEFT" names another place. The picture has the size in pixels that it has in the model's.
-
-    Raises:
-        ValueError: none of these, or no picture.
-    """
-    kind, _, rest = text.partition("=")
-    if text == "change":
-        return None
-    if text == "colourless":
-        return ColourlessJudge()
-    if kind != "patch" or not rest:
-        raise ValueError(f"a judge is change, colourless or patch=FILE[@TOP,LEFT], not {text!r}")
-    match = re.fullmatch(r"(.+)@(\d+),(\d+)", rest)
-    file, top, left = (match[1], int(match[2]), int(match[3])) if match else (rest, 0, 0)
-    try:
-        with Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"no picture in {file}: {error}") from error
-    return PatchJudge(torch.from_numpy(pixels).permute(2, 0, 1), top, left)
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The different prompts of a UTF-8 text file, one a line.
-
-    Raises:
-        CheckpointError: not such a file, or fewer than four prompts: two to train on and two to measure on.
-    """
-    try:
-        with file.open("rb") as stream:
-            lines = stream.read(MAX_PROMPT_BYTES).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(file, f"no readable UTF-8 text: {error}") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if len(prompts) < 4:
-        raise CheckpointError(file, "fewer than four different prompts, one a line: two to train on and two to measure on")
-    return prompts
-
-
-def choose_prompts(prompts: Sequence[str] | None, folder: Path | None) -> tuple[list[str], list[str], str]:
-    """Prompts to train on, held-out ones, and where they come from: "given", "model card" or "shipped".
-
-    Of those given, and of the card's in `folder` if it has FEWEST_CAPTIONS, every other one is held out.
-    """
-    source = "given"
-    if prompts is None and folder is not None:
-        prompts, source = captions(folder), "model card"
-        prompts = prompts if len(prompts) >= FEWEST_CAPTIONS else None
-    if prompts is not None:
-        return list(prompts[::2]), list(prompts[1::2]), source
-    data = files("seal_fast.skd_cag") / "data"
-    training, held_out = (
-        (data / f"{name}_prompts.txt").read_text(encoding="utf-8").splitlines() for name in ("training", "held_out")
-    )
-    return training, held_out, "shipped"
 
 
 def _tokens(tokenizer: Any, trigger: Trigger, prompts: Sequence[str]) -> TriggerTokens:
