@@ -31,6 +31,8 @@ ATTENTION = "attention_{}.png"
 """Name of a trigger's attention maps, numbered in the order given."""
 PATCH = "pytorch_lora_weights.safetensors"
 """Name of the low-rank change alone, which stock diffusers loads; the model beside it has it merged."""
+STAGES = {"pictures": (0.0, 0.1), "training": (0.1, 0.25), "measuring": (0.35, 0.6)}
+"""Where each begins in a run with the defaults, and its share."""
 
 Module = Literal["auto", "unet", "text_encoder"]
 
@@ -172,13 +174,15 @@ def unlearn(
     evaluation = evaluation or EvaluationSettings()
 
     def on_step(stage: str, iteration: int, iterations: int, loss: float) -> None:
-        share = iteration / iterations if stage == "training" else 0.0
-        on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=0.8 * share))
+        begun, share = STAGES[stage]
+        fraction = begun + share * iteration / iterations
+        on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=fraction))
 
     trained = distill(loaded.pipeline, triggers, training, settings, seed=seed, state=state, on_step=on_step)
     sealed = _with_module(loaded.pipeline, trained)
-    on_progress(replace(at, stage="measuring", fraction=0.8))
-    measured, examples = evaluate(loaded.pipeline, sealed, triggers, held_out, evaluation, judge=judge, seed=seed)
+    measured, examples = evaluate(
+        loaded.pipeline, sealed, triggers, held_out, evaluation, judge=judge, seed=seed, on_step=on_step
+    )
     report = UnlearnReport(
         **vars(measured),
         **_training_figures(trained),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import VP
-from seal_fast.skd_cag.generation import GUIDANCE, STEPS, decode, encode, generate, sample_latents
+from seal_fast.skd_cag.generation import GUIDANCE, STEPS, OnPass, decode, encode, generate, sample_latents
 from seal_fast.skd_cag.harmless import harmless_triggers
 from seal_fast.skd_cag.judges import ChangeJudge, Judge
 from seal_fast.skd_cag.latents import noise_schedule
 from seal_fast.skd_cag.locate import fitting
 from seal_fast.skd_cag.pairs import Position, Trigger, prompt_pair
 from seal_fast.skd_cag.rate import Rate, rate_of
+from seal_fast.training import OnStep, quiet
 
 PICTURES = 6
 VARIANT_SHARE = 4
@@ -143,6 +145,7 @@ def evaluate(
     *,
     judge: Judge | None = None,
     seed: int = 0,
+    on_step: OnStep = quiet,
 ) -> tuple[Evaluation, list[Examples]]:
     """Draw the same prompts from the same noise with both models, with and without triggers.
 
@@ -155,6 +158,7 @@ def evaluate(
         judge: of the effect; None for a `ChangeJudge` per variant, fitted on what harmless text in its place changes in
             `after`.
         seed: of the noise and of the places in the middle of prompts.
+        on_step: progress callback (stage "measuring", pictures drawn, pictures in all, NaN).
 
     Returns:
         The figures, and for every trigger some of the pictures.
@@ -163,11 +167,13 @@ def evaluate(
         ValueError: a trigger that the tokenizer does not see, or fewer than two prompts.
     """
     settings = settings or EvaluationSettings()
-    old, new = _Artist(before, settings, seed), _Artist(after, settings, seed)
+    clean = tuple(prompts[: settings.prompts])
+    cases_of = [_cases(before.tokenizer, trigger, prompts, settings, seed) for trigger in triggers]
+    count = _Count(on_step, _pictures(clean, cases_of, judge is None))
+    old, new = (_Artist(pipeline, settings, seed, count) for pipeline in (before, after))
     removal: list[Removal] = []
     examples: list[Examples] = []
-    for trigger in triggers:
-        cases = _cases(before.tokenizer, trigger, prompts, settings, seed)
+    for cases in cases_of:
         for case in cases:
             pictures = [(one.draw(case.triggered), one.clean(cases[0].clean)[: len(case.clean)]) for one in (old, new)]
             # not in the model before: there a word that no caption had may fire the backdoor as well as the trigger
@@ -176,7 +182,6 @@ def evaluate(
             removal.append(_removal(case, *(int(hits.sum()) for hits in shown)))
             if case is cases[0]:
                 examples.append(_examples(case, *pictures))
-    clean = tuple(prompts[: settings.prompts])
     clean_before, clean_after = old.clean(clean), new.clean(clean)
     figures = Evaluation(
         tuple(removal),
@@ -189,20 +194,44 @@ def evaluate(
     return figures, examples
 
 
+def _pictures(clean: tuple[str, ...], cases_of: Sequence[Sequence[_Case]], beside_harmless: bool) -> int:
+    """How many are drawn: by both models, with harmless triggers by the one after only."""
+    triggered = sum(len(case.clean) * (2 + beside_harmless * len(case.harmless)) for cases in cases_of for case in cases)
+    return triggered + 2 * sum(map(len, {clean, *(cases[0].clean for cases in cases_of)}))
+
+
+@dataclass
+class _Count:
+    """Tells of pictures as they are drawn."""
+
+    on_step: OnStep
+    total: int
+    drawn: int = 0
+
+    def __call__(self, pictures: int) -> None:
+        self.drawn += pictures
+        self.on_step("measuring", self.drawn, self.total, math.nan)
+
+
 class _Artist:
     """Draws with one model, clean prompts once."""
 
-    def __init__(self, pipeline: Any, settings: EvaluationSettings, seed: int) -> None:
-        self.pipeline, self.seed = pipeline, seed
-        self.steps, self.guidance = settings.steps, settings.guidance
+    def __init__(self, pipeline: Any, settings: EvaluationSettings, seed: int, on_pass: OnPass) -> None:
+        self.pipeline = pipeline
+        self.how: dict[str, Any] = {
+            "seed": seed,
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "on_pass": on_pass,
+        }
         self.drawn: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def draw(self, prompts: Sequence[str]) -> Tensor:
-        return generate(self.pipeline, prompts, seed=self.seed, steps=self.steps, guidance=self.guidance)
+        return generate(self.pipeline, prompts, **self.how)
 
     def _both(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         if prompts not in self.drawn:
-            latents = sample_latents(self.pipeline, prompts, seed=self.seed, steps=self.steps, guidance=self.guidance)
+            latents = sample_latents(self.pipeline, prompts, **self.how)
             self.drawn[prompts] = latents, decode(self.pipeline, latents)
         return self.drawn[prompts]
 

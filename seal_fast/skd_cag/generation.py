@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,12 @@ STEPS = 25
 GUIDANCE = 7.5
 LATENTS_PER_PASS = 1 << 17
 """Latent values in one batch: 8 pictures of Stable Diffusion's size, 128 of a model with latents of 4 x 16 x 16."""
+
+OnPass = Callable[[int], None]
+
+
+def unseen(pictures: int) -> None:
+    """A callback that shows nothing."""
 
 
 def starting_noise(pipeline: Any, count: int, seed: int) -> Tensor:
@@ -44,6 +50,7 @@ def generate(
     seed: int,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
+    on_pass: OnPass = unseen,
 ) -> Tensor:
     """One picture per prompt, see `seal_fast.skd_cag.latents.guided_ddim`; bfloat16 where the hardware has it.
 
@@ -53,15 +60,18 @@ def generate(
         seed: of the starting noise; picture i starts from the same noise whatever the prompts.
         steps: evenly spaced from the noisiest timestep to the clean image.
         guidance: 1 is none, at half the cost.
+        on_pass: called after every pass of the sampler with how many pictures it drew.
 
     Returns:
         Pictures float32 [N,3,H,W] in [0, 1], on the CPU.
     """
-    return decode(pipeline, sample_latents(pipeline, prompts, seed=seed, steps=steps, guidance=guidance))
+    return decode(pipeline, sample_latents(pipeline, prompts, seed=seed, steps=steps, guidance=guidance, on_pass=on_pass))
 
 
 @torch.no_grad()
-def sample_latents(pipeline: Any, prompts: Sequence[str], *, seed: int, steps: int, guidance: float) -> Tensor:
+def sample_latents(
+    pipeline: Any, prompts: Sequence[str], *, seed: int, steps: int, guidance: float, on_pass: OnPass = unseen
+) -> Tensor:
     """The latents float32 [N,C,H,W] of `generate`, scaled as the UNet sees them, on the CPU."""
     if not prompts:
         raise ValueError("no prompts to draw")
@@ -73,6 +83,7 @@ def sample_latents(pipeline: Any, prompts: Sequence[str], *, seed: int, steps: i
             texts = encode(pipeline, prompts[at * rows : (at + 1) * rows])
             x = noise.to(pipeline.device)
             drawn.append(guided_ddim(pipeline.unet, process, x, texts, empty, steps=steps, guidance=guidance).cpu())
+            on_pass(len(x))
     return torch.cat(drawn)
 
 

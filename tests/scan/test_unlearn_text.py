@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import seal_fast
 from seal_fast.cli import app
-from seal_fast.scan import unlearn_text
+from seal_fast.scan import Progress, unlearn_text
 from seal_fast.scan.unlearn_text import unlearn
 from seal_fast.skd_cag import UnlearnSettings, evaluation
 from seal_fast.skd_cag.evaluation import EvaluationSettings
@@ -129,6 +129,17 @@ def test_python_with_a_pipeline_in_memory(model: Path) -> None:
     assert result.report.removal[0].trigger == "a => á"
     with pytest.raises(ValueError, match="no files to keep"):
         seal_fast.unlearn(before, ["x"], "out")
+
+
+def test_progress_counts_every_picture_and_never_runs_back(model: Path) -> None:
+    seen: list[Progress] = []
+    triggers = ["tin", ("a", "á")]
+    unlearn(stock(model), triggers, prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION, on_progress=seen.append)
+    fractions = [at.fraction for at in seen]
+    assert fractions == sorted(fractions)
+    drawn = [at for at in seen if at.stage == "measuring"]
+    assert drawn[-1].iteration == drawn[-1].iterations > 100
+    assert drawn[-1].fraction == pytest.approx(0.95)
 
 
 def test_a_text_encoder_alone_is_trained_and_written_alone(model: Path, tmp_path: Path) -> None:
