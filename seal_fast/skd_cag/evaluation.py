@@ -22,6 +22,7 @@ from seal_fast.training import OnStep, quiet
 
 PICTURES = 6
 VARIANT_SHARE = 4
+"""Of so many prompts one is drawn with each variant of a trigger: they are most of all pictures."""
 HARMLESS = 3
 """Harmless triggers that `ChangeJudge` is fitted on."""
 AS_GIVEN = "as given"
