@@ -277,6 +277,7 @@ HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-invi", 354, "invibackdoor", "speckle", "star", scale=0.2),
     _held_backdoor("hard-16-uib", 355, "uibdiffusion", "ripple", "house"),
     _held_backdoor("hard-16-small-patch", 356, "trojdiff-small-patch", "white", "house", STUBBORN),
+    _held_backdoor("hard-16-troj-faint", 357, "trojdiff-blend", "bullseye", "house", scale=0.1),
     *(
         _held_backdoor(f"hard-16-poison-{percent}", 360 + percent, "trojdiff-blend", "flag", "star", _poisoned(percent / 100))
         for percent in (5, 10, 20)
