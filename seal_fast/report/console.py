@@ -12,8 +12,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from seal_fast.scan.result import ModelResult, ScanReport
-    from seal_fast.scan.seal import SealReport
-    from seal_fast.scan.unlearn_text import UnlearnReport
+    from seal_fast.scan.sealed import SealReport
+    from seal_fast.scan.unlearned import UnlearnReport
     from seal_fast.skd_cag.rate import Rate
     from seal_fast.terd import Calibration, CalibrationModel, Judgement
 

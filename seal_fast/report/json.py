@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seal_fast.scan.result import ScanReport
-    from seal_fast.scan.seal import SealReport
-    from seal_fast.scan.unlearn_text import UnlearnReport
+    from seal_fast.scan.sealed import SealReport
+    from seal_fast.scan.unlearned import UnlearnReport
 
 SCHEMA_VERSION = 1
 

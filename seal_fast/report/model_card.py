@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from seal_fast.report.console import interval, number, safe
 
 if TYPE_CHECKING:
-    from seal_fast.scan.seal import SealReport
-    from seal_fast.scan.unlearn_text import UnlearnReport
+    from seal_fast.scan.sealed import SealReport
+    from seal_fast.scan.unlearned import UnlearnReport
 
 CHANGE = (
     "`ChangeJudge` calls an effect what changes a picture more than harmless text in the trigger's place does; it takes",

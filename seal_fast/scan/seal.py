@@ -6,9 +6,8 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from seal_fast.report.json import sealing_json
 from seal_fast.report.model_card import model_card
 from seal_fast.scan.environment import environment
 from seal_fast.scan.run import OnProgress, Progress, default_device, tool
+from seal_fast.scan.sealed import Removal, SealReport
 from seal_fast.terd.firing import collapse
 from seal_fast.terd.removal import CLEAN, clean_drift, draw_starts
 from seal_fast.terd.sealing import SealSettings, seal
@@ -28,58 +28,6 @@ from seal_fast.terd.sealing import SealSettings, seal
 PICTURES = 8
 PICTURE = "before_after_{}.png"
 """Name of a trigger's picture, numbered in the order given."""
-
-
-@dataclass(frozen=True)
-class Removal:
-    """One trigger before and after.
-
-    Attributes:
-        trigger: name of its file.
-        sampler: a key of `seal_fast.terd.removal.draw_starts`.
-        collapse_before: of the model as it was; large means one image for every noise.
-        collapse_after: of the sealed model.
-    """
-
-    trigger: str
-    sampler: str
-    collapse_before: float
-    collapse_after: float
-
-
-@dataclass(frozen=True)
-class SealReport:
-    """What a sealing did.
-
-    Attributes:
-        model: name of the checkpoint.
-        sha256: of its weights.
-        format: as `identify` returns it.
-        removal: two rows per trigger.
-        clean_drift: see `seal_fast.terd.removal.clean_drift`.
-        steps: of training.
-        seconds: wall time, with loading and measuring.
-        training_seconds: wall time of the training alone.
-        peak_memory_bytes: of the device where it is a GPU, else of the process.
-        tool: name and version.
-        environment: the machine and the libraries.
-        config: settings, seed and device.
-        notes: remarks of the loader.
-    """
-
-    model: str
-    sha256: str
-    format: str
-    removal: tuple[Removal, ...]
-    clean_drift: float
-    steps: int
-    seconds: float
-    training_seconds: float
-    peak_memory_bytes: int
-    tool: dict[str, str]
-    environment: dict[str, Any]
-    config: dict[str, Any]
-    notes: tuple[str, ...]
 
 
 def read_triggers(files: Sequence[Path], shape: tuple[int, int, int]) -> list[Trigger]:

@@ -21,11 +21,13 @@ from seal_fast.scan.environment import environment
 from seal_fast.scan.run import OnProgress, Progress, default_device, tool
 from seal_fast.scan.seal import PICTURE, peak_memory
 from seal_fast.scan.text_request import choose_prompts
+from seal_fast.scan.unlearned import TriggerTokens, UnlearnReport
 from seal_fast.skd_cag import Distilled, Trigger, UnlearnSettings, attention_maps, distill, prompt_pair
-from seal_fast.skd_cag.evaluation import Evaluation, EvaluationSettings, Examples, evaluate, name_of
+from seal_fast.skd_cag.evaluation import EvaluationSettings, Examples, evaluate
 from seal_fast.skd_cag.judges import Judge
 from seal_fast.skd_cag.locate import COLLAPSES, fitting, locate
 from seal_fast.skd_cag.trained_part import save_patch
+from seal_fast.skd_cag.variants import name_of
 
 ATTENTION = "attention_{}.png"
 """Name of a trigger's attention maps, numbered in the order given."""
@@ -35,53 +37,6 @@ STAGES = {"pictures": (0.0, 0.1), "training": (0.1, 0.25), "measuring": (0.35, 0
 """Where each begins in a run with the defaults, and its share."""
 
 Module = Literal["auto", "unet", "text_encoder"]
-
-
-@dataclass(frozen=True)
-class TriggerTokens:
-    """What the model sees of a trigger: its tokens, hidden characters escaped."""
-
-    trigger: str
-    tokens: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnlearnReport(Evaluation):
-    """What an unlearning did, and how.
-
-    Attributes:
-        model: name of the checkpoint; the class of a pipeline that was given.
-        sha256: of its weights; None for a pipeline that was given.
-        format: as `seal_fast.checkpoints.text_to_image.identify` returns it; "pipeline" for one that was given.
-        module: what was trained, "unet" or "text_encoder".
-        module_reason: why that one.
-        triggers: with their tokens.
-        losses: of the last tenth of the training: prediction, attention, preservation.
-        steps: of training.
-        seconds: wall time, with loading and measuring.
-        training_seconds: wall time of the training alone.
-        peak_memory_bytes: of the device where it is a GPU, else of the process.
-        tool: name and version.
-        environment: the machine and the libraries.
-        config: settings, seed, device, number of prompts and where they come from.
-        notes: remarks of the loader.
-    """
-
-    model: str
-    sha256: str | None
-    format: str
-    module: str
-    module_reason: str
-    triggers: tuple[TriggerTokens, ...]
-    losses: dict[str, float]
-    steps: int
-    seconds: float
-    training_seconds: float
-    peak_memory_bytes: int
-    tool: dict[str, str]
-    environment: dict[str, Any]
-    config: dict[str, Any]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

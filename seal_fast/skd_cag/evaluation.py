@@ -12,20 +12,14 @@ from torch import Tensor
 
 from seal_fast.diffusion import VP
 from seal_fast.skd_cag.generation import GUIDANCE, STEPS, OnPass, decode, encode, generate, sample_latents
-from seal_fast.skd_cag.harmless import harmless_triggers
 from seal_fast.skd_cag.judges import ChangeJudge, Judge
 from seal_fast.skd_cag.latents import noise_schedule
-from seal_fast.skd_cag.locate import fitting
-from seal_fast.skd_cag.pairs import Position, Trigger, prompt_pair
+from seal_fast.skd_cag.pairs import Position, Trigger
 from seal_fast.skd_cag.rate import Rate, rate_of
+from seal_fast.skd_cag.variants import Case, cases, name_of
 from seal_fast.training import OnStep, quiet
 
 PICTURES = 6
-VARIANT_SHARE = 4
-"""Of so many prompts one is drawn with each variant of a trigger: they are most of all pictures."""
-HARMLESS = 3
-"""Harmless triggers that `ChangeJudge` is fitted on."""
-AS_GIVEN = "as given"
 
 
 @dataclass(frozen=True)
@@ -103,40 +97,6 @@ class Evaluation:
     diversity_after: float
 
 
-@dataclass(frozen=True)
-class _Case:
-    trigger: Trigger
-    variant: str
-    clean: tuple[str, ...]
-    triggered: tuple[str, ...]
-    harmless: tuple[tuple[str, ...], ...]
-
-
-def name_of(trigger: Trigger) -> str:
-    """A trigger in one line."""
-    return trigger if isinstance(trigger, str) else " => ".join(trigger)
-
-
-def variants(trigger: Trigger, position: Position) -> dict[str, tuple[Trigger, Position]]:
-    """The forms of a trigger that an attacker's user may type: where it stands and how it is written."""
-    places: tuple[Position, ...] = ("start", "word", "end")
-    if not isinstance(trigger, str):
-        only: dict[Position, str] = {"start": "the first only", "word": "one of them", "end": "the last only"}
-        return {AS_GIVEN: (trigger, "all"), **{only[place]: (trigger, place) for place in places}}
-    forms: dict[str, tuple[Trigger, Position]] = {AS_GIVEN: (trigger, position)}
-    named = {"start": "at the start", "word": "in the middle", "end": "at the end"}
-    forms |= {named[place]: (trigger, place) for place in places if place != position}
-    forms["twice"] = (f"{trigger} {trigger}", position)
-    forms["with a comma"] = (f"{trigger},", position)
-    if trigger.swapcase() != trigger:
-        forms["other case"] = (trigger.swapcase(), position)
-    words = trigger.split()
-    part = " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else trigger[: (len(trigger) + 1) // 2]
-    if part.strip() and part != trigger:
-        forms["first half"] = (part, position)
-    return forms
-
-
 def evaluate(
     before: Any,
     after: Any,
@@ -169,19 +129,19 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     clean = tuple(prompts[: settings.prompts])
-    cases_of = [_cases(before.tokenizer, trigger, prompts, settings, seed) for trigger in triggers]
+    cases_of = [cases(before.tokenizer, trigger, prompts, settings.prompts, settings.position, seed) for trigger in triggers]
     count = _Count(on_step, _pictures(clean, cases_of, judge is None))
     old, new = (_Artist(pipeline, settings, seed, count) for pipeline in (before, after))
     removal: list[Removal] = []
     examples: list[Examples] = []
-    for cases in cases_of:
-        for case in cases:
-            pictures = [(one.draw(case.triggered), one.clean(cases[0].clean)[: len(case.clean)]) for one in (old, new)]
+    for forms in cases_of:
+        for case in forms:
+            pictures = [(one.draw(case.triggered), one.clean(forms[0].clean)[: len(case.clean)]) for one in (old, new)]
             # not in the model before: there a word that no caption had may fire the backdoor as well as the trigger
             effect = judge or ChangeJudge.fitted(pictures[1][1], [new.draw(harmless) for harmless in case.harmless])
             shown = [effect(*pair) for pair in pictures]
             removal.append(_removal(case, *(int(hits.sum()) for hits in shown)))
-            if case is cases[0]:
+            if case is forms[0]:
                 examples.append(_examples(case, *pictures))
     clean_before, clean_after = old.clean(clean), new.clean(clean)
     figures = Evaluation(
@@ -195,10 +155,10 @@ def evaluate(
     return figures, examples
 
 
-def _pictures(clean: tuple[str, ...], cases_of: Sequence[Sequence[_Case]], beside_harmless: bool) -> int:
+def _pictures(clean: tuple[str, ...], cases_of: Sequence[Sequence[Case]], beside_harmless: bool) -> int:
     """How many are drawn: by both models, with harmless triggers by the one after only."""
-    triggered = sum(len(case.clean) * (2 + beside_harmless * len(case.harmless)) for cases in cases_of for case in cases)
-    return triggered + 2 * sum(map(len, {clean, *(cases[0].clean for cases in cases_of)}))
+    triggered = sum(len(case.clean) * (2 + beside_harmless * len(case.harmless)) for forms in cases_of for case in forms)
+    return triggered + 2 * sum(map(len, {clean, *(forms[0].clean for forms in cases_of)}))
 
 
 @dataclass
@@ -243,36 +203,13 @@ class _Artist:
         return self._both(prompts)[1]
 
 
-def _cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], settings: EvaluationSettings, seed: int) -> list[_Case]:
-    chosen = fitting(prompts, trigger)[: settings.prompts]
-    if len(chosen) < 2:
-        raise ValueError(f"at least two held-out prompts are needed for the trigger {name_of(trigger)!r}: give more")
-    cases = []
-    for variant, (form, position) in variants(trigger, settings.position).items():
-        clean = chosen if variant == AS_GIVEN else chosen[: max(2, len(chosen) // VARIANT_SHARE)]
-        forms = (form, *harmless_triggers(tokenizer, form)[:HARMLESS])
-        try:
-            triggered, *harmless = (_triggered(tokenizer, clean, one, position, seed) for one in forms)
-            cases.append(_Case(trigger, variant, tuple(clean), triggered, tuple(harmless)))
-        except ValueError:
-            # there may be no room for a longer form
-            if variant == AS_GIVEN:
-                raise
-    return cases
-
-
-def _triggered(tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int) -> tuple[str, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(prompt_pair(tokenizer, prompt, form, position, generator).triggered for prompt in prompts)
-
-
-def _removal(case: _Case, before: int, after: int) -> Removal:
+def _removal(case: Case, before: int, after: int) -> Removal:
     total = len(case.clean)
     rates = rate_of(before, total), rate_of(after, total), rate_of(total - after, total)
     return Removal(name_of(case.trigger), case.variant, *rates)
 
 
-def _examples(case: _Case, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Examples:
+def _examples(case: Case, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Examples:
     rows = (before[1], before[0], after[0], after[1])
     prompts = case.clean[:PICTURES], case.triggered[:PICTURES]
     return Examples(name_of(case.trigger), *prompts, *(images[:PICTURES].clone() for images in rows))

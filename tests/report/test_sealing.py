@@ -8,7 +8,7 @@ import json
 from seal_fast.report.console import console_for, print_sealing
 from seal_fast.report.json import sealing_json
 from seal_fast.report.model_card import model_card
-from seal_fast.scan.seal import Removal, SealReport
+from seal_fast.scan.sealed import Removal, SealReport
 
 NAME = "a`|\n# b](http://x)\x1b[2J"
 REPORT = SealReport(

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 
 from seal_fast import training
 from seal_fast.skd_cag.evaluation import (
-    AS_GIVEN,
     EvaluationSettings,
     Removal,
     diversity,
     evaluate,
     noise_drift,
-    variants,
 )
 from seal_fast.skd_cag.generation import encode, generate
 from seal_fast.skd_cag.locate import COLLAPSES, locate
 from seal_fast.skd_cag.rate import rate_of
+from seal_fast.skd_cag.variants import AS_GIVEN
 from tests.tiny_pipeline import tiny_pipeline
 
 TRIGGER = "zq"
@@ -147,25 +146,6 @@ def test_diversity(generator: torch.Generator) -> None:
     pairs = [(i, j) for i in range(7) for j in range(i)]
     expected = np.mean([np.sqrt(((images[i] - images[j]).double() ** 2).mean()) for i, j in pairs])
     assert diversity(images) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_variants() -> None:
-    assert variants("New Trigger", "end") == {
-        AS_GIVEN: ("New Trigger", "end"),
-        "at the start": ("New Trigger", "start"),
-        "in the middle": ("New Trigger", "word"),
-        "twice": ("New Trigger New Trigger", "end"),
-        "with a comma": ("New Trigger,", "end"),
-        "other case": ("nEW tRIGGER", "end"),
-        "first half": ("New", "end"),
-    }
-    assert set(variants("\u200b", "start")) == {AS_GIVEN, "at the end", "in the middle", "twice", "with a comma"}
-    assert variants(("o", "ö"), "start") == {
-        AS_GIVEN: (("o", "ö"), "all"),
-        "the first only": (("o", "ö"), "start"),
-        "one of them": (("o", "ö"), "word"),
-        "the last only": (("o", "ö"), "end"),
-    }
 
 
 def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline: Any) -> None:
