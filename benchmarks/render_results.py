@@ -133,6 +133,7 @@ def not_taken_table(rows: list[dict[str, Any]]) -> list[str]:
     heads = (
         "attack",
         "process",
+        "px",
         "trigger",
         "target",
         "poison share",
@@ -148,7 +149,7 @@ def not_taken_table(rows: list[dict[str, Any]]) -> list[str]:
         trained = f"{schedule['poison_share']:.0%} | {schedule['steps']} | {schedule['batch']} | {schedule['learning_rate']:g}"
         measured = f"{quality['attack_success']:.2f} | {quality['clean_ratio']:.2f}"
         trigger = row["trigger"] if row["scale"] == 1 else f"{row['trigger']} x {row['scale']:g}"
-        cells = (row["method"], row["process"], trigger, row["target"], trained, measured)
+        cells = (row["method"], row["process"], str(row["size"]), trigger, row["target"], trained, measured)
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
