@@ -280,7 +280,7 @@ HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-troj-faint", 357, "trojdiff-blend", "bullseye", "house", scale=0.1),
     *(
         _held_backdoor(f"hard-16-poison-{percent}", 360 + percent, "trojdiff-blend", "flag", "star", _poisoned(percent / 100))
-        for percent in (5, 10, 20)
+        for percent in (2, 5, 10, 20)
     ),
     _other_kind("v", 371, CONVERT, "held-16"),
     _other_kind("v-benign-a", 372, BRIEF, "hard-16-v", role="test"),
