@@ -27,7 +27,7 @@ class EvaluationSettings:
     """How much is drawn.
 
     Attributes:
-        prompts: held-out prompts for a trigger as given; one in VARIANT_SHARE of them for each of its variants.
+        prompts: held-out prompts for a trigger as given; for each variant fewer (`variants.VARIANT_SHARE`).
         steps: of the sampler.
         guidance: its scale.
         position: where triggers stand in the prompt, unless a variant says otherwise.
