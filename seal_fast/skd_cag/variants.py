@@ -59,7 +59,8 @@ def cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], count: int, 
     """A trigger as given in `count` prompts, then its variants.
 
     Raises:
-        ValueError: the trigger fits fewer than two prompts, or the tokenizer does not see it.
+        ValueError: the trigger fits fewer than two prompts, the tokenizer does not see it, or a prompt has no room for it or
+            for harmless text in its place.
     """
     chosen = fitting(prompts, trigger)[:count]
     if len(chosen) < 2:
@@ -67,10 +68,9 @@ def cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], count: int, 
     found = []
     for variant, (form, place) in variants(trigger, position).items():
         clean = chosen if variant == AS_GIVEN else chosen[: max(2, len(chosen) // VARIANT_SHARE)]
-        forms = (form, *harmless_triggers(tokenizer, form)[:HARMLESS])
         try:
-            triggered, *harmless = (_triggered(tokenizer, clean, one, place, seed) for one in forms)
-            found.append(Case(trigger, variant, tuple(clean), triggered, tuple(harmless)))
+            triggered = _triggered(tokenizer, clean, form, place, seed)
+            found.append(Case(trigger, variant, tuple(clean), triggered, _harmless(tokenizer, clean, form, place, seed)))
         except ValueError:
             # there may be no room for a longer form
             if variant == AS_GIVEN:
@@ -81,3 +81,20 @@ def cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], count: int, 
 def _triggered(tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int) -> tuple[str, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(prompt_pair(tokenizer, prompt, form, position, generator).triggered for prompt in prompts)
+
+
+def _harmless(
+    tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int
+) -> tuple[tuple[str, ...], ...]:
+    """The prompts with each of the first HARMLESS harmless triggers that have room: some have more tokens than the trigger."""
+    found: list[tuple[str, ...]] = []
+    for harmless in harmless_triggers(tokenizer, form):
+        try:
+            found.append(_triggered(tokenizer, prompts, harmless, position, seed))
+        except ValueError:
+            continue
+        if len(found) == HARMLESS:
+            break
+    if len(found) < 2:
+        raise ValueError(f"no room for harmless text in the place of the trigger {name_of(form)!r}: give shorter prompts")
+    return tuple(found)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from seal_fast.skd_cag.variants import AS_GIVEN, variants
+from pathlib import Path
+
+import pytest
+
+from seal_fast.skd_cag.variants import AS_GIVEN, HARMLESS, cases, variants
+from tests.tiny_pipeline import LENGTH, tiny_pipeline
 
 
 def test_variants() -> None:
@@ -22,3 +27,25 @@ def test_variants() -> None:
         "one of them": (("o", "ö"), "word"),
         "the last only": (("o", "ö"), "end"),
     }
+
+
+@pytest.mark.parametrize(("room", "harmless"), [(8, HARMLESS), (3, 2)])
+def test_harmless_text_without_room_is_passed_over(tmp_path: Path, room: int, harmless: int) -> None:
+    tokenizer = tiny_pipeline(tmp_path).tokenizer
+    prompts = [" ".join([word] * (LENGTH - 2 - room)) for word in ("cat", "dog")]
+    given, *others = cases(tokenizer, "zz", prompts, 2, "end", 0)
+    assert given.triggered == tuple(f"{prompt} zz" for prompt in prompts)
+    assert len(given.harmless) == harmless
+    for row in given.harmless:
+        for prompt, text in zip(prompts, row, strict=True):
+            assert text.startswith(prompt)
+            assert len(tokenizer(text).input_ids) <= LENGTH
+    assert ("twice" in {case.variant for case in others}) == (room == 8)
+
+
+@pytest.mark.parametrize(("room", "reason"), [(2, "harmless text .* shorter prompts"), (1, "Shorten the prompt")])
+def test_prompts_without_room_are_refused(tmp_path: Path, room: int, reason: str) -> None:
+    tokenizer = tiny_pipeline(tmp_path).tokenizer
+    prompts = [" ".join([word] * (LENGTH - 2 - room)) for word in ("cat", "dog")]
+    with pytest.raises(ValueError, match=reason):
+        cases(tokenizer, "zz", prompts, 2, "end", 0)
