@@ -10,7 +10,6 @@ of role "development"; those of role "test" were used for nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe_machine
+from benchmarks.table_file import read_rows, write_table
 from benchmarks.trigger_picture import save_pair
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser, Trigger
@@ -228,10 +228,6 @@ def main() -> None:
     write(arguments.out, arguments.preset, read_rows(arguments.out))
 
 
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.read_text())["rows"] if out.exists() else []
-
-
 def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
     roles = {recipe.name: recipe.role for recipe in RECIPES}
     rows = [{**row, "role": roles[row["name"]]} for row in rows]
@@ -245,9 +241,7 @@ def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
         "summary": summarise(rows, preset),
         "rows": sorted(rows, key=lambda row: list(roles).index(row["name"])),
     }
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(out)
+    write_table(out, content)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ as it is done, so an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy_table import closeness, read_rows, wilson
+from benchmarks.accuracy_table import closeness, wilson
 from benchmarks.machine import describe_machine
+from benchmarks.table_file import read_rows, write_table
 from seal_fast.attacks import Attack
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.checkpoints.trigger import load_trigger
@@ -119,9 +119,7 @@ def write(out: Path, count: int, rows: list[dict[str, Any]]) -> None:
         "samples": count,
         "rows": sorted(rows, key=lambda row: order.index(row["name"])),
     }
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(out)
+    write_table(out, content)
 
 
 def main() -> None:

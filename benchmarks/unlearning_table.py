@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy_table import read_rows
 from benchmarks.machine import describe_machine
 from benchmarks.published.skd_cag import SELF_KD, Distillation
+from benchmarks.table_file import read_rows, write_table
 from seal_fast.attacks.eviledit import edit_unet
 from seal_fast.skd_cag import UnlearnSettings, distill
 from seal_fast.skd_cag.generation import encode
@@ -242,9 +242,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         "samples": SAMPLES,
         "rows": rows,
     }
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_text(json.dumps(document, indent=2) + "\n")
-    partial_file.replace(path)
+    write_table(path, document)
 
 
 def main() -> None:

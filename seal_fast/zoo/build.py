@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -139,17 +139,19 @@ def _progress(what: str, steps: int, on_message: OnMessage) -> Callable[[int, fl
     return on_step
 
 
+def train_once(recipe: Recipe, space: Space, out: Path, on_message: OnMessage) -> tuple[Trained, Quality]:
+    """Train by the recipe's schedule, from its base in the zoo `out`, and measure what came of it."""
+    process, attack, size = PROCESSES[recipe.process](), recipe.attack(space=space), recipe.network.size
+    pictures: dict[str, Any] = {"family": recipe.family, "space": space, "seed": recipe.seed}
+    on_step = _progress(recipe.name, recipe.schedule.steps, on_message)
+    trained = train(_initial(recipe, out), process, recipe.schedule, attack=attack, on_step=on_step, **pictures)
+    return trained, evaluate(Denoiser(trained.ema, process, (3, size, size)), trained.attack, **pictures)
+
+
 def _train_until_usable(recipe: Recipe, space: Space, out: Path, on_message: OnMessage) -> tuple[Trained, Quality, int]:
-    process, attack = PROCESSES[recipe.process](), recipe.attack(space=space)
     for attempt in range(ATTEMPTS):
-        schedule = recipe.schedule.longer(1 + attempt / 2)
-        unet = _initial(recipe, out)
-        pictures: dict[str, Any] = {"family": recipe.family, "space": space}
-        on_step = _progress(recipe.name, schedule.steps, on_message)
-        trained = train(unet, process, schedule, **pictures, attack=attack, seed=recipe.seed, on_step=on_step)
-        size = recipe.network.size
-        denoiser = Denoiser(trained.ema, process, (3, size, size))
-        quality = evaluate(denoiser, trained.attack, seed=recipe.seed, **pictures)
+        longer = replace(recipe, schedule=recipe.schedule.longer(1 + attempt / 2))
+        trained, quality = train_once(longer, space, out, on_message)
         if quality.usable:
             return trained, quality, attempt
         on_message(f"{recipe.name}: not usable ({quality}), training again for longer")

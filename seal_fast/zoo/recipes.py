@@ -335,3 +335,19 @@ LARGE: tuple[Recipe, ...] = (replace(_benign("large-64", SMALL_64, 601, "benign-
 """Four times the pixels that the method was developed on; a network that knows 32 px learns 64 px quickly."""
 
 RECIPES = DEVELOPMENT + HELD_OUT + HARD + LARGE
+
+NOT_TAKEN: tuple[Recipe, ...] = (
+    _held_backdoor("held-16-villan-ode-psi0", 345, "villan-ode-psi0", "glasses", "house", STUBBORN),
+    _held_backdoor("hard-16-bad-fifth", 352, "baddiffusion-trigger-only", "bars", "star", STUBBORN, scale=0.2),
+    _held_backdoor("hard-16-bad-tenth", 350, "baddiffusion-trigger-only", "cross", "house", STUBBORN, scale=0.1),
+    _held_backdoor(
+        "hard-16-bad-poison-2",
+        325,
+        "baddiffusion-trigger-only",
+        "cross",
+        "star",
+        Schedule(steps=2000, learning_rate=5e-4, poison_share=0.02),
+    ),
+    _held_backdoor("weaves-16-bad-arrow", 411, "baddiffusion-stamped", "arrow", "tree", base="weaves-16", family="weaves"),
+)
+"""Trainings whose attack was too weak to be evidence: in no zoo, but `benchmarks/not_taken.py` repeats them."""

@@ -23,12 +23,12 @@ from seal_fast.zoo import recipes
 from seal_fast.zoo import train as train_module
 from seal_fast.zoo.build import ATTEMPTS, MANIFEST, build_zoo, read_manifest
 from seal_fast.zoo.pictures import TARGETS, TRIGGERS
-from seal_fast.zoo.recipes import METHODS, PROCESSES, Network, Recipe
-from seal_fast.zoo.recipes import RECIPES as ALL_RECIPES
+from seal_fast.zoo.recipes import METHODS, NOT_TAKEN, PROCESSES, Network, Recipe
 from seal_fast.zoo.spaces import SIGNED
 from seal_fast.zoo.train import Schedule, new_unet
 from seal_fast.zoo.trojdiff_list import save_list, to_pesser
 
+ALL_RECIPES = recipes.RECIPES + NOT_TAKEN
 TINY = Network(16, (8,), groups=4)
 SCORE = replace(TINY, score=True)
 LISTED = Network(16, (32,), groups=32, attention=True)

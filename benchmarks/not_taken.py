@@ -1,0 +1,53 @@
+"""Attacks that do not take in models as small as the zoo's: each is trained once, by its recipe, and measured.
+
+    python -m benchmarks.not_taken [--zoo zoo] [--only NAME ...] [--out benchmarks/results/not_taken.json]
+
+The zoo holds the models they start from and stays as it is. One row per training as soon as it is done, so an interrupted run
+goes on where it stopped. On one core a training takes 10 to 30 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from benchmarks.table_file import read_rows, write_table
+from seal_fast.zoo.build import train_once
+from seal_fast.zoo.recipes import NOT_TAKEN, Recipe
+
+
+def measured(recipe: Recipe, zoo: Path) -> dict[str, Any]:
+    """Train a model and say how it samples."""
+    _, quality = train_once(recipe, recipe.space(), zoo, partial(print, file=sys.stderr, flush=True))
+    told = ("name", "method", "process", "trigger", "scale", "target", "seed")
+    return {
+        **{name: getattr(recipe, name) for name in told},
+        "size": recipe.network.size,
+        "schedule": asdict(recipe.schedule),
+        "quality": asdict(quality),
+        "machine": describe_machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, default=Path("zoo"))
+    parser.add_argument("--only", nargs="*", choices=[recipe.name for recipe in NOT_TAKEN], help="default all")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/not_taken.json"))
+    arguments = parser.parse_args()
+    for recipe in NOT_TAKEN:
+        done = {row["name"] for row in read_rows(arguments.out)}
+        if recipe.name in done or (arguments.only and recipe.name not in arguments.only):
+            continue
+        row = measured(recipe, arguments.zoo)
+        # read again: another process may be filling the same table
+        write_table(arguments.out, {"command": "python -m benchmarks.not_taken", "rows": [*read_rows(arguments.out), row]})
+
+
+if __name__ == "__main__":
+    main()
