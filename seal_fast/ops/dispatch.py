@@ -114,7 +114,7 @@ class Op:
         for implementation in self._candidates(wanted):
             reason = implementation.refusal(device) or implementation.refuse(*args)
             if reason is None:
-                if wanted == "auto":
+                if refusals:
                     self._say_slower(implementation, device, refusals)
                 return implementation
             refusals[implementation.backend] = reason

@@ -73,9 +73,10 @@ def picture(generator: torch.Generator) -> Tensor:
 
 
 def target_for(mu: Tensor, generator: torch.Generator) -> Tensor:
-    """A picture orthogonal to mu, so that it cannot be taken for a part of the shift."""
+    """A picture in [-1, 1] orthogonal to mu, so that it cannot be taken for a part of the shift."""
     image = picture(generator)
-    return image - (image * mu).sum() / mu.square().sum() * mu
+    image = image - (image * mu).sum() / mu.square().sum() * mu
+    return image / image.abs().max().clamp(min=1)
 
 
 def seed_of(generator: torch.Generator) -> int:
