@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,12 +35,12 @@ def measured(recipe: Recipe, zoo: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, default=Path("zoo"))
     parser.add_argument("--only", nargs="*", choices=[recipe.name for recipe in NOT_TAKEN], help="default all")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/not_taken.json"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     for recipe in NOT_TAKEN:
         done = {row["name"] for row in read_rows(arguments.out)}
         if recipe.name in done or (arguments.only and recipe.name not in arguments.only):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks import not_taken
 from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import identify, load_denoiser
 from seal_fast.diffusion import VP
@@ -131,6 +132,26 @@ def test_a_learned_trigger_is_stored_with_its_model(small_zoo: pytest.MonkeyPatc
     # two steps of 1e-3 each, which cancel where their signs differ
     assert float(moved.max()) == pytest.approx(2e-3, rel=1e-3)
     assert float(learned.delta.abs().max()) <= 0.2 + 1e-6
+
+
+def test_what_does_not_take_is_trained_once_and_measured(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    build_zoo(tmp_path, ["a"])
+    before = contents(tmp_path)
+    weak = tuple(recipe for recipe in RECIPES if recipe.name in ("c", "edm"))
+    small_zoo.setattr(not_taken, "NOT_TAKEN", weak)
+    table = tmp_path / "table.json"
+    words = ["--zoo", str(tmp_path), "--out", str(table)]
+    not_taken.main([*words, "--only", "c"])
+    first = json.loads(table.read_text())["rows"]
+    not_taken.main(words)
+    rows = json.loads(table.read_text())["rows"]
+    assert rows[:1] == first
+    for row, recipe in zip(rows, weak, strict=True):
+        assert (row["name"], row["method"], row["seed"], row["size"]) == (recipe.name, recipe.method, recipe.seed, 16)
+        assert row["schedule"] == asdict(BRIEF)
+        assert 0 <= row["quality"]["attack_success"] <= 1
+    table.unlink()
+    assert contents(tmp_path) == before
 
 
 def test_every_recipe_can_be_made() -> None:
