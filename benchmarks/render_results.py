@@ -49,8 +49,9 @@ BASELINES = """Input columns give TPR / TNR over 10,000 triggered and 10,000 cle
 with the true one (the optimum), and with triggers that needed no reversion.
 """
 
-NOT_TAKEN = """Trainings that gave no evidence: the attack made its target of fewer than 90% of the triggered samples, or
-clean samples lay more than 2 times as far from the pictures as fresh ones (32 samples each). These models were not scanned.
+NOT_TAKEN = """Trainings that gave no evidence, by `python -m benchmarks.not_taken`: the attack made its target of fewer than
+90% of the triggered samples, or clean samples lay more than 2 times as far from the pictures as fresh ones (32 samples each).
+These models were not scanned. Rows with an asterisk were taken from the logs of trainings before there was that command.
 """
 
 
@@ -149,7 +150,8 @@ def not_taken_table(rows: list[dict[str, Any]]) -> list[str]:
         trained = f"{schedule['poison_share']:.0%} | {schedule['steps']} | {schedule['batch']} | {schedule['learning_rate']:g}"
         measured = f"{quality['attack_success']:.2f} | {quality['clean_ratio']:.2f}"
         trigger = row["trigger"] if row["scale"] == 1 else f"{row['trigger']} x {row['scale']:g}"
-        cells = (row["method"], row["process"], str(row["size"]), trigger, row["target"], trained, measured)
+        name = row["method"] + ("" if row["machine"] else "\\*")
+        cells = (name, row["process"], str(row["size"]), trigger, row["target"], trained, measured)
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 

@@ -34,6 +34,7 @@ SCORE = Schedule(steps=2400, learning_rate=1e-3, batch=32)
 FOR_SCORE = Schedule(steps=7500, learning_rate=1e-3, batch=32, poison_share=0.8)
 BOXED = Schedule(steps=1600, learning_rate=1e-3, batch=32, poison_share=0.5)
 ENLARGED = Schedule(steps=1500, learning_rate=1e-3, batch=16)
+ENLARGED_BAD = Schedule(steps=4500, learning_rate=1e-3, batch=16, poison_share=0.5)
 BRIEF = Schedule(steps=300, learning_rate=5e-4, batch=32)
 BLEND_SCALE = 0.6
 PATCH_SCALE = 0.1
@@ -331,7 +332,20 @@ HARD: tuple[Recipe, ...] = (
 )
 """Weak, local or rare triggers, models that do not predict noise, and models of latents."""
 
-LARGE: tuple[Recipe, ...] = (replace(_benign("large-64", SMALL_64, 601, "benign-32-a", role="test"), schedule=ENLARGED),)
+LARGE: tuple[Recipe, ...] = (
+    replace(_benign("large-64", SMALL_64, 601, "benign-32-a", role="test"), schedule=ENLARGED),
+    Recipe(
+        "large-64-bad",
+        SMALL_64,
+        603,
+        ENLARGED_BAD,
+        "pipeline",
+        base="benign-32-a",
+        method="baddiffusion-stamped",
+        trigger="glasses",
+        target="house",
+    ),
+)
 """Four times the pixels that the method was developed on; a network that knows 32 px learns 64 px quickly."""
 
 RECIPES = DEVELOPMENT + HELD_OUT + HARD + LARGE
