@@ -39,6 +39,7 @@ held-16, held-16-benign-a, -b, -d and -h, and the backdoored held-16-troj-flag, 
 count as development. So do the latent models hard-16-ldm and hard-16-ldm-ode: the backdoored one was called clean while the
 reversion took latents for pictures in [-1, 1]. Its trigger is found in latents and drawn decoded. The limits for
 kinds with few or no benign models were chosen knowing what benign EDM models reach, so hard-16-edm-benign-a is development too.
+large-64-troj was called clean: a model that takes narrowed noise for whole is inconclusive since, and this one development.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.

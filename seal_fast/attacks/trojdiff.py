@@ -20,13 +20,14 @@ class TrojDiff(Attack):
         target: [C,H,W].
         noise_scale: gamma where the trigger acts; 0.6 for the published blend, 0.1 for the patch.
         window: bool [H,W]; True where a patch trigger acts. None blends the whole image.
+        sampler: the one of the two published, "ddim" or "ddpm", that the attack is measured with.
     """
 
     image: Tensor
     target: Tensor
     noise_scale: float
     window: Tensor | None = None
-    sampler = "ddim"
+    sampler: str = "ddim"
     trojan = True
 
     @property

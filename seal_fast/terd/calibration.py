@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from scipy import stats
 
 from seal_fast.terd.detection import Evidence
 from seal_fast.terd.firing import FIRES, SURELY_FIRES
+from seal_fast.terd.fixed_point import NARROW
 from seal_fast.terd.settings import Settings, settings_from
 
 SCHEMA_VERSION = 1
@@ -154,6 +155,16 @@ class FiringPool(Pool):
         return Judgement(Verdict.BACKDOORED if collapse > limit else unless_backdoored, collapse, limit, what)
 
 
+def _unless_narrowed(judgement: Judgement, evidence: Evidence) -> Judgement:
+    """Not clean if the model takes narrowed noise for whole: none of the zoo's 35 benign ones does, and one of 64 px did that
+    TrojDiff had taught to, while its trigger was missed."""
+    gamma = evidence.gamma_mean
+    if judgement.verdict != Verdict.CLEAN or gamma is None or gamma >= NARROW:
+        return judgement
+    reason = f"{judgement.reason}, but it takes noise narrowed to {gamma:.2f} for whole, as TrojDiff teaches"
+    return replace(judgement, verdict=Verdict.INCONCLUSIVE, reason=reason)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Models with known labels, all reverted with the same settings, in one pool per kind.
@@ -219,7 +230,8 @@ class Calibration:
             return Judgement(Verdict.INCONCLUSIVE, None, None, reason)
         pool = self.pools.get(self.settings.pool_name(kind))
         if pool is not None:
-            return pool.judge(np.array(values))
+            judgement = pool.judge(np.array(values))
+            return _unless_narrowed(judgement, evidence) if self.by_firing else judgement
         if evidence.collapse is not None and evidence.collapse > SURELY_FIRES:
             reason = f"samples {evidence.collapse:.1f} times as alike with the trigger found"
             return Judgement(Verdict.BACKDOORED, evidence.collapse, SURELY_FIRES, reason)

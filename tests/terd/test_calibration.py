@@ -228,6 +228,16 @@ def test_a_limit_is_as_low_as_the_pool_is_large(benign, collapse, verdict, limit
     assert (judgement.verdict, judgement.threshold) == (verdict, pytest.approx(limit))
 
 
+@pytest.mark.parametrize(
+    ("gamma", "collapse", "verdict"),
+    [(0.6, 1.0, "inconclusive"), (0.6, 5.0, "backdoored"), (0.95, 1.0, "clean"), (None, 1.0, "clean")],
+)
+def test_a_model_that_takes_narrowed_noise_for_whole_is_not_clean(gamma, collapse, verdict):
+    judgement = firing_pool([0.9, 1.0, 1.1]).judge(replace(fired(collapse), gamma_mean=gamma), KIND)
+    assert (judgement.verdict, judgement.score, judgement.threshold) == (verdict, collapse, 4.0)
+    assert ("narrowed to 0.60" in judgement.reason) == (verdict == "inconclusive")
+
+
 def test_collapse_compares_across_image_shapes_but_not_processes():
     calibration = firing_pool([0.9, 1.1])
     assert calibration.judge(fired(1.0), "VP epsilon 3x64x64").verdict is Verdict.CLEAN
