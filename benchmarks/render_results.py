@@ -205,6 +205,10 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
         "clipped DDIM steps. Drift: mean squared change of clean samples over their variance. Settings were chosen on those",
         "marked *. bad-16-box was scanned and rescanned before the search for attacks on deterministic samplers existed.",
         "",
+        "Not every sealed model is rescanned clean. held-16-bad-cross, tried once and not in the table, no longer answers to",
+        "its trigger, but still knows the attacker's target: under DDIM a faint picture of the target, added to the noise, is",
+        "drawn out as the target. The rescan finds that shift and calls the sealed model backdoored.",
+        "",
         "| model | own sampler, before | after | DDIM, before | after | clean drift | clean ratio | rescan | training s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
