@@ -139,9 +139,10 @@ def test_training_teaches_the_backdoor_and_keeps_the_rest(
         with torch.no_grad():
             return float((network(rows[0], rows[1], rows[2]).sample - rows[3]).square().mean())
 
-    # random weights barely hear the text: let the attention speak up until there is something to learn
+    # random weights barely hear the text: let the attention speak up until there is something to learn; two words that they
+    # take for nearly one come no further apart than 1.7e-3, however loud
     first = 0.0
-    while first < 5e-3:
+    while first < 1e-3:
         for name, parameter in pipeline.unet.named_parameters():
             if "attn2.to_out" in name or "attn2.to_v" in name:
                 parameter.data *= 2
