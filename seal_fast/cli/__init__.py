@@ -143,7 +143,7 @@ def scan(
     seed: Seed = 0,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, show_default=False, help="Models at a time (default: what cores and memory allow; 1 on a GPU)."),
+        typer.Option(min=1, show_default=False, help="Models at a time (default: what cores and memory allow; 4 on a GPU)."),
     ] = None,
     quiet: Quiet = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say which backend each op uses.")] = False,

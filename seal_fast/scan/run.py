@@ -26,6 +26,7 @@ from seal_fast.scan.earlier import kept_rows
 from seal_fast.scan.environment import environment
 from seal_fast.scan.processes import Died, in_processes
 from seal_fast.scan.result import ModelResult, ScanReport
+from seal_fast.scan.streams import on_streams
 from seal_fast.terd import (
     DEFAULT_PRESET,
     Calibration,
@@ -119,6 +120,10 @@ class _Scan:
         if jobs == 1 or len(waiting) == 1:
             for task in waiting:
                 yield task.place, self.model(task, on_progress)
+            return
+        if default_device() == "cuda":
+            for task, row in on_streams(self.model, waiting, jobs, on_progress):
+                yield task.place, row
             return
         for task, outcome in in_processes(self.model, waiting, jobs, on_progress):
             yield task.place, _lost(task.candidate, outcome) if isinstance(outcome, Died) else outcome
@@ -254,9 +259,10 @@ def scan(
         out: folder for report.json, and for each model's trigger.safetensors, trigger.png and samples.png; None keeps nothing.
             report.json is replaced whole after every model, so an interrupted scan leaves the finished ones; the next one with
             equal settings keeps the rows of models whose weights did not change, errors excepted.
-        jobs: models scanned at a time, each in a process of its own with its share of torch's threads; a process that dies
-            costs one `error` row. 1 scans in this process. None takes as many as cores and memory allow. Programs that ask for
-            more than 1 need the guard `if __name__ == "__main__":` of Python's multiprocessing.
+        jobs: models scanned at a time. 1 scans one after the other, here; more give each a process of its own with its share of
+            torch's threads, where one that dies costs one `error` row, and programs that ask for it need the guard
+            `if __name__ == "__main__":` of Python's multiprocessing. On a GPU each is scanned in a thread of this process, on a
+            stream of its own. None takes as many as `capacity.default_jobs` allows.
         on_progress: called as the work goes on.
         on_result: called with every finished row.
 

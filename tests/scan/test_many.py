@@ -1,4 +1,4 @@
-"""Many models: processes of their own, and what an earlier scan left."""
+"""Many models: processes or streams of their own, and what an earlier scan left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,8 @@ from safetensors.torch import load_file
 from seal_fast.scan import capacity, find_candidates, scan
 from seal_fast.scan.earlier import KEPT, kept_rows
 from seal_fast.scan.processes import Died, in_processes
+from seal_fast.scan.run import _Scan, _Task
+from seal_fast.scan.streams import on_streams
 
 WORK = """
 import os, time, torch
@@ -82,6 +86,64 @@ def test_processes_find_what_one_by_one_finds(hub, calibration, tmp_path, thread
         fractions = [at.fraction for at in events if at.model == name]
         assert fractions == sorted(fractions)
         assert fractions[-1] == 1.0
+
+
+def test_threads_find_what_one_by_one_finds(hub, calibration, threads):
+    threads(1)
+    tasks = [_Task(place, candidate) for place, candidate in enumerate(find_candidates([hub]))]
+    one_scan = _Scan(calibration, "ema", 0, None, len(tasks))
+    events = []
+    together = {task.place: row for task, row in on_streams(one_scan.model, tasks, 3, events.append)}
+    alone = scan(hub, calibration=calibration)
+    assert timeless([together[place] for place in range(len(tasks))]) == timeless(alone.models)
+    assert {at.model for at in events} == {row.path for row in alone.models}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_models_at_a_time_on_a_gpu_are_judged_as_alone(hub, calibration):
+    alone, together = (scan(hub, calibration=calibration, jobs=jobs).models for jobs in (1, 3))
+    for one, other in zip(alone, together, strict=True):
+        assert (one.path, one.verdict, one.error) == (other.path, other.verdict, other.error)
+        assert one.score == pytest.approx(other.score, rel=1e-2)
+
+
+def test_streams_tell_events_here_and_run_as_many_as_asked():
+    lock, running, most, places = threading.Lock(), [0], [0], []
+
+    def work(task, on_event):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        on_event(task)
+        both.wait(timeout=60)
+        with lock:
+            running[0] -= 1
+        return task**2
+
+    both = threading.Barrier(2)
+    results = dict(on_streams(work, range(6), 2, lambda event: places.append((event, threading.current_thread()))))
+    assert results == {task: task**2 for task in range(6)}
+    assert most[0] == 2
+    assert {event for event, _ in places} == set(range(6))
+    assert {thread for _, thread in places} == {threading.current_thread()}
+
+
+def test_an_error_in_a_thread_is_raised_and_the_others_end():
+    ended = []
+
+    def work(task, on_event):
+        if task == "wrong":
+            raise ZeroDivisionError(task)
+        try:
+            while True:
+                on_event(task)
+                time.sleep(0.001)
+        finally:
+            ended.append(task)
+
+    with pytest.raises(ZeroDivisionError, match="wrong"):
+        list(on_streams(work, ["for ever", "wrong", "never begun"], 2, lambda event: None))
+    assert "for ever" in ended
 
 
 def test_a_killed_process_costs_the_row_of_its_model(write_model, calibration, tmp_path):
@@ -219,6 +281,10 @@ def test_jobs_are_bounded_by_threads_models_and_memory(tmp_path, threads, monkey
     ):
         monkeypatch.setattr(capacity, "free_memory", lambda free=free: free)
         assert capacity.default_jobs(models) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, expected in ((100 * need, capacity.STREAMS), (2 * need, 2), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 100 * need))
+        assert capacity.default_jobs([large] * 9) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
