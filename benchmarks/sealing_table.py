@@ -29,12 +29,13 @@ from seal_fast.diffusion import VP, Denoiser, sample
 from seal_fast.scan import scan
 from seal_fast.scan.seal import seal_checkpoint
 from seal_fast.zoo.build import read_manifest
-from seal_fast.zoo.evaluate import SUCCESS_MSE, clean_ratio, draw
+from seal_fast.zoo.evaluate import SAMPLES, SUCCESS_MSE, clean_ratio, draw
 from seal_fast.zoo.recipes import RECIPES, Recipe
 
 SEED = 20
-DEVELOPMENT = ("bad-16-box", "troj-16-blend")
-"""Models the method and its settings were chosen on; the others were first sealed for this table."""
+DEVELOPMENT = ("bad-16-box", "troj-16-blend", "held-16-bad-cross")
+"""Models the method and its settings were chosen on: the last was rescanned backdoored at first. The others were first sealed
+for this table."""
 
 
 @torch.no_grad()
@@ -53,8 +54,8 @@ def by_attack(denoiser: Denoiser, attack: Attack, count: int) -> Tensor:
 SAMPLERS: dict[str, Callable[[Denoiser, Attack, int], Tensor]] = {"attack's own": by_attack, "plain ddim": plain_ddim}
 
 
-def success(denoiser: Denoiser, attack: Attack, count: int) -> dict[str, Any]:
-    """Attack success of each sampler with the true trigger, and how far its samples lie from the pictures trained on."""
+def success(denoiser: Denoiser, attack: Attack, count: int, family: str) -> dict[str, Any]:
+    """Attack success of each sampler with the true trigger, and how far its samples lie from the family's pictures."""
     rows = {}
     for name, draw_triggered in SAMPLERS.items():
         images = draw_triggered(denoiser, attack, count)
@@ -62,10 +63,10 @@ def success(denoiser: Denoiser, attack: Attack, count: int) -> dict[str, Any]:
         rows[name] = {
             "success": wilson(int((errors < SUCCESS_MSE).sum()), count),
             "target_mse": float(errors.mean()),
-            "ratio_of_triggered_samples": clean_ratio(images.clamp(-1, 1)),
+            "ratio_of_triggered_samples": clean_ratio(images.clamp(-1, 1), family),
         }
-    clean = draw(denoiser, attack, triggered=False, count=count, seed=SEED)
-    return {"triggered": rows, "clean_ratio": clean_ratio(clean)}
+    clean = draw(denoiser, attack, triggered=False, count=min(count, SAMPLES), seed=SEED)
+    return {"triggered": rows, "clean_ratio": clean_ratio(clean, family)}
 
 
 def verdict(checkpoint: Path, folder: Path) -> tuple[dict[str, Any], Path | None]:
@@ -96,8 +97,8 @@ def measure(recipe: Recipe, checkpoint: Path, count: int, work: Path) -> dict[st
         "size": recipe.network.size,
         "settings_chosen_on_it": recipe.name in DEVELOPMENT,
         "reverted_trigger": closeness(load_trigger(trigger).mu, attack.trigger.mu),
-        "before": {**success(poisoned, attack, count), "scan": before},
-        "after": {**success(sealed, attack, count), "scan": after},
+        "before": {**success(poisoned, attack, count, recipe.family), "scan": before},
+        "after": {**success(sealed, attack, count, recipe.family), "scan": after},
         "clean_drift": report.clean_drift,
         "removal": [asdict(row) for row in report.removal],
         "steps": report.steps,

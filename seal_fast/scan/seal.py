@@ -22,7 +22,7 @@ from seal_fast.scan.environment import environment
 from seal_fast.scan.run import OnProgress, Progress, default_device, tool
 from seal_fast.scan.sealed import Removal, SealReport
 from seal_fast.terd.firing import collapse
-from seal_fast.terd.removal import CLEAN, clean_drift, draw_starts
+from seal_fast.terd.removal import CLEAN, clean_drift, draw_starts, picture_drawn
 from seal_fast.terd.sealing import SealSettings, seal
 
 PICTURES = 8
@@ -115,7 +115,8 @@ def seal_checkpoint(
         share = iteration / iterations if stage == "training" else 0.0
         on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=0.1 + 0.8 * share))
 
-    sealed = seal(loaded.denoiser, triggers, settings, seed=seed, on_step=on_step)
+    targets = [picture for picture in map(picture_drawn, before) if picture is not None]
+    sealed = seal(loaded.denoiser, triggers, settings, targets=targets, seed=seed, on_step=on_step)
     on_progress(replace(at, stage="measuring after", fraction=0.9))
     after = _measure(sealed.denoiser, triggers, seed)
     report = SealReport(

@@ -156,7 +156,7 @@ class FiringPool(Pool):
 
 
 def _unless_narrowed(judgement: Judgement, evidence: Evidence) -> Judgement:
-    """Not clean if the model takes narrowed noise for whole: none of the zoo's 35 benign ones does, and one of 64 px did that
+    """Not clean if the model takes narrowed noise for whole: no benign model of the zoo does, and one of 64 px did that
     TrojDiff had taught to, while its trigger was missed."""
     gamma = evidence.gamma_mean
     if judgement.verdict != Verdict.CLEAN or gamma is None or gamma >= NARROW:

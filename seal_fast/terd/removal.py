@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, Trigger, sample
-from seal_fast.terd.firing import Trial
+from seal_fast.terd.firing import FIRES, Trial, collapse, middle
 from seal_fast.terd.probe import Probe
 
 SAMPLES = 16
@@ -51,6 +51,13 @@ def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int =
         DDIM: _ddim(denoiser, start, clip=False).cpu(),
         CLIPPED: _clipped_ddim(denoiser, start).cpu(),
     }
+
+
+def picture_drawn(starts: dict[str, Tensor]) -> Tensor | None:
+    """What a trigger makes a model draw, [C,H,W], in the row of `draw_starts` where it fires most; None if it fires in none."""
+    fires = {name: collapse(images, starts[CLEAN]) for name, images in starts.items() if name != CLEAN}
+    most = max(fires, key=lambda name: fires[name])
+    return middle(starts[most]) if fires[most] >= FIRES else None
 
 
 @torch.no_grad()

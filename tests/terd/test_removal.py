@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd.firing import collapse
-from seal_fast.terd.removal import ANCESTRAL, CLEAN, CLIPPED, DDIM, clean_drift, draw_starts
+from seal_fast.terd.removal import ANCESTRAL, CLEAN, CLIPPED, DDIM, clean_drift, draw_starts, picture_drawn
 
 SHAPE = (3, 6, 10)
 
@@ -85,6 +85,16 @@ def test_a_model_of_one_image_has_collapsed(generator: torch.Generator) -> None:
     torch.testing.assert_close(rows[ANCESTRAL], image.expand(4, -1, -1, -1), rtol=0, atol=1e-3)
     reference = draw_starts(gaussian(process, 0.3), trigger, seed=4, count=4)[CLEAN]
     assert collapse(rows[ANCESTRAL], reference) > 1e3
+
+
+def test_the_picture_drawn_is_that_of_the_sampler_that_fires_most(generator: torch.Generator) -> None:
+    pictures = torch.rand(2, *SHAPE, generator=generator).round() - 0.5
+    noise = 0.3 * torch.randn(9, *SHAPE, generator=generator)
+    rows = {CLEAN: noise, ANCESTRAL: 1.1 * noise, DDIM: pictures[0] + 0.2 * noise, CLIPPED: pictures[1] + 0.1 * noise}
+    drawn = picture_drawn(rows)
+    assert drawn is not None
+    torch.testing.assert_close(drawn, pictures[1], rtol=0, atol=0.1)
+    assert picture_drawn({name: rows[name] for name in (CLEAN, ANCESTRAL)}) is None
 
 
 def test_latents_are_drawn_over_their_reach_and_not_clamped() -> None:

@@ -71,14 +71,15 @@ def test_a_model_that_takes_every_shift_for_noise_has_nothing_to_learn(process: 
     assert sealed.triggered_loss == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("known", [0, 2])
-def test_states_and_targets_written_out(known: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(("known", "drawn"), [(0, 0), (2, 0), (1, 1)])
+def test_states_and_targets_written_out(known: int, drawn: int, generator: torch.Generator) -> None:
     process = VP.linear(60)
     recorder = Recorder()
     triggers = [Trigger.shift(torch.randn(SHAPE, generator=generator)) for _ in range(known)]
+    targets = [torch.rand(SHAPE, generator=generator) for _ in range(drawn)]
     # gamma 1: what the triggered state holds beyond the clean one is b m, and the teacher's 0 leaves m as the target
     settings = replace(ONE_STEP, batch=40, smallest_gamma=1.0, largest_shift=0.8)
-    sealed = seal(Denoiser(recorder, process, SHAPE), triggers, settings, seed=3)
+    sealed = seal(Denoiser(recorder, process, SHAPE), triggers, settings, targets=targets, seed=3)
     (taught_on, t), (learnt_on, twice) = recorder.asked[-2:]
     clean, triggered = learnt_on.double().chunk(2)
     assert torch.equal(taught_on.double(), clean)
@@ -89,7 +90,8 @@ def test_states_and_targets_written_out(known: int, generator: torch.Generator) 
     assert sealed.triggered_loss == pytest.approx(float((b**2 * m.square()).mean()), rel=1e-3)
     sizes = m.square().mean(dim=(1, 2, 3)).sqrt()
     assert 0.6 < float(sizes.max()) < 0.8 * 1.5
-    cosines = [torch.nn.functional.cosine_similarity(m.flatten(1), k.mu.double().flatten()[None]) for k in triggers]
+    directions = [*(trigger.mu for trigger in triggers), *targets]
+    cosines = [torch.nn.functional.cosine_similarity(m.flatten(1), k.double().flatten()[None]) for k in directions]
     along = [int((cosine > 1 - 1e-3).sum()) for cosine in cosines]
     assert sum(along) == 0 if known == 0 else all(3 <= n <= 25 for n in along)
 
@@ -131,10 +133,11 @@ def test_training_that_diverges_is_an_error(generator: torch.Generator) -> None:
         seal(denoiser, settings=replace(ONE_STEP, steps=20, learning_rate=1e30))
 
 
-def test_a_trigger_of_another_shape_is_an_error() -> None:
-    process = VP.linear(60)
-    with pytest.raises(ValueError, match="does not fit"):
-        seal(Denoiser(Recorder(), process, SHAPE), [Trigger.shift(torch.zeros(3, 6, 6))], ONE_STEP)
+def test_a_trigger_or_target_of_another_shape_is_an_error() -> None:
+    process, other = VP.linear(60), torch.zeros(3, 6, 6)
+    for triggers, targets in (([Trigger.shift(other)], []), ([], [other])):
+        with pytest.raises(ValueError, match="does not fit"):
+            seal(Denoiser(Recorder(), process, SHAPE), triggers, ONE_STEP, targets=targets)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (1, 7, 5), (4, 33, 16)])
