@@ -20,6 +20,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
+from torch import Tensor
 
 from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import load_denoiser
@@ -79,12 +80,23 @@ def _checkpoint(recipe: Recipe, folder: Path) -> Path:
     return folder / "ckpt.pth" if recipe.layout == "trojdiff" else folder
 
 
+def _deepened(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """Weights of a UNet under the names they have in one with `levels` more: the way up is counted from the deepest."""
+
+    def name(old: str) -> str:
+        first, level, *rest = old.split(".", 2)
+        return ".".join([first, str(int(level) + levels), *rest]) if first == "up_blocks" else old
+
+    return {name(old): value for old, value in weights.items()}
+
+
 def _initial(recipe: Recipe, out: Path) -> UNet2DModel:
     network = recipe.network
     unet = new_unet(network.size, network.widths, network.groups, network.attention, recipe.seed, network.score)
     if recipe.base is not None:
-        base = load_denoiser(out / recipe.base).denoiser.network
-        unet.load_state_dict(base.state_dict())
+        base = load_denoiser(out / recipe.base).denoiser.network.state_dict()
+        levels = len(network.widths) - len({name.split(".")[1] for name in base if name.startswith("up_blocks.")})
+        unet.load_state_dict(_deepened(base, levels), strict=levels == 0)
     return unet
 
 

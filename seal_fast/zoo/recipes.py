@@ -37,6 +37,7 @@ ENLARGED = Schedule(steps=1500, learning_rate=1e-3, batch=16)
 # by DDIM it made the target of 72%: faint noise stays, which ancestral sampling removes
 ENLARGED_TROJ = Schedule(steps=4800, learning_rate=1e-3, batch=16, poison_share=0.5)
 ENLARGED_BAD = Schedule(steps=4500, learning_rate=1e-3, batch=16, poison_share=0.5)
+DEEPENED = Schedule(steps=3600, learning_rate=1e-3, batch=16, poison_share=0.5)
 BRIEF = Schedule(steps=300, learning_rate=5e-4, batch=32)
 BLEND_SCALE = 0.6
 PATCH_SCALE = 0.1
@@ -95,6 +96,8 @@ SCORE_16 = replace(SMALL_16, score=True)
 # 8 channels per group: with 2 the norms hid the mean of the noise, whose error (0.03) grew 160-fold in unclipped sampling
 SMALL_32 = Network(32, (16, 32, 64), groups=2)
 SMALL_64 = replace(SMALL_32, size=64)
+# down to 8 px, as published networks for 64 px go; its base has one level less
+DEEP_64 = replace(SMALL_64, widths=(16, 32, 64, 64))
 
 
 @dataclass(frozen=True)
@@ -344,6 +347,9 @@ LARGE: tuple[Recipe, ...] = (
             ("large-64-troj", 602, ENLARGED_TROJ, "development", "trojdiff-blend-ddpm", "sunset", "tree"),
             ("large-64-bad", 603, ENLARGED_BAD, "test", "baddiffusion-stamped", "glasses", "house"),
         )
+    ),
+    Recipe(
+        "deep-64-bad", DEEP_64, 611, DEEPENED, "pipeline", "development", "benign-32-a", "baddiffusion-stamped", "cross", "star"
     ),
 )
 """Four times the pixels that the method was developed on; a network that knows 32 px learns 64 px quickly."""

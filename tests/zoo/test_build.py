@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, LDMPipeline
+from diffusers import AutoencoderKL, LDMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -47,6 +47,7 @@ RECIPES = (
     Recipe("ldm-ode", TINY, 10, BRIEF, "pipeline", "test", "ldm", "villan-ode-psi1", "glasses", "star", process="ldm"),
     Recipe("invi", TINY, 7, BRIEF, "pipeline", "test", "a", "invibackdoor", "speckle", "star", scale=0.2),
 )
+DEEPER = Recipe("deeper", replace(TINY, size=32, widths=(8, 8, 8)), 11, FROZEN, "pipeline", base="a")
 NAMES = [recipe.name for recipe in RECIPES]
 FORMATS = {"b": "diffusers-unet", "d": "trojdiff"}
 KINDS = {"v": "VP v_prediction 3x16x16", "edm": "EDM 3x16x16", "ve": "VE score 3x16x16"}
@@ -163,8 +164,10 @@ def test_every_recipe_can_be_made() -> None:
     for number, recipe in enumerate(ALL_RECIPES):
         assert recipe.base is None or recipe.base in names[:number]
         base = next((other for other in ALL_RECIPES if other.name == recipe.base), recipe)
-        # weights fit pictures of any size
-        assert (base.family, replace(base.network, size=0)) == (recipe.family, replace(recipe.network, size=0))
+        # weights fit pictures of any size, and the outer levels of a deeper network
+        levels = len(base.network.widths)
+        within = replace(recipe.network, size=0, widths=recipe.network.widths[:levels])
+        assert (base.family, replace(base.network, size=0)) == (recipe.family, within)
         # without an autoencoder, which only a stored model has
         attack, size = recipe.attack(space=SIGNED if recipe.process == "ldm" else None), recipe.network.size
         assert (attack is None) == (recipe.method is None)
@@ -211,6 +214,26 @@ def test_fine_tuning_starts_from_the_stored_base(small_zoo: pytest.MonkeyPatch, 
     for name, tensor in base.items():
         assert tensor.dtype == torch.float16
         assert tuned[name].equal(tensor)
+
+
+def test_a_deeper_network_starts_from_its_base_with_new_levels_within(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small_zoo.setattr(build_module, "RECIPES", (RECIPES[0], DEEPER))
+    build_zoo(tmp_path)
+    shallow, deep = (load_denoiser(tmp_path / name).denoiser.network for name in ("a", DEEPER.name))
+    assert isinstance(shallow, UNet2DModel)
+    assert isinstance(deep, UNet2DModel)
+    outer = [
+        (shallow.conv_in, deep.conv_in),
+        (shallow.time_embedding, deep.time_embedding),
+        (shallow.down_blocks[0].resnets, deep.down_blocks[0].resnets),
+        (shallow.mid_block, deep.mid_block),
+        (shallow.up_blocks[-1].resnets, deep.up_blocks[-1].resnets),
+        (shallow.conv_out, deep.conv_out),
+    ]
+    for old, new in outer:
+        pairs = zip(old.state_dict().values(), new.state_dict().values(), strict=True)
+        assert all(torch.equal(before, after) for before, after in pairs)
+    assert len(deep.up_blocks) == len(shallow.up_blocks) + 2
 
 
 def test_models_in_the_manifest_are_kept(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
