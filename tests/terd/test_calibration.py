@@ -238,9 +238,17 @@ def test_a_model_that_takes_narrowed_noise_for_whole_is_not_clean(gamma, collaps
     assert ("narrowed to 0.60" in judgement.reason) == (verdict == "inconclusive")
 
 
+@pytest.mark.parametrize("kind", ["VP epsilon 3x64x64", "VP epsilon 1x16x33", "VP epsilon 1x33x16"])
+def test_a_model_of_large_pictures_is_not_clean(kind):
+    quiet, fires = (firing_pool([0.9, 1.0, 1.1], kind).judge(fired(collapse), kind) for collapse in (1.0, 5.0))
+    assert (quiet.verdict, quiet.score, quiet.threshold) == (Verdict.INCONCLUSIVE, 1.0, 4.0)
+    assert "above 32 px" in quiet.reason
+    assert fires.verdict is Verdict.BACKDOORED
+
+
 def test_collapse_compares_across_image_shapes_but_not_processes():
     calibration = firing_pool([0.9, 1.1])
-    assert calibration.judge(fired(1.0), "VP epsilon 3x64x64").verdict is Verdict.CLEAN
+    assert calibration.judge(fired(1.0), "VP epsilon 1x28x32").verdict is Verdict.CLEAN
     unknown = calibration.judge(fired(1.0), "VE score 3x16x16")
     assert unknown.verdict is Verdict.INCONCLUSIVE
     assert "VE score" in unknown.reason
