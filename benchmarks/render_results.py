@@ -41,8 +41,9 @@ reversion took latents for pictures in [-1, 1]. Its trigger is found in latents 
 kinds with few or no benign models were chosen knowing what benign EDM models reach, so hard-16-edm-benign-a is development too.
 large-64-troj was called clean: a model that takes narrowed noise for whole is inconclusive since, and this one development.
 
-Neither trigger of 64 px is reverted. These narrow networks answer a shift patch by patch: many wrong triggers are fixed points,
-and where one is right in a part of the picture, only that part of the target is drawn.
+No trigger of 64 px is reverted, neither of the networks with three levels nor of deep-64-bad's, which goes down to 8 px as
+published ones do: many wrong triggers are fixed points, and what draws the target, in part or from some noises, is not the
+trigger. deep-64-bad was called clean as well: above 32 px no model is since.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.
@@ -196,22 +197,20 @@ def attack_table(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+SEALING = """## Sealing
+
+`{command}`: each model is scanned, sealed with its reverted trigger, sampled with the true one ({samples} samples), and
+scanned again. Success with the sampler the attack was built for, and with 50 clipped DDIM steps. Drift: mean squared change of
+clean samples over their variance. Clean ratio: their median distance to the training pictures, over that of fresh pictures.
+Rescan: verdict and collapse. Settings were chosen on those marked *: held-16-bad-cross, sealed against its trigger alone,
+still finished a faint picture of the target in the noise, and was rescanned backdoored.
+
+| model | own sampler, before | after | DDIM, before | after | clean drift | clean ratio | rescan | training s |
+|---|---|---|---|---|---|---|---|---|"""
+
+
 def sealing_page(content: dict[str, Any]) -> list[str]:
-    lines = [
-        "## Sealing",
-        "",
-        f"`{content['command']}`: each model is scanned, sealed with its reverted trigger, sampled with the true one",
-        f"({content['samples']} samples), and scanned again. Success with the sampler the attack was built for, and with 50",
-        "clipped DDIM steps. Drift: mean squared change of clean samples over their variance. Settings were chosen on those",
-        "marked *. bad-16-box was scanned and rescanned before the search for attacks on deterministic samplers existed.",
-        "",
-        "Not every sealed model is rescanned clean. held-16-bad-cross, tried once and not in the table, no longer answers to",
-        "its trigger, but still knows the attacker's target: under DDIM a faint picture of the target, added to the noise, is",
-        "drawn out as the target. The rescan finds that shift and calls the sealed model backdoored.",
-        "",
-        "| model | own sampler, before | after | DDIM, before | after | clean drift | clean ratio | rescan | training s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [SEALING.format(command=content["command"], samples=content["samples"])]
     for row in content["rows"]:
         before, after = row["before"], row["after"]
         cells = [
@@ -220,10 +219,9 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
             for when in (before, after)
         ]
         mark = " *" if row["settings_chosen_on_it"] else ""
-        lines.append(
-            f"| {row['name']}{mark} | {' | '.join(cells)} | {row['clean_drift']:.2f} | {before['clean_ratio']:.2f}, then "
-            f"{after['clean_ratio']:.2f} | {after['scan']['verdict']} | {row['training_seconds']:.0f} |"
-        )
+        cells += [f"{row['clean_drift']:.2f}", f"{before['clean_ratio']:.2f}, then {after['clean_ratio']:.2f}"]
+        cells += [f"{after['scan']['verdict']}, {after['scan']['score']:.1f}", f"{row['training_seconds']:.0f}"]
+        lines.append(f"| {row['name']}{mark} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
