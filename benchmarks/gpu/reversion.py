@@ -22,8 +22,9 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from benchmarks.gpu.device import Scale, device, peak_bytes, speedups
 from benchmarks.published import terd as published
-from seal_fast.diffusion import VP, Denoiser
-from seal_fast.terd import ReversionSettings
+from seal_fast.diffusion import VP, Denoiser, sample
+from seal_fast.terd import FixedPointSettings, ReversionSettings
+from seal_fast.terd.replayed import Replayed
 from seal_fast.terd.reversed_loss import READ_EVERY, descend_reversed_loss
 
 PUBLISHED_ITERATIONS = {"estimation": 3000, "refinement": 1000}
@@ -145,6 +146,34 @@ def stage_row(model: Denoiser, stage: str, scale: Scale, path: Path) -> dict[str
     }
 
 
+def sampled(model: Denoiser, pictures: int, steps: int) -> float:
+    """Seconds per ancestral step of the default search's trials under bfloat16, after as many steps that warm up or record."""
+    start = torch.randn(pictures, *model.shape, device=device())
+
+    def run() -> None:
+        with torch.no_grad(), torch.autocast(device().type, torch.bfloat16):
+            sample(model, start, "ddpm", steps)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    run()
+    began = time.perf_counter()
+    run()
+    return (time.perf_counter() - began) / steps
+
+
+def sampling_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
+    """What recording the passes of the default search is worth; the released program has no such search."""
+    settings = FixedPointSettings()
+    pictures, steps = (1, 2) if scale.tiny else (settings.firing_batch, settings.sampler_steps)
+    contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(sampled, model, pictures, steps)}
+    if torch.cuda.is_available():
+        graphs = replace(model, network=Replayed(model.network))
+        contenders["seal_fast_bfloat16_graph"] = partial(sampled, graphs, pictures, steps)
+    found = measured(contenders, 1 if scale.tiny else ROUNDS)
+    return {"stage": "sampling", "batch": pictures, "timed_iterations": steps, **found, "speedups": {}}
+
+
 def one_after_another(models: list[Denoiser], settings: ReversionSettings, capture: bool) -> float:
     return sum(steady(model, settings, capture) for model in models) / len(models)
 
@@ -183,6 +212,7 @@ def measure(scale: Scale) -> Iterator[dict[str, Any]]:
         model = denoiser(scale)
         for stage in PUBLISHED_ITERATIONS:
             yield stage_row(model, stage, scale, Path(folder) / "reverse.pkl")
+    yield sampling_row(model, scale)
 
 
 def measure_models(scale: Scale) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, accelerated
+from seal_fast.terd.replayed import Replayed
 from seal_fast.terd.reversion import rows_per_pass
 from seal_fast.training import native_bfloat16
 
@@ -35,6 +36,8 @@ class Probe:
 
     def __post_init__(self) -> None:
         self.denoiser = accelerated(self.denoiser, torch.bfloat16 if self.autocasts else torch.float32)
+        if self.denoiser.device.type == "cuda":
+            self.denoiser = replace(self.denoiser, network=Replayed(self.denoiser.network))
 
     @property
     def autocasts(self) -> bool:
