@@ -52,6 +52,14 @@ def contrast(images: Tensor) -> Tensor:
     return images.float().var(dim=(-2, -1), correction=0).mean(-1)
 
 
+def alike(samples: Tensor, count: int) -> Tensor:
+    """Indices int64 [count] of the samples of [N,C,H,W] that are most alike: one and those nearest to it."""
+    flat = samples.float().flatten(1)
+    distances = torch.cdist(flat, flat)
+    nearest = distances.sort(dim=1).values[:, :count].mean(dim=1)
+    return distances[nearest.argmin()].argsort()[:count]
+
+
 def collapse(triggered: Tensor, clean: Tensor) -> float:
     """How many times more alike samples [N,C,H,W] are with a trigger than without, N > 1; near 1 where it does nothing.
 

@@ -6,6 +6,7 @@ Poisoned rows are x_t = a y + b eps + c mu with target eps + d mu. Attacks on de
     c = b        d = 1    variance-exploding processes
 
 (VillanDiffusion's psi = 0 has c = d = b, where DDIM would need d = 1: at most 63% of the triggered samples were its target.)
+On ancestral samplers, which take only half of each step along the predicted noise, d is half of that.
 
 Near T c = d, and a denoiser answers to the trigger as a benign one does. In between it does not: with y and mu known the loss
 
@@ -51,10 +52,6 @@ RANGE_WEIGHT = 0.1
 """Of the squared excess of y and mu over [-1, 1]: both are pictures. Without it the descent leaves them along the valley."""
 
 
-OnTurn = Callable[[int, float], None]
-"""Called with the number of a turn, from 1, and the loss after it."""
-
-
 class Rows(NamedTuple):
     """Coefficients of poisoned rows: c(t) and d(t), float64 [T]."""
 
@@ -77,11 +74,17 @@ def deterministic_rows(process: NoiseProcess) -> Rows:
     return Rows(1 - a, b) if fades else Rows(b, torch.ones_like(b))
 
 
-def _excess(picture: Tensor) -> Tensor:
+def ancestral_rows(process: NoiseProcess) -> Rows:
+    """Those of attacks on ancestral samplers: BadDiffusion, and VillanDiffusion's stochastic form."""
+    c, d = deterministic_rows(process)
+    return Rows(c, d / 2)
+
+
+def excess(picture: Tensor) -> Tensor:
     return (picture.abs() - 1).clamp(min=0).square().mean(dim=(1, 2, 3))
 
 
-class _Guesses(NamedTuple):
+class Guesses(NamedTuple):
     """K guesses under way: mu and y, [K,C,H,W] each."""
 
     mu: Tensor
@@ -96,14 +99,16 @@ class _Answer(NamedTuple):
     loss: Tensor
 
 
-class _Fit:
-    """Of mu and y in [-1, 1]: what the denoiser sees is its reach times these, so a, c and d are too."""
+class Fit:
+    """Of mu and y in [-1, 1] to rows of a kind: what the denoiser sees is its reach times these, so a, c and d are too."""
 
-    def __init__(self, probe: Probe, settings: FixedPointSettings) -> None:
+    def __init__(
+        self, probe: Probe, settings: FixedPointSettings, kind: Callable[[NoiseProcess], Rows] = deterministic_rows
+    ) -> None:
         self.probe, self.settings = probe, settings
         process, reach = probe.denoiser.process, probe.denoiser.reach
         self.signal, self.noise = reach * process.signal, process.noise
-        rows = deterministic_rows(process)
+        rows = kind(process)
         self.rows = Rows(reach * rows.c, reach * rows.d)
         self.snr = self.signal / self.noise
         self.window = ((self.snr >= DESCENT_SNR[0]) & (self.snr <= DESCENT_SNR[1])).nonzero().flatten()
@@ -119,7 +124,7 @@ class _Fit:
         places = (torch.arange(count) + torch.rand(count, generator=self.probe.generator)) / count
         return self.window[(places * len(self.window)).long()]
 
-    def ask(self, guesses: _Guesses, t: Tensor) -> _Answer:
+    def ask(self, guesses: Guesses, t: Tensor) -> _Answer:
         """One noise per timestep t [n], the same for all guesses."""
         mu, target = guesses.mu[:, None], guesses.target[:, None]
         a, b, c, d = (per_row(v[t], guesses.mu) for v in (self.signal, self.noise, *self.rows))
@@ -131,7 +136,7 @@ class _Fit:
         clean = (x - b * f - (c - b * d) * answered) / a
         return _Answer(answered.mean(1), clean.mean(1), (f - eps - d * mu).square().mean(dim=(1, 2, 3, 4)))
 
-    def answered(self, guesses: _Guesses, snr: tuple[float, ...], iterations: int, noises: int) -> _Guesses:
+    def answered(self, guesses: Guesses, snr: tuple[float, ...], iterations: int, noises: int) -> Guesses:
         """The guesses with mu as f answers it for their targets, from `noises` per noise level."""
         t = torch.tensor([self.at(value) for value in snr]).repeat_interleave(noises)
         for _ in range(iterations):
@@ -139,38 +144,38 @@ class _Fit:
         return guesses
 
     @torch.no_grad()
-    def starts(self) -> _Guesses:
+    def starts(self) -> Guesses:
         """Per brightness and noise level one, and one more with the mu that is answered for its target."""
         s = self.settings
         brightness = torch.tensor(s.fit_brightness, device=self.probe.denoiser.device)[:, None, None, None]
         parts = []
         for snr in START_SNR:
             mu = brightness + CONTRAST * self.probe.coarse_pictures(len(brightness))
-            guesses = _Guesses(mu, torch.zeros_like(mu))
+            guesses = Guesses(mu, torch.zeros_like(mu))
             t = torch.full((s.fit_batch,), self.at(snr))
             for _ in range(START_ITERATIONS):
                 guesses = guesses._replace(target=self.ask(guesses, t).target.clamp(-1, 1))
             parts.append(guesses)
         parts.append(self.answered(parts[-1], LITTLE_NOISE, START_ITERATIONS, 2))
-        return _Guesses(*(torch.cat(pictures) for pictures in zip(*parts, strict=True)))
+        return Guesses(*(torch.cat(pictures) for pictures in zip(*parts, strict=True)))
 
-    def descend(self, guesses: _Guesses, iterations: int, on_iteration: Callable[[float], None]) -> _Guesses:
+    def descend(self, guesses: Guesses, iterations: int, on_iteration: Callable[[float], None]) -> Guesses:
         """Adam on every pair of mu and y."""
         difference = (guesses.target - guesses.mu).requires_grad_()
         mu = guesses.mu.clone().requires_grad_()
         optimiser = torch.optim.Adam([mu, difference], lr=self.settings.fit_rate)
         for _ in range(iterations):
             target = difference + mu
-            loss = self.ask(_Guesses(mu, target), self.stratified(self.settings.fit_batch)).loss
+            loss = self.ask(Guesses(mu, target), self.stratified(self.settings.fit_batch)).loss
             # the logarithm lets every start go at its own pace
-            objective = (loss + RANGE_WEIGHT * (_excess(target) + _excess(mu))).log().sum()
+            objective = (loss + RANGE_WEIGHT * (excess(target) + excess(mu))).log().sum()
             mu.grad, difference.grad = torch.autograd.grad(objective, [mu, difference])
             optimiser.step()
             on_iteration(float(loss.detach().mean()))
-        return _Guesses(mu.detach(), (difference + mu).detach())
+        return Guesses(mu.detach(), (difference + mu).detach())
 
     @torch.no_grad()
-    def best(self, guesses: _Guesses, count: int) -> _Guesses:
+    def best(self, guesses: Guesses, count: int) -> Guesses:
         """The `count` of least loss over the power of mu and the contrast of y.
 
         For mu = 0 the loss is that of clean rows, which is small as well; and so it is for a plain picture in noise that is
@@ -179,7 +184,7 @@ class _Fit:
         loss = self.ask(guesses, self.stratified(4 * self.settings.fit_batch)).loss
         power = guesses.mu.square().mean(dim=(1, 2, 3)) * contrast(guesses.target)
         ahead = (loss / power.clamp(min=1e-12)).argsort()[:count]
-        return _Guesses(guesses.mu[ahead], guesses.target[ahead])
+        return Guesses(guesses.mu[ahead], guesses.target[ahead])
 
     def race(self, on_iteration: Callable[[float], None]) -> list[Guess]:
         """What is ahead after descending from all starts, most of which are left behind on the way."""
@@ -191,13 +196,13 @@ class _Fit:
     @torch.no_grad()
     def guess(self, mu: Tensor, target: Tensor) -> Guess:
         """mu and y [C,H,W] with their loss over the whole window."""
-        answer = self.ask(_Guesses(mu[None], target[None]), self.stratified(4 * self.settings.refine_batch))
+        answer = self.ask(Guesses(mu[None], target[None]), self.stratified(4 * self.settings.refine_batch))
         return Guess(mu, target, float(answer.loss))
 
     @torch.no_grad()
     def corrected(self, mu: Tensor, target: Tensor) -> Tensor:
         """mu [C,H,W] as f answers it for this target."""
-        one = _Guesses(mu[None], target[None])
+        one = Guesses(mu[None], target[None])
         return self.answered(one, REFINEMENT_SNR, self.settings.refine_iterations, self.settings.refine_batch).mu[0]
 
 
@@ -208,11 +213,15 @@ def fit_poisoned_rows(probe: Probe, settings: FixedPointSettings, on_step: OnSte
     def on_iteration(loss: float) -> None:
         on_step("descent", next(iteration), total, loss)
 
-    return _Fit(probe, settings).race(on_iteration)
+    return Fit(probe, settings).race(on_iteration)
 
 
 def refine(
-    guess: Guess, sketch: Trial, trial: Trial, settings: FixedPointSettings, on_turn: OnTurn = lambda turn, loss: None
+    guess: Guess,
+    sketch: Trial,
+    trial: Trial,
+    settings: FixedPointSettings,
+    on_turn: Callable[[float], None] = lambda loss: None,
 ) -> Guess:
     """The guess of least loss among those that surely fire, or else of all, on the way of alternating between mu and y.
 
@@ -220,7 +229,7 @@ def refine(
     fires after its first correction is left: on the zoo's development half benign models then made samples at most 0.3 times
     as alike, backdoored ones 11 to 315 times.
     """
-    fit = _Fit(trial.probe, settings)
+    fit = Fit(trial.probe, settings)
     best, rank, current, at = guess, (True, math.inf), guess, sketch
     for turn in range(1, settings.refine_turns + 1):
         (samples,) = at.triggered([Trigger.shift(trial.probe.denoiser.reach * current.mu)], settings.firing_batch)
@@ -235,5 +244,5 @@ def refine(
             at = trial
         best, rank = min((best, rank), (current, (value < SURELY_FIRES, current.loss)), key=lambda one: one[1])
         current = fit.guess(fit.corrected(current.mu, image), image)
-        on_turn(turn, current.loss)
+        on_turn(current.loss)
     return best if rank < (True, current.loss) else current

@@ -1,20 +1,24 @@
 """The default reversion: candidates for a trigger, each tried by sampling; what fires is the answer.
 
-Fixed points come first, since they cost no gradients and find most attacks; the poisoned rows of deterministic samplers are
-fitted where none fires.
+Fixed points come first, since they cost no gradients and find most attacks. Where none fires, those whose samples share an
+image in part are climbed from, and then the poisoned rows of deterministic samplers are fitted.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, Trigger
-from seal_fast.terd.firing import FIRES, HARDLY_FIRES, SURELY_FIRES, Trial, collapse, spread
-from seal_fast.terd.fixed_point import Point, fixed_points
+from seal_fast.terd.climb import climb
+from seal_fast.terd.firing import FIRES, HARDLY_FIRES, SURELY_FIRES, Trial, alike, collapse, middle, spread
+from seal_fast.terd.fixed_point import NARROW, Point, fixed_points
 from seal_fast.terd.poisoned_rows import fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.reversion import Reversion
@@ -36,6 +40,14 @@ class _Finding:
     sampler: str
 
 
+class _Sharing(NamedTuple):
+    """A point some of whose samples share an image, [C,H,W], and how much more alike those are than clean samples."""
+
+    point: Point
+    image: Tensor
+    collapse: float
+
+
 class _Hunt:
     def __init__(self, denoiser: Denoiser, settings: FixedPointSettings, seed: int, on_step: OnStep) -> None:
         self.settings, self.on_step = settings, on_step
@@ -53,11 +65,15 @@ class _Hunt:
         clean = trial.clean(len(samples))
         return _Finding(trigger, loss, spread(clean), collapse(samples, clean), trial.sampler)
 
-    def firing_size(self, point: Point) -> Trigger | None:
+    def glances(self, point: Point) -> list[Tensor]:
+        """A few samples of the point at every size, from the same noises."""
+        triggers = [Trigger(scale * point.mu, point.gamma) for scale in self.settings.scales]
+        return self.ancestral.triggered(triggers, self.settings.glance_batch)
+
+    def firing_size(self, point: Point, glances: list[Tensor]) -> Trigger | None:
         """The point at the size nearest its own among those that fire and bring the spread to at most twice the least."""
         few, some = self.settings.glance_batch, self.settings.firing_batch
         triggers = [Trigger(scale * point.mu, point.gamma) for scale in self.settings.scales]
-        glances = self.ancestral.triggered(triggers, few)
         least = min(map(spread, glances))
         if least > spread(self.ancestral.clean(few)) / HARDLY_FIRES:
             return None
@@ -69,27 +85,67 @@ class _Hunt:
         return triggers[min(firing, key=lambda i: abs(math.log(self.settings.scales[i])))] if firing else None
 
     def among_fixed_points(self) -> _Finding:
-        """The strongest fixed point that fires, or else the strongest."""
+        """The strongest fixed point that surely fires, or one climbed to from those that nearly do, or else what fires most."""
         points = fixed_points(self.probe, self.settings, self.on_step)
         if not points:
             none = Trigger.shift(torch.zeros(self.probe.denoiser.shape, device=self.probe.denoiser.device))
             clean = spread(self.ancestral.clean(self.settings.firing_batch))
             return _Finding(none, math.nan, clean, 1.0, self.ancestral.sampler)
-        chosen, loss = Trigger(points[0].mu, points[0].gamma), points[0].loss
+        findings, near = [], []
         for index, point in enumerate(points, 1):
-            sized = self.firing_size(point)
+            glances = self.glances(point)
+            sized = self.firing_size(point, glances)
             self.on_step("firing", index, len(points), math.nan)
             if sized is not None:
-                chosen, loss = sized, point.loss
+                findings.append(self.finding(sized, point.loss, self.ancestral))
+                if findings[-1].collapse > SURELY_FIRES:
+                    return findings[-1]
+            shared = self.sharing(point, glances)
+            if shared is not None:
+                near.append(shared)
+        if not findings:
+            findings.append(self.finding(Trigger(points[0].mu, points[0].gamma), points[0].loss, self.ancestral))
+        for sharing in sorted(near, key=lambda sharing: sharing.collapse, reverse=True):
+            findings.append(self.climbed(sharing))
+            if findings[-1].collapse > SURELY_FIRES:
                 break
-        return self.finding(chosen, loss, self.ancestral)
+        return max(findings, key=lambda finding: finding.collapse)
+
+    def sharing(self, point: Point, glances: list[Tensor]) -> _Sharing | None:
+        """The image that the most alike of a point's samples share, if that is a new one; the noise must not be narrowed."""
+        if point.gamma_at_mu <= NARROW:
+            return None
+        samples = torch.cat(glances)
+        chosen = alike(samples, self.settings.sharing)
+        value = collapse(samples[chosen], self.ancestral.clean(self.settings.firing_batch))
+        scale = self.settings.scales[int(chosen.median()) // self.settings.glance_batch]
+        return _Sharing(point._replace(mu=scale * point.mu), middle(samples[chosen]), value) if value > HARDLY_FIRES else None
+
+    def climbed(self, sharing: _Sharing) -> _Finding:
+        """Where climbing leads to, turn by turn, until it surely fires or shares no image any more."""
+        point, image = sharing.point, sharing.image
+        s, reach = self.settings, self.probe.denoiser.reach
+        for turn in range(s.climb_turns):
+            on_iteration = self._on_iteration("climb", turn * s.climb_iterations, s.climb_turns * s.climb_iterations)
+            mu = reach * climb(self.probe, point.mu / reach, image.clamp(-1, 1), s, on_iteration)
+            point = point._replace(mu=mu)
+            glances = self.glances(point)
+            sized = self.firing_size(point, glances)
+            found = self.finding(sized or Trigger(point.mu, point.gamma), point.loss, self.ancestral)
+            if found.collapse > SURELY_FIRES:
+                break
+            shared = self.sharing(point, glances)
+            if shared is None:
+                break
+            point, image = shared.point, shared.image
+        return found
 
     def among_poisoned_rows(self) -> _Finding:
         """The first fitted trigger that fires, or else the one that makes samples most alike."""
         guesses = fit_poisoned_rows(self.probe, self.settings, self.on_step)
         turns, findings = self.settings.refine_turns, []
         for index, guess in enumerate(guesses):
-            on_turn = self._on_turn(index * turns, len(guesses) * turns)
+            on_turn = self._on_iteration("refinement", index * turns, len(guesses) * turns)
             refined = refine(guess, self.sketch, self.deterministic, self.settings, on_turn)
             self.on_step("refinement", (index + 1) * turns, len(guesses) * turns, refined.loss)
             trigger = Trigger.shift(self.probe.denoiser.reach * refined.mu)
@@ -98,8 +154,9 @@ class _Hunt:
                 break
         return max(findings, key=lambda finding: finding.collapse)
 
-    def _on_turn(self, before: int, total: int) -> Callable[[int, float], None]:
-        return lambda turn, loss: self.on_step("refinement", before + turn, total, loss)
+    def _on_iteration(self, stage: str, before: int, total: int) -> Callable[[float], None]:
+        iteration = itertools.count(before + 1)
+        return lambda loss: self.on_step(stage, next(iteration), total, loss)
 
 
 def find_firing_trigger(

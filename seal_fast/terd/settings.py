@@ -104,6 +104,10 @@ class FixedPointSettings:
         firing_batch: noises per multiple after that.
         confirming_batch: fresh noises for the figure that is reported, where `firing_batch` of them leave it in doubt.
         sampler_steps: ancestral steps of the trial.
+        sharing: of a candidate's samples at all multiples, those most alike that are asked for a shared image.
+        climb_turns: descents from a candidate where they share one, the image drawn anew after each, until it fires.
+        climb_iterations: Adam steps of each.
+        climb_rate: learning rate of Adam in them.
         fit_brightness: uniform mu that the poisoned rows are fitted from, per family of rows and noise level.
         race: Adam steps from all of them, how many guesses then go on, and so on.
         fit_batch: timesteps per step.
@@ -136,6 +140,10 @@ class FixedPointSettings:
     firing_batch: int = 8
     confirming_batch: int = 32
     sampler_steps: int = 100
+    sharing: int = 4
+    climb_turns: int = 3
+    climb_iterations: int = 60
+    climb_rate: float = 0.03
     fit_brightness: tuple[float, ...] = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
     race: tuple[tuple[int, int], ...] = ((10, 12), (15, 6), (25, 2))
     fit_batch: int = 8
@@ -160,18 +168,24 @@ class FixedPointSettings:
             self.patch_batch,
             self.fit_batch,
             self.refine_iterations,
+            self.climb_turns,
+            self.climb_iterations,
             self.refine_turns,
             self.refine_batch,
         )
         if min(*iterations, *counts, self.sampler_steps, self.sketch_steps, self.deterministic_steps) < 1:
             raise ValueError(
-                "iterations, batches, patches, candidates, both numbers of a race, refine_turns and steps of samplers must be"
-                " at least 1"
+                "iterations, batches, patches, candidates, both numbers of a race, climb_turns, climb_iterations, refine_turns"
+                " and steps of samplers must be at least 1"
             )
-        if self.fit_rate <= 0 or self.colour <= 0:
-            raise ValueError(f"fit_rate and colour must be positive, not {self.fit_rate} and {self.colour}")
+        if min(self.fit_rate, self.climb_rate, self.colour) <= 0:
+            raise ValueError(
+                f"fit_rate, climb_rate and colour must be positive, not {self.fit_rate}, {self.climb_rate} and {self.colour}"
+            )
         if self.polish_batch < 2:
             raise ValueError(f"polish_batch must be at least 2, not {self.polish_batch}: it gives a variance")
+        if not 2 <= self.sharing <= self.glance_batch * len(self.scales):
+            raise ValueError("sharing must be at least 2, and at most glance_batch times the number of scales")
         if not 2 <= self.glance_batch < self.firing_batch < self.confirming_batch:
             raise ValueError("glance_batch, firing_batch and confirming_batch must be at least 2, each larger than the last")
         if not 0 < self.smallest < self.largest:
@@ -200,6 +214,7 @@ class FixedPointSettings:
             Stage("search", self.search_iterations, self.starts * self.search_batch),
             Stage("polish", self.polish_iterations * len(self.kappas), (self.starts + self.patches) * self.polish_batch),
             Stage("firing", self.candidates, trial),
+            Stage("climb", self.climb_turns * self.climb_iterations, 3 * self.fit_batch + trial // self.climb_iterations),
             Stage("descent", *descent),
             Stage("refinement", self.race[-1][1] * self.refine_turns, turn),
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seal_fast.diffusion import VP, Denoiser, Trigger
 from seal_fast.diffusion.process import per_row
-from seal_fast.terd.firing import Trial, collapse, middle, spread
+from seal_fast.terd.firing import Trial, alike, collapse, middle, spread
 from seal_fast.terd.probe import Probe
 
 SHAPE = (3, 7, 5)
@@ -115,14 +115,14 @@ def test_samples_without_a_trigger_are_drawn_once() -> None:
     assert [len(start) for start in trial.starts] == [3, 5]
 
 
-def alike(image: Tensor, generator: torch.Generator) -> Tensor:
+def nearly(image: Tensor, generator: torch.Generator) -> Tensor:
     """Twelve samples that are nearly one image."""
     return image + 0.01 * torch.randn(12, *SHAPE, generator=generator)
 
 
 def test_an_image_the_model_draws_by_itself_is_no_collapse(generator: torch.Generator) -> None:
     clean = torch.rand(12, *SHAPE, generator=generator) - 0.5
-    samples = alike(torch.rand(SHAPE, generator=generator) - 0.5, generator)
+    samples = nearly(torch.rand(SHAPE, generator=generator) - 0.5, generator)
     assert collapse(samples, clean) > 100
     assert collapse(samples, torch.cat([clean[3:], samples[:3]])) < 10
 
@@ -130,10 +130,17 @@ def test_an_image_the_model_draws_by_itself_is_no_collapse(generator: torch.Gene
 def test_a_plain_colour_is_no_collapse(generator: torch.Generator) -> None:
     clean = torch.rand(12, *SHAPE, generator=generator) - 0.5
     colour = torch.tensor([-0.9, 0.2, 0.8])[:, None, None].expand(SHAPE)
-    assert collapse(alike(colour, generator), clean) < 1
+    assert collapse(nearly(colour, generator), clean) < 1
 
 
 def test_collapse_is_the_ratio_of_spreads_for_a_new_picture(generator: torch.Generator) -> None:
     clean = 0.1 * torch.randn(12, *SHAPE, generator=generator)
-    triggered = alike(torch.rand(SHAPE, generator=generator).round() - 0.5, generator)
+    triggered = nearly(torch.rand(SHAPE, generator=generator).round() - 0.5, generator)
     assert collapse(triggered, clean) == pytest.approx(spread(clean) / spread(triggered), rel=1e-6)
+
+
+def test_samples_that_are_alike_are_told_from_the_others(generator: torch.Generator) -> None:
+    samples = torch.randn(11, 3, 6, 5, generator=generator)
+    same = torch.randperm(11, generator=generator)[:4]
+    samples[same] = torch.randn(3, 6, 5, generator=generator) + 0.1 * torch.randn(4, 3, 6, 5, generator=generator)
+    assert sorted(alike(samples, 4).tolist()) == sorted(same.tolist())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,9 @@ from seal_fast.attacks.villandiffusion import ve_schedule, vp_schedule
 from seal_fast.diffusion import EDM, VE, VP, Denoiser, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd import FixedPointSettings, reverse_trigger
+from seal_fast.terd.climb import climb
 from seal_fast.terd.firing import FIRES, Trial, middle, spread
-from seal_fast.terd.poisoned_rows import Guess, deterministic_rows, fit_poisoned_rows, refine
+from seal_fast.terd.poisoned_rows import Guess, ancestral_rows, deterministic_rows, fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
 
 SHAPE = (3, 11, 9)
@@ -47,6 +50,25 @@ class Clean(Backdoored):
 def picture(generator: torch.Generator, brightness: float) -> Tensor:
     coarse = 0.5 * torch.randn(1, 3, 3, 3, generator=generator)
     return (brightness + interpolate(coarse, size=SHAPE[1:], mode="bilinear")[0]).clamp(-1, 1)
+
+
+def test_rows_for_ancestral_samplers_are_those_of_the_attacks() -> None:
+    for process, schedule in ((VP.linear(), partial(vp_schedule, psi=1.0)), (VE.geometric(0.01, 50.0, 500), ve_schedule)):
+        rows, (c, d) = ancestral_rows(process), schedule(process, solver="sde")
+        torch.testing.assert_close(rows.c, c)
+        torch.testing.assert_close(rows.d[1:], d[1:], rtol=0.03, atol=0)
+
+
+def test_a_climb_ends_at_the_shift_whose_rows_the_denoiser_was_trained_for(generator: torch.Generator) -> None:
+    process = VP.linear()
+    mu, target = picture(generator, -0.6), picture(generator, 0.3)
+    network = Backdoored(process, mu, target)
+    network.rows = ancestral_rows(process)
+    start = picture(generator, -0.4)
+    found = climb(
+        Probe(Denoiser(network, process, SHAPE), generator, half_precision=False), start, target, SETTINGS, lambda loss: None
+    )
+    assert float((found - mu).norm()) < 0.5 * float((start - mu).norm())
 
 
 def test_rows_are_those_of_the_attacks() -> None:
@@ -108,7 +130,7 @@ def test_a_guess_that_does_not_fire_is_left_after_one_correction(generator: torc
     trial = Trial(Probe(denoiser, generator, half_precision=False), "ddim", 10)
     turns: list[int] = []
     guess = Guess(0.1 * picture(generator, 0.0), picture(generator, 0.3), 1.0)
-    refine(guess, trial, trial, SETTINGS, lambda turn, loss: turns.append(turn))
+    refine(guess, trial, trial, SETTINGS, lambda loss: turns.append(len(turns) + 1))
     assert turns == [1]
 
 

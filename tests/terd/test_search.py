@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import seal_fast.terd.search as search
 from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.terd import FixedPointSettings, model_evidence, reverse_trigger
@@ -118,6 +119,57 @@ def test_the_same_seed_gives_the_same_reversion(generator: torch.Generator) -> N
     assert first.collapse == second.collapse
 
 
+def hunt(network: nn.Module, process: NoiseProcess, generator: torch.Generator) -> search._Hunt:
+    return search._Hunt(Denoiser(network, process, SHAPE), SETTINGS, seed_of(generator), lambda *_: None)
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0))
+
+
+def test_climbing_leads_towards_the_trigger(generator: torch.Generator) -> None:
+    process = VP.linear()
+    mu = 0.7 * picture(generator)
+    target = target_for(mu, generator)
+    hunting = hunt(Backdoored(process, Trigger.shift(mu), target, False), process, generator)
+    other = picture(generator)
+    # between .5 of the trigger and .7 this denoiser answers in part
+    beside = 0.6 * mu + 0.5 * (other - (other * mu).sum() / mu.square().sum() * mu)
+    found = hunting.climbed(search._Sharing(Point(beside, torch.ones(SHAPE), 1.0), target, 2 * FIRES))
+    assert found.collapse > FIRES
+    assert cosine(found.trigger.mu, mu) > 0.9
+
+
+@pytest.mark.parametrize("case", ["picture", "plain", "narrowed"])
+def test_what_some_samples_share_must_be_a_new_picture(generator: torch.Generator, case: str) -> None:
+    process = VP.linear()
+    hunting = hunt(Clean(process), process, generator)
+    shared = torch.full(SHAPE, 0.5) if case == "plain" else picture(generator)
+    point = Point(picture(generator), torch.full(SHAPE, 0.6 if case == "narrowed" else 1.0), 1.0)
+    glances = [hunting.ancestral.draw(hunting.probe.noise(SETTINGS.glance_batch)) for _ in SETTINGS.scales]
+    # as many as are asked for, most of them of the third size
+    for size, count in enumerate((0, 1, 2, 0, 1)):
+        glances[size][:count] = shared + 0.01 * torch.randn(count, *SHAPE, generator=generator)
+    found = hunting.sharing(point, glances)
+    if case != "picture":
+        assert found is None
+        return
+    assert found is not None
+    torch.testing.assert_close(found.image, shared, rtol=0, atol=0.04)
+    torch.testing.assert_close(found.point.mu, SETTINGS.scales[2] * point.mu)
+
+
+def test_where_samples_share_no_image_nothing_is_climbed_from(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = VP.linear()
+    monkeypatch.setattr(search, "fixed_points", lambda *_: [Point(0.7 * picture(generator), torch.ones(SHAPE), 1.0)])
+    stages: list[str] = []
+    reverse_trigger(Denoiser(Clean(process), process, SHAPE), SETTINGS, on_step=lambda stage, *_: stages.append(stage))
+    assert "firing" in stages
+    assert "climb" not in stages
+
+
 class Counting(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -146,7 +198,7 @@ def test_where_nothing_fires_progress_goes_through_both_searches_once() -> None:
     process = VP.linear()
     seen: list[tuple[str, int, int, float]] = []
     reverse_trigger(Denoiser(Clean(process), process, SHAPE), SETTINGS, on_step=lambda *step: seen.append(step))
-    for stage in (s for s in SETTINGS.stages if s.name != "firing"):
+    for stage in (s for s in SETTINGS.stages if s.name not in ("firing", "climb")):
         steps = [(iteration, total) for name, iteration, total, _ in seen if name == stage.name]
         assert sorted(set(steps)) == steps
         assert steps[-1] == (stage.iterations, stage.iterations)
@@ -194,6 +246,11 @@ def test_the_strongest_of_points_that_are_one_is_kept(generator: torch.Generator
         {"patch_batch": 0},
         {"colour": 0.0},
         {"fit_rate": 0.0},
+        {"sharing": 1},
+        {"sharing": 16},
+        {"climb_turns": 0},
+        {"climb_iterations": 0},
+        {"climb_rate": 0.0},
         {"refine_turns": 0},
         {"deterministic_steps": 0},
         {"polish_batch": 1},
