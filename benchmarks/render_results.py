@@ -41,9 +41,10 @@ reversion took latents for pictures in [-1, 1]. Its trigger is found in latents 
 kinds with few or no benign models were chosen knowing what benign EDM models reach, so hard-16-edm-benign-a is development too.
 large-64-troj was called clean: a model that takes narrowed noise for whole is inconclusive since, and this one development.
 
-No trigger of 64 px is reverted, neither of the networks with three levels nor of deep-64-bad's, which goes down to 8 px as
-published ones do: many wrong triggers are fixed points, and what draws the target, in part or from some noises, is not the
-trigger. deep-64-bad was called clean as well: above 32 px no model is since.
+Of three backdoored models of 64 px none has its own trigger reverted: in such networks many wrong pictures are fixed points.
+deep-64-bad, which goes down to 8 px as published networks do, was called clean at first. Climbing from a fixed point that fires
+from some noises was made looking at it, and finds a shift that surely fires. No second model of that kind confirms it yet. So
+above 32 px no model is called clean. The benign large-64 was scanned before there was climbing.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.

@@ -122,22 +122,21 @@ class _Hunt:
         return _Sharing(point._replace(mu=scale * point.mu), middle(samples[chosen]), value) if value > HARDLY_FIRES else None
 
     def climbed(self, sharing: _Sharing) -> _Finding:
-        """Where climbing leads to, turn by turn, until it surely fires or shares no image any more."""
-        point, image = sharing.point, sharing.image
+        """Where climbing leads to, turn by turn, until it surely fires or its samples become no more alike."""
         s, reach = self.settings, self.probe.denoiser.reach
         for turn in range(s.climb_turns):
             on_iteration = self._on_iteration("climb", turn * s.climb_iterations, s.climb_turns * s.climb_iterations)
-            mu = reach * climb(self.probe, point.mu / reach, image.clamp(-1, 1), s, on_iteration)
-            point = point._replace(mu=mu)
+            mu = reach * climb(self.probe, sharing.point.mu / reach, sharing.image.clamp(-1, 1), s, on_iteration)
+            point = sharing.point._replace(mu=mu)
             glances = self.glances(point)
             sized = self.firing_size(point, glances)
             found = self.finding(sized or Trigger(point.mu, point.gamma), point.loss, self.ancestral)
             if found.collapse > SURELY_FIRES:
                 break
             shared = self.sharing(point, glances)
-            if shared is None:
+            if shared is None or shared.collapse <= sharing.collapse:
                 break
-            point, image = shared.point, shared.image
+            sharing = shared
         return found
 
     def among_poisoned_rows(self) -> _Finding:

@@ -349,12 +349,8 @@ LARGE: tuple[Recipe, ...] = (
         )
     ),
     replace(_benign("deep-64", DEEP_64, 610, "benign-32-a", role="test"), schedule=ENLARGED),
-    *(
-        Recipe(name, DEEP_64, seed, DEEPENED, "pipeline", role, "benign-32-a", "baddiffusion-stamped", trigger, target)
-        for name, seed, role, trigger, target in (
-            ("deep-64-bad", 611, "development", "cross", "star"),
-            ("deep-64-bad-flag", 612, "test", "flag", "moon"),
-        )
+    Recipe(
+        "deep-64-bad", DEEP_64, 611, DEEPENED, "pipeline", "development", "benign-32-a", "baddiffusion-stamped", "cross", "star"
     ),
 )
 """Four times the pixels that the method was developed on; a network that knows 32 px learns 64 px quickly."""
