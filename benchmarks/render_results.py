@@ -44,7 +44,10 @@ large-64-troj was called clean: a model that takes narrowed noise for whole is i
 Of three backdoored models of 64 px none has its own trigger reverted: in such networks many wrong pictures are fixed points.
 deep-64-bad, which goes down to 8 px as published networks do, was called clean at first. Climbing from a fixed point that fires
 from some noises was made looking at it, and finds a shift that surely fires. No second model of that kind confirms it yet. So
-above 32 px no model is called clean. The benign large-64 was scanned before there was climbing.
+above 32 px no model is called clean.
+
+Only the rows of deep-64 and deep-64-bad were made with climbing. Where nothing is climbed from, the search is as before;
+so it is in large-64-troj and in the benign models of `zoo/`. large-64 and large-64-bad were not looked at again.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.
