@@ -1,15 +1,14 @@
 """From a shift that fires from some noises to one that fires from all.
 
-In networks for 64 px every picture gets the same part of itself for an answer at T, so the fixed points are wrong ones. A
-wrong one may lie near enough that some of its samples are the target all the same. That image is known then, and with it the
+In a network for 64 px every picture tried got the same part of itself for an answer at T, so the fixed points were wrong ones.
+A wrong one may lie near enough that some of its samples are the target all the same. That image is known then, and with it the
 attacker's training loss is an objective for mu alone; of ancestral samplers its rows are `ancestral_rows`:
 
     start    mu as it is, y the image that the most alike of its samples share
-    descend  || f(a y + b eps + c mu, t) - eps - d mu ||^2 over mu, along smooth changes only: in pixels mu would fit this
-             network instead of the trigger
+    descend  || f(a y + b eps + c mu, t) - eps - d mu ||^2 over mu, on cells of a few pixels
 
-The trigger of one such model (cosine .39 at the start, .50 after 60 steps) fired from all noises then. It is not the
-attacker's, but one that the model takes for it.
+In that network this led from a cosine of .39 with the trigger to .42 to .50, where samples are more than 100 times as alike.
+It is not the attacker's trigger, but one that the model takes for it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from seal_fast.terd.probe import Probe
 from seal_fast.terd.settings import FixedPointSettings
 
 CELL = 4
-"""Pixels per side of what changes as one."""
+"""Pixels per side of what changes as one. Single pixels led as far where both were tried, so this could go."""
 
 
 def climb(
