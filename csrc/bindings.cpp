@@ -17,6 +17,7 @@
 #include "cpu/perturbed_pair.h"
 #include "cpu/reversed_loss.h"
 #include "cpu/sampler_step.h"
+#include "cpu/winograd_convolution.h"
 
 namespace py = pybind11;
 using namespace seal_fast;
@@ -150,6 +151,29 @@ void define_group_norm_silu(py::module_& m, const std::string& suffix) {
           "x_grad"_a, "threads"_a, "isa"_a = best);
 }
 
+// x, weight, bias, out, workspace; bias may be 0
+using ConvolutionAddresses = std::array<uintptr_t, 5>;
+// images, height, width, channels, filters
+using ConvolutionSizes = std::array<int64_t, 5>;
+
+int64_t convolution_workspace(int64_t channels, int64_t filters, int threads) {
+    return baseline::winograd_workspace(channels, filters, threads);
+}
+
+void convolution(const ConvolutionAddresses& a, const ConvolutionSizes& s, int threads, int isa) {
+    const WinogradConvolution call{at<const float>(a[0]), at<const float>(a[1]), at<const float>(a[2]), at<float>(a[3]),
+                                   at<float>(a[4]),       s[0],                  s[1],                  s[2],
+                                   s[3],                  s[4]};
+    SEAL_SELECT(checked(isa), winograd_convolution)(call, threads);
+}
+
+void define_winograd_convolution(py::module_& m) {
+    using namespace py::literals;
+    m.def("winograd_workspace", &convolution_workspace, "Floats that the workspace must hold.");
+    m.def("winograd_convolution", &convolution, py::call_guard<py::gil_scoped_release>(), "addresses"_a, "sizes"_a, "threads"_a,
+          "isa"_a = int(best_isa()));
+}
+
 void step(const StepAddresses& addresses, const StepSizes& sizes, double limit, int threads, int isa) {
     SEAL_SELECT(checked(isa), sampler_step)(sampler_step_arguments(addresses, sizes, limit), threads);
 }
@@ -189,5 +213,6 @@ PYBIND11_MODULE(_native, m) {
     define_cross_attention<Float16>(m, "f16");
     define_group_norm_silu<float>(m, "f32");
     define_group_norm_silu<Bfloat16>(m, "bf16");
+    define_winograd_convolution(m);
     define_reversion(m);
 }

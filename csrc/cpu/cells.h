@@ -29,8 +29,6 @@ constexpr int kDepth = 1;
 template <>
 constexpr int kDepth<Pair> = 2;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class Cell>
 inline int64_t cells(int64_t elements) {
     return ceil_div(elements, kDepth<Cell>);

@@ -17,6 +17,8 @@
 
 namespace {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Two bfloat16, the first in the low half.
 typedef uint32_t Pair;
 
@@ -134,7 +136,7 @@ inline void multiply_columns(int64_t columns, int64_t rows, Matrix<Cell> a, Matr
         if (columns < kColumns)
             return multiply_columns<kColumns - 1, kHalved, kAdjacentRows>(columns, rows, a, b, c, steps, add);
     }
-    const int64_t blocks = (rows + kMaxRows[kColumns] - 1) / kMaxRows[kColumns];
+    const int64_t blocks = ceil_div(rows, kMaxRows[kColumns]);
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block * rows / blocks, last = (block + 1) * rows / blocks;
         multiply_rows<kMaxRows[kColumns], kColumns, kHalved, kAdjacentRows>(
@@ -148,8 +150,8 @@ inline void multiply_columns(int64_t columns, int64_t rows, Matrix<Cell> a, Matr
 template <bool kAdjacentRows, class Cell>
 inline void multiply(Matrix<Cell> a, Matrix<Cell> b, Matrix<float> c, int64_t rows, int64_t columns, int64_t steps,
                      bool add = false) {
-    const int64_t vectors = (columns + kFloats - 1) / kFloats;
-    const int64_t panels = (vectors + kMaxColumns - 1) / kMaxColumns;
+    const int64_t vectors = ceil_div(columns, kFloats);
+    const int64_t panels = ceil_div(vectors, kMaxColumns);
     for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t first = panel * vectors / panels, last = (panel + 1) * vectors / panels;
         const Matrix<Cell> right{b.data + first * kFloats, b.stride};

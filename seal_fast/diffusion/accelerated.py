@@ -1,6 +1,7 @@
 """A frozen denoiser as fast as this processor runs it: the same network, its parts exchanged for equivalents.
 
-    convolutions   keep nothing of their input for the gradient, since the weights need none; laid out channels-last, once
+    convolutions   keep nothing of their input for the gradient, since the weights need none; laid out channels-last, once. In
+                   float32 those of 3 x 3 do a quarter of the products (`seal_fast.ops.winograd_convolution`)
     weights        converted to the precision of the run once, where autocast would do it in every pass
     blocks         are one node of autograd's graph; normalisation and activation are one op (`seal_fast.ops.group_norm_silu`),
                    which adds the timestep as well
@@ -25,8 +26,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, scaled_dot_product_attention, silu
 
 from seal_fast.diffusion.denoiser import Denoiser
-from seal_fast.ops import group_norm_silu
+from seal_fast.ops import WinogradWeight, group_norm_silu
 from seal_fast.ops.group_norm_silu import group_norm_silu_backward_op, group_norm_silu_op
+from seal_fast.ops.winograd_convolution import winograd_convolution_op
 
 
 def _exactly(part: Any, kind: Any) -> bool:
@@ -77,6 +79,25 @@ class _Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenConvolution.apply(self.taken(x), self)
+
+
+class _Winograd(_Convolution):
+    """One of 3 x 3, stride 1 and padding 1, in float32: on AVX2 1.1 (16 channels) to 3 times as fast, gradient included."""
+
+    @staticmethod
+    def replaces(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+        plain = conv.stride == conv.padding == conv.dilation == (1, 1) and conv.groups == 1
+        return dtype == torch.float32 and plain and WinogradWeight.takes(conv.weight)
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__(conv, dtype)
+        self.winograd = WinogradWeight(self.weight)
+
+    def of(self, x: Tensor) -> Tensor:
+        return winograd_convolution_op(x, self.winograd.forward, self.bias)
+
+    def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
+        return winograd_convolution_op(grad, self.winograd.backward, None)
 
 
 class _NormSilu(nn.Module):
@@ -134,8 +155,8 @@ class _Block(nn.Module):
             and isinstance(module.nonlinearity, nn.SiLU)
             and module.time_embedding_norm == "default"
             and not (module.up or module.down or module.skip_time_act)
-            and all(_exactly(conv, _Convolution) for conv in (module.conv1, module.conv2))
-            and (module.conv_shortcut is None or _exactly(module.conv_shortcut, _Convolution))
+            and all(isinstance(conv, _Convolution) for conv in (module.conv1, module.conv2))
+            and isinstance(module.conv_shortcut, _Convolution | None)
         )
 
     def __init__(self, block: ResnetBlock2D) -> None:
@@ -183,7 +204,8 @@ def _exchange(module: nn.Module, dtype: torch.dtype) -> None:
     for name, part in module.named_children():
         _exchange(part, dtype)
         if _exactly(part, nn.Conv2d) and part.padding_mode == "zeros":
-            setattr(module, name, _Convolution(part, dtype))
+            exchanged = _Winograd if _Winograd.replaces(part, dtype) else _Convolution
+            setattr(module, name, exchanged(part, dtype))
         elif _exactly(part, nn.Linear):
             part.to(dtype)
         elif _Block.replaces(part):
@@ -200,8 +222,9 @@ def accelerated(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> Denoi
         dtype: float32, or bfloat16 for a network that will run under autocast to it.
     """
     network: Any = denoiser.network
-    fused = group_norm_silu_op.status(denoiser.device.type).chosen not in (None, "reference")
-    if not fused or not _exactly(network, UNet2DModel) or network.dtype != torch.float32:
+    ops = group_norm_silu_op, winograd_convolution_op
+    compiled = all(op.status(denoiser.device.type).chosen not in (None, "reference") for op in ops)
+    if not compiled or not _exactly(network, UNet2DModel) or network.dtype != torch.float32:
         return denoiser
     kept = (p for module in network.modules() if isinstance(module, nn.GroupNorm) for p in module.parameters())
     network = copy.deepcopy(network, {id(p): p for p in kept})

@@ -17,6 +17,7 @@ from seal_fast.ops.group_norm_silu import group_norm_silu
 from seal_fast.ops.perturbed_pair import PerturbedPair, perturbed_pair
 from seal_fast.ops.reversed_loss import reversed_loss
 from seal_fast.ops.sampler_step import StepCoefficients, sampler_step
+from seal_fast.ops.winograd_convolution import WinogradWeight, winograd_convolution
 
 __all__ = [
     "GAMMA_FLOOR",
@@ -25,6 +26,7 @@ __all__ = [
     "PerturbedPair",
     "Standardisation",
     "StepCoefficients",
+    "WinogradWeight",
     "attention_distillation",
     "counter_normal",
     "cross_attention",
@@ -37,4 +39,5 @@ __all__ = [
     "sampler_step",
     "standardise",
     "standardised_log_ratio",
+    "winograd_convolution",
 ]

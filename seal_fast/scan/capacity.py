@@ -12,9 +12,10 @@ import torch
 
 BASE_BYTES = 1 << 30
 """Of one scan whatever its model: libraries, and the search on pictures of 16 px, which took 0.98 GB together."""
-BYTES_PER_FILE_BYTE = 40
+BYTES_PER_FILE_BYTE = 48
 """What the search takes beyond that per byte of the checkpoint's files: its passes with a gradient keep the activations of 192
-images, for google/ddpm-cifar10-32's network 35 times its weights."""
+images, for google/ddpm-cifar10-32's network 35 times its weights; and of those weights the convolutions' are kept once more,
+and on the CPU transformed, in four times as many numbers for outputs and as many for gradients."""
 
 STREAMS = 4
 """Models at a time on a GPU. Not measured on one yet: threads share the interpreter, so many would wait for it, not the GPU."""

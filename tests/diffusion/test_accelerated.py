@@ -28,6 +28,7 @@ PLAIN: dict[str, Any] = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
+    "channels in whole vectors": {**PLAIN, "block_out_channels": (16, 48)},
     "mid block of another scale": {**PLAIN, "mid_block_scale_factor": 1.5, "downsample_padding": 0},
     "scale and shift by the timestep": {**PLAIN, "resnet_time_scale_shift": "scale_shift"},
     "other activation": {**PLAIN, "act_fn": "mish"},
@@ -72,6 +73,20 @@ def test_answers_and_gradients_are_those_of_the_network(config: dict[str, Any], 
         assert apart(got, want) < 1e-4
     with torch.no_grad():
         assert apart(accelerated(original)(x, t), original(x, t)) < 1e-4
+
+
+def calls_of_winograd(model: Denoiser, generator: torch.Generator) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        model(*draw(generator))
+    return sum(event.count for event in profile.key_averages() if event.key == "seal_fast::winograd_convolution")
+
+
+def test_convolutions_of_whole_vectors_do_a_quarter_of_the_products(generator: torch.Generator) -> None:
+    """Two per residual block, of two on the way down, two in the middle and four up, and one after the upsampling."""
+    whole = denoiser(CONFIGS["channels in whole vectors"], generator)
+    assert calls_of_winograd(accelerated(whole), generator) == 2 * 8 + 1
+    assert calls_of_winograd(whole, generator) == 0
+    assert calls_of_winograd(accelerated(denoiser(PLAIN, generator)), generator) == 0
 
 
 @pytest.mark.skipif(not native_bfloat16(torch.device("cpu")), reason="the processor has no bfloat16")

@@ -23,6 +23,7 @@ from seal_fast.ops.gaussian import reference_gaussian_kl_stats, reference_gaussi
 from seal_fast.ops.perturbed_pair import reference_perturbed_pair
 from seal_fast.ops.reversed_loss import reference_reversed_loss
 from seal_fast.ops.sampler_step import reference_sampler_step
+from seal_fast.ops.winograd_convolution import reference_winograd_convolution
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SLEEP = 20_000_000
@@ -58,6 +59,12 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return ops.cross_attention(q, k, v, torch.tensor([1, 8, 1], device=q.device))
 
 
+def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    # in half precision the networks keep torch's convolutions
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return ops.winograd_convolution(x.to(dtype), ops.WinogradWeight(weight.to(dtype)), bias.to(dtype))
+
+
 CASES = {
     "counter_normal": Case(((5, 3, 7),), lambda like: ops.counter_normal(like, 2**63 + 5, 3)),
     "perturbed_pair": Case(((6, 3, 7), (2, 3, 7), (2, 3, 7)), lambda *given: ops.perturbed_pair(*given, 9), ((3, 3),)),
@@ -65,6 +72,7 @@ CASES = {
     "sampler_step": Case(((6, 3, 37), (6, 3, 37), (3, 3, 37), (3, 3, 37), (6, 3, 37)), stepped, ((2, 7),)),
     "gaussian_log_ratio": Case(((70, 3, 5), (9, 3, 5), (9, 3, 5)), lambda x, mu, g: ops.gaussian_log_ratio(x, mu, 1 + g.abs())),
     "gaussian_kl_stats": Case(((3, 5, 67), (3, 5, 67)), lambda mu, g: tuple(ops.gaussian_kl_stats(mu, 0.5 + g.abs()))),
+    "winograd_convolution": Case(((3, 16, 7, 10),), convolved, ((32, 16, 3, 3), (32,))),
     "cross_attention": Case(((2, 3, 17, 20), (2, 3, 9, 20), (2, 3, 9, 20)), attended),
     "attention_distillation": Case(((2, 3, 17, 20), (2, 3, 9, 20), (2, 3, 9, 20)), distilled, ((2, 3, 17), (2, 3))),
 }
@@ -141,6 +149,7 @@ def on_meta(*shape: int) -> Tensor:
         (reference_perturbed_pair, (on_meta(4, 5), on_meta(2, 5), on_meta(2, 5), on_meta(1, 3), 7)),
         (reference_reversed_loss, (on_meta(4, 5), on_meta(4, 5), on_meta(4, 5))),
         (reference_sampler_step, (on_meta(4, 5), on_meta(4, 5), on_meta(2, 7), *[on_meta(2, 5)] * 2, None, None, 1.0)),
+        (reference_winograd_convolution, (on_meta(2, 16, 5, 6), on_meta(36, 16, 32), on_meta(32))),
         (reference_gaussian_kl_stats, (on_meta(2, 5), on_meta(2, 5))),
         (reference_gaussian_log_ratio, (on_meta(4, 5), on_meta(2, 5), on_meta(2, 5), on_meta(2))),
         (

@@ -10,6 +10,7 @@ from torch.nn.functional import group_norm, silu
 
 from seal_fast.ops import group_norm_silu, native
 from seal_fast.ops.group_norm_silu import group_norm_silu_op, reference_group_norm_silu
+from tests.ops.layers import error, needs_native
 
 # images, groups, channels of a group, height, width
 SHAPES = {
@@ -22,7 +23,6 @@ SHAPES = {
     "many pixels": (2, 1, 3, 40, 37),
 }
 EPS = 1e-6
-needs_native = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.reason))
 
 
 def draw(
@@ -40,11 +40,6 @@ def draw(
 
 def written_out(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int) -> Tensor:
     return silu(group_norm(x.double() + shift[:, :, None, None], groups, weight, bias, EPS))
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """Largest, relative to the size of the whole."""
-    return float((got.detach().double() - want.detach()).abs().max() / want.detach().square().mean().sqrt())
 
 
 @pytest.mark.usefixtures("backend")

@@ -1,0 +1,172 @@
+"""3 x 3 convolution by Winograd's F(4x4, 3x3) (Lavin and Gray 2016, arXiv 1509.09308), with a weight that is a constant.
+
+    Y = A' [ (G g G') * (B' d B) ] A
+
+for a tile Y of 4 x 4 outputs, a filter g and the 6 x 6 inputs d around the tile: 36 products in place of 144. The weight is
+transformed once, so this is for models that are examined, not trained. Rounding errors are about ten times those of the plain
+sum: 1e-4 of the size of the result at most, in float32 with 512 channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from seal_fast.ops import native
+from seal_fast.ops.dispatch import Implementation, Op, refuse_float64
+from seal_fast.ops.rows import address
+
+TILE, INPUT = 4, 6
+CHANNELS = 16
+"""Numbers of channels are multiples of this, the widest vector's lanes."""
+_INPUT = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+_WEIGHT = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+
+
+@dataclass(frozen=True)
+class WinogradWeight:
+    """A constant weight, transformed once for outputs, and for gradients when the first is asked for.
+
+    Attributes:
+        plain: [F,C,3,3], both multiples of `CHANNELS`.
+
+    Raises:
+        ValueError: another shape, or a weight that requires gradients.
+    """
+
+    plain: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.takes(self.plain):
+            raise ValueError(
+                f"weight must be floating point [filters, channels, 3, 3], both multiples of {CHANNELS},"
+                f" not {self.plain.dtype} {tuple(self.plain.shape)}"
+            )
+        if self.plain.requires_grad:
+            raise ValueError("the weight is a constant here: freeze it with requires_grad_(False)")
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether a weight of an `nn.Conv2d` has the right shape."""
+        filters, channels, *kernel = weight.shape
+        return weight.is_floating_point() and kernel == [3, 3] and filters % CHANNELS == channels % CHANNELS == 0
+
+    @cached_property
+    def forward(self) -> Tensor:
+        """G g G', [36,C,F]."""
+        return _transformed(self.plain)
+
+    @cached_property
+    def backward(self) -> Tensor:
+        """[36,F,C]: the gradient of the input is a convolution too, with filters that are turned by half a turn."""
+        return _transformed(self.plain.flip(2, 3).transpose(0, 1))
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    g = torch.tensor(_WEIGHT, dtype=torch.float64, device=weight.device)
+    taps = weight.double().permute(2, 3, 1, 0).flatten(0, 1)
+    return torch.tensordot(torch.kron(g, g), taps, dims=1).to(weight.dtype)
+
+
+def reference_winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `winograd_convolution`; weight is [36,C,F]."""
+    a, b = (torch.tensor(m, dtype=x.dtype, device=x.device) for m in (_OUTPUT, _INPUT))
+    height, width = x.shape[2:]
+    # a tile sees one pixel around itself; tiles at the right and lower edge may lie half outside
+    padded = pad(x, (1, 1 + -width % TILE, 1, 1 + -height % TILE))
+    d = padded.unfold(2, INPUT, TILE).unfold(3, INPUT, TILE)
+    products = torch.einsum("abcf,ai,nchwij,bj->nfhwab", weight.view(INPUT, INPUT, *weight.shape[1:]), b, d, b)
+    tiles = torch.einsum("pa,nfhwab,qb->nfhpwq", a, products, a)
+    out = tiles.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+    out = out if bias is None else out + bias[:, None, None]
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def _new_out(x: Tensor, weight: Tensor) -> Tensor:
+    images, _, height, width = x.shape
+    return torch.empty(
+        images, weight.shape[2], height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, out, threads = x.contiguous(memory_format=torch.channels_last), _new_out(x, weight), torch.get_num_threads()
+    images, channels, height, width = x.shape
+    filters = weight.shape[2]
+    workspace = torch.empty(native.CPU.module.winograd_workspace(channels, filters, threads))
+    addresses = tuple(map(address, (x, weight, bias, out, workspace)))
+    native.CPU.module.winograd_convolution(addresses, (images, height, width, channels, filters), threads)
+    return out
+
+
+winograd_convolution_op = Op(
+    "winograd_convolution(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    [
+        Implementation("cpu", _cpu, "cpu", lambda: native.CPU.reason, refuse_float64),
+        Implementation("reference", reference_winograd_convolution),
+    ],
+    fake=lambda x, weight, bias: _new_out(x, weight),
+)
+
+
+class _WinogradConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: WinogradWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return winograd_convolution_op(x, weight.forward, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return winograd_convolution_op(grad, ctx.weight.backward, None), None, None
+
+
+def winograd_convolution(x: Tensor, weight: WinogradWeight, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.conv2d(x, weight.plain, bias, padding=1)`.
+
+    Args:
+        x: [N,C,H,W], float32 or float64 as the weight is; channels-last, or it is copied to be so.
+        weight: of a filter [F,C,3,3].
+        bias: [F], constant; None for none.
+
+    Returns:
+        [N,F,H,W] in the dtype of x, channels-last; differentiable once in x. Nothing of x is kept for that.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match, or a bias that requires gradients.
+    """
+    plain = weight.plain
+    if x.dtype not in (torch.float32, torch.float64) or x.dtype != plain.dtype:
+        raise ValueError(f"x and weight must both be float32 or both float64, not {x.dtype} and {plain.dtype}")
+    if x.ndim != 4 or x.numel() == 0 or x.shape[1] != plain.shape[1] or x.device != plain.device:
+        raise ValueError(
+            f"x must be [N,{plain.shape[1]},H,W] on {plain.device} with no size 0, not {tuple(x.shape)} on {x.device}"
+        )
+    if bias is not None and (bias.shape != plain.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"bias must be {x.dtype} [{len(plain)}] on {x.device}, not {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        )
+    if bias is not None and bias.requires_grad:
+        raise ValueError("the bias is a constant here: freeze it with requires_grad_(False)")
+    return _WinogradConvolution.apply(x, weight, None if bias is None else bias.contiguous())
