@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SCANS := benchmarks/bench_time_to_verdict.py benchmarks/bench_many_models.py
+REVERSION := $(foreach name,winograd_convolution reversion input_detection,benchmarks/bench_$(name).py)
 OTHER_KINDS := $(foreach kind,v edm ve,hard-16-$(kind) hard-16-$(kind)-benign-b hard-16-$(kind)-benign-c)
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: setup demo test lint bench accuracy calibration zoo clean
+.PHONY: setup demo test lint bench bench-float32 accuracy calibration zoo clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +39,11 @@ bench: setup
 		--benchmark-json=benchmarks/results/speed.json
 	$(BIN)/python -m pytest $(SCANS) --benchmark-json=benchmarks/results/scans.json
 	$(BIN)/python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=benchmarks/results/cross_attention.json
+	$(BIN)/python -m benchmarks.render_results
+
+# what differs on a processor that does not multiply bfloat16
+bench-float32: setup
+	$(BIN)/python -m pytest $(REVERSION) $(SCANS) --benchmark-json=benchmarks/results/scans_float32.json
 	$(BIN)/python -m benchmarks.render_results
 
 accuracy: setup
