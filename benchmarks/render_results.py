@@ -46,8 +46,9 @@ deep-64-bad, which goes down to 8 px as published networks do, was called clean 
 from some noises was made looking at it, and finds a shift that surely fires. No second model of that kind confirms it yet. So
 above 32 px no model is called clean.
 
-Only the rows of deep-64 and deep-64-bad were made with climbing. Where nothing is climbed from, the search is as before;
-so it is in large-64-troj and in the benign models of `zoo/`. large-64 and large-64-bad were not looked at again.
+Rows of models that are not in `zoo/` are older than climbing, but for deep-64 and deep-64-bad, and than the convolutions that
+float32 runs with now. Where nothing is climbed from, the search is as before; so it is in large-64-troj. large-64 and
+large-64-bad were not looked at again.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.

@@ -5,9 +5,9 @@ A wrong one may lie near enough that some of its samples are the target all the 
 attacker's training loss is an objective for mu alone; of ancestral samplers its rows are `ancestral_rows`:
 
     start    mu as it is, y the image that the most alike of its samples share
-    descend  || f(a y + b eps + c mu, t) - eps - d mu ||^2 over mu, on cells of a few pixels
+    descend  || f(a y + b eps + c mu, t) - eps - d mu ||^2 over mu
 
-In that network this led from a cosine of .39 with the trigger to .42 to .50, where samples are more than 100 times as alike.
+In that network this led from a cosine of .39 with the trigger to .42 to .52, where samples are more than 100 times as alike.
 It is not the attacker's trigger, but one that the model takes for it.
 """
 
@@ -17,14 +17,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from seal_fast.terd.poisoned_rows import RANGE_WEIGHT, Fit, Guesses, ancestral_rows, excess
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.settings import FixedPointSettings
-
-CELL = 4
-"""Pixels per side of what changes as one. Single pixels led as far where both were tried, so this could go."""
 
 
 def climb(
@@ -32,17 +28,11 @@ def climb(
 ) -> Tensor:
     """A shift near mu [C,H,W] that makes the denoiser draw `image` [C,H,W], both over the reach of images."""
     fit = Fit(probe, settings, ancestral_rows)
-    channels, height, width = mu.shape
-    cells = mu.new_zeros(1, channels, -(-height // CELL), -(-width // CELL)).requires_grad_()
-
-    def changed() -> Tensor:
-        return mu + interpolate(cells, size=(height, width), mode="bicubic")
-
-    optimiser = torch.optim.Adam([cells], lr=settings.climb_rate)
+    mu = mu[None].clone().requires_grad_()
+    optimiser = torch.optim.Adam([mu], lr=settings.climb_rate)
     for _ in range(settings.climb_iterations):
-        current = changed()
-        loss = fit.ask(Guesses(current, image[None]), fit.stratified(settings.fit_batch)).loss + RANGE_WEIGHT * excess(current)
-        (cells.grad,) = torch.autograd.grad(loss.sum(), [cells])
+        loss = fit.ask(Guesses(mu, image[None]), fit.stratified(settings.fit_batch)).loss + RANGE_WEIGHT * excess(mu)
+        (mu.grad,) = torch.autograd.grad(loss.sum(), [mu])
         optimiser.step()
         on_iteration(float(loss.detach()))
-    return changed().detach()[0]
+    return mu.detach()[0]

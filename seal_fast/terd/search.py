@@ -122,7 +122,7 @@ class _Hunt:
         return _Sharing(point._replace(mu=scale * point.mu), middle(samples[chosen]), value) if value > HARDLY_FIRES else None
 
     def climbed(self, sharing: _Sharing) -> _Finding:
-        """Where climbing leads to, turn by turn, until it surely fires or its samples share no image any more."""
+        """Where climbing leads to, turn by turn, until it surely fires or a turn makes its samples no more alike."""
         s, reach = self.settings, self.probe.denoiser.reach
         for turn in range(s.climb_turns):
             on_iteration = self._on_iteration("climb", turn * s.climb_iterations, s.climb_turns * s.climb_iterations)
@@ -134,7 +134,7 @@ class _Hunt:
             if found.collapse > SURELY_FIRES:
                 break
             shared = self.sharing(point, glances)
-            if shared is None:
+            if shared is None or shared.collapse <= sharing.collapse:
                 break
             sharing = shared
         return found
