@@ -84,9 +84,8 @@ class WinogradWeight:
 
 
 def _transformed(weight: Tensor) -> Tensor:
-    g = torch.tensor(_WEIGHT, dtype=torch.float64, device=weight.device)
-    taps = weight.double().permute(2, 3, 1, 0).flatten(0, 1)
-    return torch.tensordot(torch.kron(g, g), taps, dims=1).to(weight.dtype)
+    g = torch.tensor(_WEIGHT, dtype=weight.dtype, device=weight.device)
+    return torch.tensordot(torch.kron(g, g), weight.permute(2, 3, 1, 0).flatten(0, 1), dims=1)
 
 
 def reference_winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
