@@ -25,7 +25,8 @@ from seal_fast.terd import ReversionSettings, reverse_trigger
 
 ZOO = Path(__file__).parents[1] / "zoo"
 MODEL, LARGER_MODEL = ZOO / "benign-16-a", ZOO / "benign-32-a"
-ITERATIONS = {"estimation": 6, "refinement": 2}
+ITERATIONS = {"estimation": 24, "refinement": 8}
+"""Enough that what a reversion does once, to exchange parts of the network, is 2% of an iteration and not 7%."""
 ROUNDS = 5
 
 
