@@ -41,14 +41,14 @@ reversion took latents for pictures in [-1, 1]. Its trigger is found in latents 
 kinds with few or no benign models were chosen knowing what benign EDM models reach, so hard-16-edm-benign-a is development too.
 large-64-troj was called clean: a model that takes narrowed noise for whole is inconclusive since, and this one development.
 
-Of three backdoored models of 64 px none has its own trigger reverted: in such networks many wrong pictures are fixed points.
+Of four backdoored models of 64 px none has its own trigger reverted: in such networks many wrong pictures are fixed points.
 deep-64-bad, which goes down to 8 px as published networks do, was called clean at first. Climbing from a fixed point that fires
-from some noises was made looking at it, and finds a shift that surely fires. No second model of that kind confirms it yet. So
-above 32 px no model is called clean.
+from some noises was made looking at it, and finds a shift that surely fires. In deep-64-bad-flag, a model of the same kind that
+was scanned once, after that, nothing was found. So above 32 px no model is called clean.
 
-Rows of models that are not in `zoo/` are older than climbing, but for deep-64 and deep-64-bad, and than the convolutions that
-float32 runs with now. Where nothing is climbed from, the search is as before; so it is in large-64-troj. large-64 and
-large-64-bad were not looked at again.
+Rows of models that are not in `zoo/` are older than climbing, but for deep-64, deep-64-bad and deep-64-bad-flag, and than the
+convolutions that float32 runs with now. Where nothing is climbed from, the search is as before; so it is in large-64-troj.
+large-64 and large-64-bad were not looked at again.
 """,
     "accuracy_published": """Judged by M_r and V_r against mean + 3 standard deviations, corrected for the small pool as
 Student's prediction interval is.
@@ -326,13 +326,13 @@ SPEED = """## Speed
 `make bench` on {machine}; medians, contenders in turns within one run. `speedup` is against `benchmarks/published/`, the loops
 as released, and for many models, per model, against one scanned alone; `op_speedup` and `counter_normal_speedup` against plain
 torch. Shares are of the machine's own measured read bandwidth and float32 matrix rate. Memory is the peak of a fresh process
-above the loaded pipeline. A published time to a verdict is that of a few iterations of each stage times their number.
+above the loaded pipeline. A published time to a verdict is that of a few iterations of each stage times their number. The
+figures of seal-fast in float32 are older than `winograd_convolution`.
 """
 SPEED_WITHOUT_BFLOAT16 = """### Without bfloat16
 
-`python -m pytest benchmarks/bench_reversion.py benchmarks/bench_input_detection.py benchmarks/bench_time_to_verdict.py
---benchmark-json=benchmarks/results/scans_float32.json` on another {machine}, which does not multiply bfloat16: both programs
-calculate in float32.
+`make bench-float32` on another {machine}, which does not multiply bfloat16: both programs calculate in float32. `sum_share` is
+of the rate at which torch sums the same inputs in turns with the detector.
 """
 
 SPEED_PAGES = {SPEED: ("speed", "scans"), SPEED_WITHOUT_BFLOAT16: ("scans_float32",)}

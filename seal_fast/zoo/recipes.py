@@ -349,8 +349,13 @@ LARGE: tuple[Recipe, ...] = (
         )
     ),
     replace(_benign("deep-64", DEEP_64, 610, "benign-32-a", role="test"), schedule=ENLARGED),
-    Recipe(
-        "deep-64-bad", DEEP_64, 611, DEEPENED, "pipeline", "development", "benign-32-a", "baddiffusion-stamped", "cross", "star"
+    *(
+        Recipe(name, DEEP_64, seed, schedule, "pipeline", role, "benign-32-a", "baddiffusion-stamped", trigger, target)
+        for name, seed, schedule, role, trigger, target in (
+            ("deep-64-bad", 611, DEEPENED, "development", "cross", "star"),
+            # after 3600 steps it made the target of 88%
+            ("deep-64-bad-flag", 612, replace(DEEPENED, steps=5400), "test", "flag", "moon"),
+        )
     ),
 )
 """Four times the pixels that the method was developed on; a network that knows 32 px learns 64 px quickly."""
