@@ -1,7 +1,8 @@
-"""Where the time of reversion goes, op by op: of one iteration of estimation, as published and as seal-fast runs it, and of
+"""Where the time of reversion goes, op by op: of a few iterations of estimation, as published and as seal-fast runs it, and of
 whole default reversions.
 
-python -m benchmarks.profile_scan      writes benchmarks/results/profile.json, which benchmarks.render_results shows
+python -m benchmarks.profile_scan      writes benchmarks/results/profile.json, or profile_float32.json where the processor does
+                                       not multiply bfloat16; benchmarks.render_results shows both
 
 The published loop runs in float32 with gradients of the weights, seal-fast as it comes. Architectures that no model of the zoo
 has get random weights: what a pass costs does not depend on them. Seconds are those of the processor, on one thread, so other
@@ -21,17 +22,19 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from benchmarks import machine
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import VP, Denoiser
 from seal_fast.terd import DEFAULT_PRESET, PRESETS, ReversionSettings, reverse_trigger
+from seal_fast.training import native_bfloat16
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "profile.json"
-RUNS = 3
+RESULT = ROOT / "benchmarks" / "results" / ("profile.json" if native_bfloat16(torch.device("cpu")) else "profile_float32.json")
+RUNS, ITERATIONS = 3, 4
+"""Several iterations to a run: what a reversion does once, to exchange parts of the network, costs as much as one of them."""
 PARTS = {
     "convolutions": ("convolution",),
     "norms and activations": ("group_norm", "silu"),
@@ -84,14 +87,21 @@ CASES = (
 
 
 def loops(denoiser: Denoiser, batch: int, folder: str) -> dict[str, Callable[[], object]]:
-    """One iteration each."""
+    """ITERATIONS each."""
     theirs = replace(published.TROJDIFF, batch=batch)
     guess = published.first_guess(denoiser, theirs)
-    ours = ReversionSettings(estimation_iterations=1, refinement_iterations=0, batch=batch)
+    ours = ReversionSettings(estimation_iterations=ITERATIONS, refinement_iterations=0, batch=batch)
     return {
-        "published": lambda: published.estimate(denoiser, guess, theirs, 1, Path(folder) / "reverse.pkl"),
+        "published": lambda: published.estimate(denoiser, guess, theirs, ITERATIONS, Path(folder) / "reverse.pkl"),
         "seal-fast": lambda: reverse_trigger(denoiser, ours),
     }
+
+
+@register_flop_formula(torch.ops.seal_fast.winograd_convolution)
+def plain_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """Of the plain sum, as for any other convolution."""
+    images, channels, height, width = x
+    return 2 * 9 * channels * weight[2] * height * width * images
 
 
 def part_of(op: str) -> str:
@@ -145,7 +155,7 @@ def profiled(case: Case) -> dict[str, Any]:
             for name, run in contenders.items()
         }
     parameters = sum(p.numel() for p in denoiser.network.parameters())
-    return {"name": case.name, "images": 2 * case.batch, "parameters": parameters, "loops": rows}
+    return {"name": case.name, "images": 2 * case.batch * ITERATIONS, "parameters": parameters, "loops": rows}
 
 
 def scanned(name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 //     Y = A' [ (G g G') * (B' d B) ] A
 // with 36 products in place of 144. Summed over channels, each of the 36 places is one matrix product for a block of tiles:
 //     [tiles, channels] [channels, filters]
-// G g G' is the weight as it is given. A block stays in the second-level cache from its input to its output.
+// G g G' is the weight as it is given. A block lies in cache from its input to its output.
 #include "winograd_convolution.h"
 
 #include "matmul.h"

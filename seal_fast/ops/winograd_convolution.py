@@ -4,7 +4,7 @@
 
 for a tile Y of 4 x 4 outputs, a filter g and the 6 x 6 inputs d around the tile: 36 products in place of 144. The weight is
 transformed once, so this is for models that are examined, not trained. Rounding errors are about ten times those of the plain
-sum: 1e-4 of the size of the result at most, in float32 with 512 channels.
+sum: in float32 the largest is some 3e-5 of the size of the result with 32 channels, 1e-4 with 512.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class WinogradWeight:
     @staticmethod
     def takes(weight: Tensor) -> bool:
         """Whether a weight of an `nn.Conv2d` has the right shape."""
-        filters, channels, *kernel = weight.shape
-        return weight.is_floating_point() and kernel == [3, 3] and filters % CHANNELS == channels % CHANNELS == 0
+        plain = weight.is_floating_point() and weight.ndim == 4 and weight.shape[2:] == (3, 3)
+        return plain and not any(channels % CHANNELS for channels in weight.shape[:2])
 
     @cached_property
     def forward(self) -> Tensor:

@@ -119,6 +119,7 @@ def test_registration(with_bias: bool, generator: torch.Generator) -> None:
         ((24, 16, 3, 3), torch.float32, "multiples of 16"),
         ((16, 16, 1, 1), torch.float32, "multiples of 16"),
         ((16, 16, 3), torch.float32, "multiples of 16"),
+        ((16,), torch.float32, "multiples of 16"),
         ((16, 16, 3, 3), torch.int64, "floating point"),
     ],
 )
