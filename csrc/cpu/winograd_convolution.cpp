@@ -16,8 +16,8 @@ constexpr int kTile = 4, kInput = 6, kPlaces = kInput * kInput;
 // Tiles of a block. From 24 to 96 the same speed for up to 256 channels; fewer read the weights of wide layers too often.
 constexpr int64_t kBlock = 48;
 
-// Floats between the places of a block beyond what is in them: without, those of 256 channels compete for the same lines of the
-// first-level cache (0.6 of the speed).
+// Floats between the places of a block beyond what is in them, so that they do not compete for the same lines of the first-level
+// cache: 1.03 to 1.18 times as fast.
 constexpr int64_t kGap = 16;
 
 // to[i * step] = (B' d)[i]
