@@ -389,22 +389,29 @@ def attention_page(content: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-PROFILE = """# Where the time goes
-
-`{command}` on one thread of {processor}: one iteration of estimation, forward pass and gradient
+PROFILE_TITLE = "# Where the time goes"
+PROFILE = """
+`{command}` on one thread of {processor}: iterations of estimation, forward pass and gradient
 of a batch of pairs, by the published loop in float32 and by seal-fast as it comes, in turns; the fastest of a few runs.
 Milliseconds are the processor's; shares are of one profiled run, in which Python waits for the profiler too. FLOPs are
 counted by torch; needed are those of a forward pass and of the input's gradient, the rest is gradients of frozen weights.
-GFLOP/s are of those done; a matrix product reaches {gemm:.0f} in float32 and {half:.0f} in bfloat16.
+GFLOP/s are of those counted; a matrix product reaches {gemm:.0f} in float32 and {half:.0f} in bfloat16.
+"""
+PROFILE_WITHOUT_BFLOAT16 = """
+## Without bfloat16
+
+`{command}` on one thread of another {processor}, which does not multiply bfloat16, so both programs
+calculate in float32: the same figures. `winograd_convolution` does a quarter of the products that are counted for it. A matrix
+product reaches {gemm:.0f} GFLOP/s in float32.
 """
 
 
-def profile_page(content: dict[str, Any]) -> list[str]:
+def profile_page(introduction: str, content: dict[str, Any]) -> list[str]:
     """Two rows per architecture: published, seal-fast."""
     gemm, half = (content[f"{dtype}_matrix_rate"] / 1e9 for dtype in ("float32", "bfloat16"))
     parts = list(content["cases"][0]["loops"]["published"]["shares"])
     lines = [
-        PROFILE.format(gemm=gemm, half=half, **content),
+        introduction.format(gemm=gemm, half=half, **content),
         "| network | loop | ms per image | FLOPs needed | GFLOP/s | " + " | ".join(parts) + " |",
         "|---" * (5 + len(parts)) + "|",
     ]
@@ -452,9 +459,9 @@ PAGES = {
 
 
 def main() -> None:
-    profile = RESULTS / "profile.json"
-    if profile.exists():
-        PROFILE_PAGE.write_text("\n".join(profile_page(json.loads(profile.read_text()))) + "\n")
+    profiles = {PROFILE: "profile", PROFILE_WITHOUT_BFLOAT16: "profile_float32"}
+    told = [profile_page(text, json.loads((RESULTS / f"{name}.json").read_text())) for text, name in profiles.items()]
+    PROFILE_PAGE.write_text("\n".join([PROFILE_TITLE, *(line for lines in told for line in lines)]) + "\n")
     lines = [INTRODUCTION]
     not_taken = json.loads((RESULTS / "not_taken.json").read_text())
     for title, name in (("Preset fixed-point, the default", "accuracy"), ("Published settings", "accuracy_published")):
