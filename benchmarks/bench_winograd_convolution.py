@@ -28,7 +28,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_winograd_convolution(benchmark: BenchmarkFixture, shape: str) -> None:
-    """Both in float32, channels-last, with frozen weights laid out or transformed before; GFLOP/s as if summed plainly."""
+    """Both in float32, channels-last, with frozen weights laid out or transformed before; `flops` are the plain sum's."""
     generator = torch.Generator().manual_seed(0)
     images, channels, filters, side = SHAPES[shape]
     x, grad = (

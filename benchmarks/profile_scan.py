@@ -34,7 +34,7 @@ from seal_fast.training import native_bfloat16
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / ("profile.json" if native_bfloat16(torch.device("cpu")) else "profile_float32.json")
 RUNS, ITERATIONS = 3, 4
-"""Several iterations to a run: what a reversion does once, to exchange parts of the network, costs as much as one of them."""
+"""Several iterations to a run: what a reversion does once, to exchange parts of the network, costs a good part of one."""
 PARTS = {
     "convolutions": ("convolution",),
     "norms and activations": ("group_norm", "silu"),

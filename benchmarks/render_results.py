@@ -332,7 +332,8 @@ figures of seal-fast in float32 are older than `winograd_convolution`.
 SPEED_WITHOUT_BFLOAT16 = """### Without bfloat16
 
 `make bench-float32` on another {machine}, which does not multiply bfloat16: both programs calculate in float32. `sum_share` is
-of the rate at which torch sums the same inputs in turns with the detector.
+of the rate at which torch sums the same inputs in turns with the detector. The two rows of test_reversion are of a later run of
+that bench alone, with more iterations to a round.
 """
 
 SPEED_PAGES = {SPEED: ("speed", "scans"), SPEED_WITHOUT_BFLOAT16: ("scans_float32",)}
