@@ -24,7 +24,9 @@ from benchmarks.gpu.device import Scale, device, peak_bytes, speedups
 from benchmarks.published import terd as published
 from seal_fast.diffusion import VP, Denoiser, sample
 from seal_fast.terd import FixedPointSettings, ReversionSettings
-from seal_fast.terd.replayed import Replayed
+from seal_fast.terd.poisoned_rows import Fit
+from seal_fast.terd.probe import Probe
+from seal_fast.terd.replayed import Replayed, ReplayedNetwork
 from seal_fast.terd.reversed_loss import READ_EVERY, descend_reversed_loss
 
 PUBLISHED_ITERATIONS = {"estimation": 3000, "refinement": 1000}
@@ -168,10 +170,31 @@ def sampling_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
     pictures, steps = (1, 2) if scale.tiny else (settings.firing_batch, settings.sampler_steps)
     contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(sampled, model, pictures, steps)}
     if torch.cuda.is_available():
-        graphs = replace(model, network=Replayed(model.network))
+        graphs = replace(model, network=ReplayedNetwork(model.network, Replayed()))
         contenders["seal_fast_bfloat16_graph"] = partial(sampled, graphs, pictures, steps)
     found = measured(contenders, 1 if scale.tiny else ROUNDS)
     return {"stage": "sampling", "batch": pictures, "timed_iterations": steps, **found, "speedups": {}}
+
+
+def descended(model: Denoiser, settings: FixedPointSettings, timed: int, recorded: bool) -> float:
+    """Seconds per iteration of the default search's first descent after the first READ_EVERY, in which it is recorded."""
+    probe = Probe(model, torch.Generator().manual_seed(0), settings.half_precision)
+    if not recorded:
+        probe.replayed = None
+    fit, times = Fit(probe, settings), [0.0]
+    fit.descend(fit.starts(), READ_EVERY + timed, lambda loss: times.append(time.perf_counter()))
+    return (times[-1] - times[READ_EVERY]) / timed
+
+
+def descent_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
+    """An iteration with a gradient as it comes, and as a graph."""
+    settings = FixedPointSettings()
+    settings, timed = (replace(settings, fit_batch=1), 1) if scale.tiny else (settings, TIMED_ITERATIONS)
+    contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(descended, model, settings, timed, False)}
+    if torch.cuda.is_available():
+        contenders["seal_fast_bfloat16_graph"] = partial(descended, model, settings, timed, True)
+    found = measured(contenders, 1 if scale.tiny else ROUNDS)
+    return {"stage": "descent", "batch": settings.fit_batch, "timed_iterations": timed, **found, "speedups": {}}
 
 
 def one_after_another(models: list[Denoiser], settings: ReversionSettings, capture: bool) -> float:
@@ -213,6 +236,7 @@ def measure(scale: Scale) -> Iterator[dict[str, Any]]:
         for stage in PUBLISHED_ITERATIONS:
             yield stage_row(model, stage, scale, Path(folder) / "reverse.pkl")
     yield sampling_row(model, scale)
+    yield descent_row(model, scale)
 
 
 def measure_models(scale: Scale) -> Iterator[dict[str, Any]]:

@@ -14,13 +14,32 @@ It is not the attacker's trigger, but one that the model takes for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from seal_fast.terd.poisoned_rows import RANGE_WEIGHT, Fit, Guesses, ancestral_rows, excess
+from seal_fast.terd.adam import adam_step, initial_moments
+from seal_fast.terd.poisoned_rows import RANGE_WEIGHT, Fit, ancestral_rows, ask, excess
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.settings import FixedPointSettings
+
+
+@dataclass(frozen=True)
+class _Climb:
+    """An iteration of Adam at `rate` on mu [1,C,H,W]."""
+
+    rate: float
+
+    def __call__(
+        self, probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, image: Tensor, mu: Tensor, *moments: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The loss [1]; then mu, and its moments, after it."""
+        with torch.enable_grad():
+            mu = mu.detach().requires_grad_()
+            loss = ask(probe, t, eps, coefficients, mu, image).loss + RANGE_WEIGHT * excess(mu)
+            gradients = torch.autograd.grad(loss.sum(), [mu])
+        return loss.detach(), *adam_step([mu], gradients, moments, self.rate)
 
 
 def climb(
@@ -28,11 +47,10 @@ def climb(
 ) -> Tensor:
     """A shift near mu [C,H,W] that makes the denoiser draw `image` [C,H,W], both over the reach of images."""
     fit = Fit(probe, settings, ancestral_rows)
-    mu = mu[None].clone().requires_grad_()
-    optimiser = torch.optim.Adam([mu], lr=settings.climb_rate)
+    mu = mu[None]
+    moments = initial_moments([mu])
     for _ in range(settings.climb_iterations):
-        loss = fit.ask(Guesses(mu, image[None]), fit.stratified(settings.fit_batch)).loss + RANGE_WEIGHT * excess(mu)
-        (mu.grad,) = torch.autograd.grad(loss.sum(), [mu])
-        optimiser.step()
-        on_iteration(float(loss.detach()))
-    return mu.detach()[0]
+        drawn = fit.draw(1, fit.stratified(settings.fit_batch))
+        loss, mu, *moments = probe.run(_Climb(settings.climb_rate), *drawn, image[None], mu, *moments)
+        on_iteration(float(loss))
+    return mu[0]

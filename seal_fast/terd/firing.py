@@ -93,7 +93,7 @@ class Trial:
     def draw(self, start: Tensor) -> Tensor:
         """Samples over the reach of images, from start [N,C,H,W] in units of the prior's standard deviation; never clipped,
         since a clamp would remove the shift that BadDiffusion lives in."""
-        denoiser = self.probe.denoiser
+        denoiser = self.probe.sampled
         fresh = torch.Generator(denoiser.device).manual_seed(int(torch.randint(2**31, (), generator=self.probe.generator)))
         steps = min(self.steps, denoiser.process.num_timesteps - 1)
         self.probe.evaluations += steps * len(start)

@@ -89,27 +89,62 @@ class _Answers(NamedTuple):
     loss: Tensor
 
 
+def _denoised(probe: Probe, t: Tensor, x: Tensor) -> Tensor:
+    """f for x [K,n,C,H,W] in units of the noise at t near T, [K n]."""
+    rows = x.flatten(0, 1)
+    # not the prior's scale: over 1% of the timesteps a variance-exploding process varies by 8%
+    return probe(per_row(probe.denoiser.process.b(t), rows) * rows, t).view_as(x)
+
+
+def _answers(probe: Probe, t: Tensor, eps: Tensor, m: Tensor, gamma: Tensor) -> _Answers:
+    """Average over the noises eps [n,C,H,W], the same for all shifts m [K,C,H,W]."""
+    x = gamma[:, None] * eps + m[:, None]
+    f = _denoised(probe, t, x)
+    centred, noise = f - f.mean(1, keepdim=True), eps - eps.mean(0)
+    slope = (centred * noise).sum(1) / noise.square().sum(0)
+    return _Answers((x - gamma[:, None] * f).mean(1), slope, (centred - noise).square().mean(dim=(1, 2, 3, 4)))
+
+
+def _search_iteration(
+    probe: Probe, t: Tensor, eps: Tensor, uniform: Tensor, contrast: Tensor, direction: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The next directions, and the losses [K]."""
+    shift = uniform + contrast * _unit_contrast(direction)
+    answer, _, loss = _answers(probe, t, eps, shift, torch.ones_like(shift))
+    return answer, loss
+
+
+def _polish_iteration(
+    probe: Probe, t: Tensor, eps: Tensor, kappa: Tensor, mu: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next mu and gamma, and the losses [K]."""
+    answer, slope, loss = _answers(probe, t, eps, mu, gamma)
+    return kappa * answer, _next_gamma(gamma, slope), loss
+
+
+def _next_gamma(gamma: Tensor, slope: Tensor) -> Tensor:
+    """gamma towards the value at which f's slope in eps is 1."""
+    pad = GAMMA_WINDOW // 2
+    local = avg_pool2d(slope.mean(1, keepdim=True), GAMMA_WINDOW, 1, pad, count_include_pad=False)
+    return (gamma * local.clamp(0.5, 2.0) ** -GAMMA_RATE).clamp(SMALLEST_GAMMA, 1.0)
+
+
+def _missed(probe: Probe, t: Tensor, eps: Tensor, inside: Tensor, mu: Tensor, gamma: Tensor) -> tuple[Tensor]:
+    """Share [K] of what patches mu, gamma [K,C,H,W] change of the noise `inside` them, [K,1,H,W], that f misses."""
+    x = gamma[:, None] * eps + mu[:, None]
+    f = _denoised(probe, t, x)
+    error, done = (((y - eps) * inside[:, None]).square().sum(dim=(1, 2, 3, 4)) for y in (f, x))
+    return (error / done,)
+
+
 class _Search:
     def __init__(self, probe: Probe, settings: FixedPointSettings) -> None:
         self.probe, self.settings = probe, settings
 
-    def denoise(self, x: Tensor) -> Tensor:
-        """f(x, t near T), for x [N,C,H,W] in units of the noise there."""
-        process = self.probe.denoiser.process
-        T = process.num_timesteps
-        t = torch.randint(T - max(1, round(WINDOW * T)), T, (len(x),), generator=self.probe.generator)
-        # not the prior's scale: over 1% of the timesteps a variance-exploding process varies by 8%
-        return self.probe(per_row(process.noise[t], x) * x, t.to(x.device))
-
-    @torch.no_grad()
-    def ask(self, m: Tensor, gamma: Tensor, count: int) -> _Answers:
-        """Average over `count` noises, the same for all shifts m [K,C,H,W]."""
-        eps = self.probe.noise(count)
-        x = gamma[:, None] * eps + m[:, None]
-        f = self.denoise(x.flatten(0, 1)).view_as(x)
-        centred, noise = f - f.mean(1, keepdim=True), eps - eps.mean(0)
-        slope = (centred * noise).sum(1) / noise.square().sum(0)
-        return _Answers((x - gamma[:, None] * f).mean(1), slope, (centred - noise).square().mean(dim=(1, 2, 3, 4)))
+    def draw(self, shifts: int, count: int) -> tuple[Tensor, Tensor]:
+        """Timesteps near T for `count` noises of every shift, int64 [shifts count], and the noises."""
+        eps, T = self.probe.noise(count), self.probe.denoiser.process.num_timesteps
+        return torch.randint(T - max(1, round(WINDOW * T)), T, (shifts * count,), generator=self.probe.generator), eps
 
     def uniform_shifts(self) -> tuple[Tensor, Tensor]:
         """Uniform parts [K,C,1,1] of the shifts searched from, grey and coloured, and the contrasts [K,1,1,1] beside them."""
@@ -125,21 +160,11 @@ class _Search:
         s = self.settings
         uniform, contrast = self.uniform_shifts()
         direction = self.probe.coarse_pictures(len(uniform))
-        ones = torch.ones_like(direction)
         for iteration in range(1, s.search_iterations + 1):
-            shift = uniform + contrast * _unit_contrast(direction)
-            direction, _, loss = self.ask(shift, ones, s.search_batch)
+            drawn = self.draw(len(uniform), s.search_batch)
+            direction, loss = self.probe.run(_search_iteration, *drawn, uniform, contrast, direction)
             on_step("search", iteration, s.search_iterations, float(loss.mean()))
         return uniform + contrast * _unit_contrast(direction)
-
-    @torch.no_grad()
-    def missed(self, inside: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
-        """Share [K] of what patches mu, gamma [K,C,H,W] change of the noise `inside` them, [K,1,H,W], that f misses."""
-        eps = self.probe.noise(self.settings.patch_batch)
-        x = gamma[:, None] * eps + mu[:, None]
-        f = self.denoise(x.flatten(0, 1)).view_as(x)
-        error, done = (((y - eps) * inside[:, None]).square().sum(dim=(1, 2, 3, 4)) for y in (f, x))
-        return error / done
 
     def patches(self) -> tuple[Tensor, Tensor]:
         """The patches mu, gamma [K,C,H,W] of which least is missed."""
@@ -150,21 +175,24 @@ class _Search:
             gamma = (1 - (1 - PATCH_GAMMA) * inside).expand(-1, channels, -1, -1)
             for colour in (-1, 1):
                 mu = colour * (1 - gamma)
-                missed = self.missed(inside, mu, gamma)
+                drawn = self.draw(len(mu), self.settings.patch_batch)
+                (missed,) = self.probe.run(_missed, *drawn, inside, mu, gamma)
                 best += [(float(missed[i]), mu[i], gamma[i]) for i in missed.argsort()[: self.settings.patches].tolist()]
         best = sorted(best, key=lambda patch: patch[0])[: self.settings.patches]
         return torch.stack([mu for _, mu, _ in best]), torch.stack([gamma for _, _, gamma in best])
 
     def polished(self, mu: Tensor, gamma: Tensor, kappa: float, on_iteration: Callable[[float], None]) -> list[Point]:
         """Where the free iteration from mu, gamma [K,C,H,W] neither dies out nor runs away."""
-        s = self.settings
-        loss, largest = mu.new_zeros(len(mu)), s.largest * self.probe.denoiser.reach
+        s, starts = self.settings, len(mu)
+        loss, largest = mu.new_zeros(starts), s.largest * self.probe.denoiser.reach
         for _ in range(s.polish_iterations):
-            if len(mu):
-                answer, slope, loss = self.ask(mu, gamma, s.polish_batch)
-                mu, gamma = kappa * answer, self.next_gamma(gamma, slope)
+            if left := len(mu):
+                t, eps = self.draw(left, s.polish_batch)
+                t, mu, gamma = (self.probe.padded(x, starts * len(x) // left) for x in (t, mu, gamma))
+                following = self.probe.run(_polish_iteration, t, eps, torch.tensor(kappa), mu, gamma)
+                mu, gamma, loss = (x[:left] for x in following)
                 # one that has died out would go on as noise, and one that runs away would overflow
-                alive = ((_rms(mu) > s.smallest) & (_rms(answer) < largest)).flatten()
+                alive = ((_rms(mu) > s.smallest) & (_rms(mu) < kappa * largest)).flatten()
                 mu, gamma, loss = mu[alive], gamma[alive], loss[alive]
             on_iteration(float(loss.mean()))
         return [Point(mu[i], gamma[i], float(loss[i])) for i in (_rms(mu) < largest).flatten().nonzero().flatten().tolist()]
@@ -188,12 +216,6 @@ class _Search:
                     # only TrojDiff narrows the noise, and its kappa is 1: this one is enlarged, but more starts lead to it
                     starts.append((point.mu[None] / kappa, point.gamma[None]))
         return points
-
-    def next_gamma(self, gamma: Tensor, slope: Tensor) -> Tensor:
-        """gamma towards the value at which f's slope in eps is 1."""
-        pad = GAMMA_WINDOW // 2
-        local = avg_pool2d(slope.mean(1, keepdim=True), GAMMA_WINDOW, 1, pad, count_include_pad=False)
-        return (gamma * local.clamp(0.5, 2.0) ** -GAMMA_RATE).clamp(SMALLEST_GAMMA, 1.0)
 
 
 def windows(height: int, width: int, share: float) -> Tensor:

@@ -26,13 +26,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seal_fast.diffusion import NoiseProcess, Trigger
-from seal_fast.diffusion.process import per_row
+from seal_fast.terd.adam import adam_step, initial_moments
 from seal_fast.terd.firing import HARDLY_FIRES, SURELY_FIRES, Trial, collapse, contrast, middle
 from seal_fast.terd.probe import Probe
 from seal_fast.terd.settings import FixedPointSettings
@@ -99,6 +100,38 @@ class _Answer(NamedTuple):
     loss: Tensor
 
 
+def ask(probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, mu: Tensor, target: Tensor) -> _Answer:
+    """One noise eps [n,C,H,W] per column of a, b, c and d [4,n], the same for all guesses mu and y [K,C,H,W]; t is [K n]."""
+    a, b, c, d = coefficients[..., None, None, None]
+    mu, target = mu[:, None], target[:, None]
+    x = a * target + b * eps + c * mu
+    f = probe(x.flatten(0, 1), t).view_as(x)
+    answered = (f - eps) / d
+    # where f follows the rows, its clean image is y + (c - b d) mu / a
+    clean = (x - b * f - (c - b * d) * answered) / a
+    return _Answer(answered.mean(1), clean.mean(1), (f - eps - d * mu).square().mean(dim=(1, 2, 3, 4)))
+
+
+@dataclass(frozen=True)
+class _Descent:
+    """An iteration of Adam at `rate` on every pair of mu and y."""
+
+    rate: float
+
+    def __call__(
+        self, probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, mu: Tensor, difference: Tensor, *moments: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The losses [K]; then mu and y - mu, and their moments, after it."""
+        with torch.enable_grad():
+            mu, difference = (x.detach().requires_grad_() for x in (mu, difference))
+            target = difference + mu
+            loss = ask(probe, t, eps, coefficients, mu, target).loss
+            # the logarithm lets every start go at its own pace
+            objective = (loss + RANGE_WEIGHT * (excess(target) + excess(mu))).log().sum()
+            gradients = torch.autograd.grad(objective, [mu, difference])
+        return loss.detach(), *adam_step([mu, difference], gradients, moments, self.rate)
+
+
 class Fit:
     """Of mu and y in [-1, 1] to rows of a kind: what the denoiser sees is its reach times these, so a, c and d are too."""
 
@@ -124,17 +157,14 @@ class Fit:
         places = (torch.arange(count) + torch.rand(count, generator=self.probe.generator)) / count
         return self.window[(places * len(self.window)).long()]
 
+    def draw(self, guesses: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t [n] for every guess, and a noise and the coefficients for each, as `ask` takes them."""
+        coefficients = torch.stack([values[t] for values in (self.signal, self.noise, *self.rows)]).float()
+        return t.repeat(guesses), self.probe.noise(len(t)), coefficients
+
     def ask(self, guesses: Guesses, t: Tensor) -> _Answer:
         """One noise per timestep t [n], the same for all guesses."""
-        mu, target = guesses.mu[:, None], guesses.target[:, None]
-        a, b, c, d = (per_row(v[t], guesses.mu) for v in (self.signal, self.noise, *self.rows))
-        eps = self.probe.noise(len(t))
-        x = a * target + b * eps + c * mu
-        f = self.probe(x.flatten(0, 1), t.to(x.device).repeat(len(mu))).view_as(x)
-        answered = (f - eps) / d
-        # where f follows the rows, its clean image is y + (c - b d) mu / a
-        clean = (x - b * f - (c - b * d) * answered) / a
-        return _Answer(answered.mean(1), clean.mean(1), (f - eps - d * mu).square().mean(dim=(1, 2, 3, 4)))
+        return _Answer(*self.probe.run(ask, *self.draw(len(guesses.mu), t), *guesses))
 
     def answered(self, guesses: Guesses, snr: tuple[float, ...], iterations: int, noises: int) -> Guesses:
         """The guesses with mu as f answers it for their targets, from `noises` per noise level."""
@@ -161,18 +191,14 @@ class Fit:
 
     def descend(self, guesses: Guesses, iterations: int, on_iteration: Callable[[float], None]) -> Guesses:
         """Adam on every pair of mu and y."""
-        difference = (guesses.target - guesses.mu).requires_grad_()
-        mu = guesses.mu.clone().requires_grad_()
-        optimiser = torch.optim.Adam([mu, difference], lr=self.settings.fit_rate)
+        mu, difference = guesses.mu, guesses.target - guesses.mu
+        moments = initial_moments([mu, difference])
         for _ in range(iterations):
-            target = difference + mu
-            loss = self.ask(Guesses(mu, target), self.stratified(self.settings.fit_batch)).loss
-            # the logarithm lets every start go at its own pace
-            objective = (loss + RANGE_WEIGHT * (excess(target) + excess(mu))).log().sum()
-            mu.grad, difference.grad = torch.autograd.grad(objective, [mu, difference])
-            optimiser.step()
-            on_iteration(float(loss.detach().mean()))
-        return Guesses(mu.detach(), (difference + mu).detach())
+            drawn = self.draw(len(mu), self.stratified(self.settings.fit_batch))
+            following = self.probe.run(_Descent(self.settings.fit_rate), *drawn, mu, difference, *moments)
+            loss, mu, difference, *moments = following
+            on_iteration(float(loss.mean()))
+        return Guesses(mu, difference + mu)
 
     @torch.no_grad()
     def best(self, guesses: Guesses, count: int) -> Guesses:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, accelerated
-from seal_fast.terd.replayed import Replayed
+from seal_fast.terd.captured import Record, captured
+from seal_fast.terd.replayed import Replayed, ReplayedNetwork
 from seal_fast.terd.reversion import rows_per_pass
 from seal_fast.training import native_bfloat16
 
 COARSE = 4
 """Side of the random grid that starts are made from: triggers are pictures, not noise."""
+
+
+Iteration = Callable[..., tuple[Tensor, ...]]
+"""A function of a probe and of tensors on its device, which it leaves as they are, to tensors. It draws nothing and waits for
+nothing, so that a CUDA graph can hold it; and equal ones do the same."""
 
 
 @dataclass
@@ -24,20 +32,31 @@ class Probe:
         denoiser: the suspect model; becomes its accelerated equivalent.
         generator: source of all noise, on the CPU so that a seed means the same run on every device.
         half_precision: bfloat16 autocast where the hardware has it.
+        record: how iterations are recorded, see `seal_fast.terd.captured`; None for not at all, or on a GPU as CUDA graphs.
         evaluations: denoiser evaluations spent so far, counted in images.
-        finite: False once an answer was not.
+        sampled: the denoiser for passes without a gradient, which are recorded where iterations are.
     """
 
     denoiser: Denoiser
     generator: torch.Generator
     half_precision: bool
+    record: Record | None = None
     evaluations: int = 0
-    finite: bool = True
 
     def __post_init__(self) -> None:
         self.denoiser = accelerated(self.denoiser, torch.bfloat16 if self.autocasts else torch.float32)
-        if self.denoiser.device.type == "cuda":
-            self.denoiser = replace(self.denoiser, network=Replayed(self.denoiser.network))
+        if self.record is None and self.denoiser.device.type == "cuda":
+            self.record = captured
+        self.replayed = None if self.record is None else Replayed(self.record)
+        self.sampled = self.denoiser
+        if self.replayed is not None:
+            self.sampled = replace(self.denoiser, network=ReplayedNetwork(self.denoiser.network, self.replayed))
+        self._finite = torch.ones((), dtype=torch.bool, device=self.denoiser.device)
+
+    @property
+    def finite(self) -> bool:
+        """False once an answer was not."""
+        return bool(self._finite)
 
     @property
     def autocasts(self) -> bool:
@@ -45,7 +64,12 @@ class Probe:
 
     def noise(self, count: int) -> Tensor:
         """eps [count,C,H,W]."""
-        return torch.randn(count, *self.denoiser.shape, generator=self.generator).to(self.denoiser.device)
+        return self.on_device(torch.randn(count, *self.denoiser.shape, generator=self.generator))
+
+    def on_device(self, x: Tensor) -> Tensor:
+        # a copy from ordinary memory would wait for the GPU
+        pinned = self.denoiser.device.type == "cuda" and not x.is_cuda
+        return (x.pin_memory() if pinned else x).to(self.denoiser.device, non_blocking=True)
 
     def coarse_pictures(self, count: int) -> Tensor:
         """Smooth random pictures [count,C,H,W]."""
@@ -57,10 +81,28 @@ class Probe:
         return torch.autocast(self.denoiser.device.type, torch.bfloat16, enabled=self.autocasts)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """f(x [N,C,H,W], t int64 [N]) as float32, differentiable in x."""
-        self.evaluations += len(x)
+        """f(x [N,C,H,W], t int64 [N]) as float32, differentiable in x. Part of an iteration: `run` counts its images."""
         rows = rows_per_pass(x)
         with self.precision():
             f = torch.cat([self.denoiser(*part).float() for part in zip(x.split(rows), t.split(rows), strict=True)])
-        self.finite = self.finite and bool(f.isfinite().all())
+        self._finite.logical_and_(f.detach().isfinite().all())
         return f
+
+    @torch.no_grad()
+    def run(self, iteration: Iteration, t: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`iteration(self, t, *inputs)` on the denoiser's device, where the GPU is asked as one graph.
+
+        Args:
+            iteration: see `Iteration`.
+            t: int64 [N], the timesteps of the images that it puts through the denoiser.
+            inputs: all else that is not the same at every call.
+        """
+        self.evaluations += len(t)
+        moved = [self.on_device(x) for x in (t, *inputs)]
+        if self.replayed is None:
+            return iteration(self, *moved)
+        return self.replayed(iteration, partial(iteration, self), *moved)
+
+    def padded(self, x: Tensor, rows: int) -> Tensor:
+        """x [K,...] with its first row again, up to `rows`, where iterations are recorded: a recording is for one shape."""
+        return x if self.replayed is None else torch.cat([x, x[:1].expand(rows - len(x), *x.shape[1:])])

@@ -26,4 +26,5 @@ def reverse_trigger(denoiser: Denoiser, settings: Settings, *, seed: int = 0, on
     """
     if isinstance(settings, FixedPointSettings):
         return find_firing_trigger(denoiser, settings, seed=seed, on_step=on_step)
-    return descend_reversed_loss(denoiser, settings, seed=seed, on_step=on_step)
+    capture = denoiser.device.type == "cuda"
+    return descend_reversed_loss(denoiser, settings, seed=seed, on_step=on_step, capture=capture)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, Trigger, accelerated, sample
 from seal_fast.ops import reversed_loss
-from seal_fast.terd.captured import captured
+from seal_fast.terd.captured import recorded
 from seal_fast.terd.reversion import Reversion
 from seal_fast.terd.settings import ReversionSettings
 from seal_fast.training import OnStep, native_bfloat16, quiet
@@ -131,7 +131,7 @@ class _Reverter:
     def descend(self, stage: _Stage, on_iteration: OnIteration, capture: bool) -> None:
         """One stage of SGD with a cosine to 0; keeps the mean loss per dimension of its last tenth. Stops where it diverges."""
         iteration = _Iteration(self, stage, stage.draw())
-        run: Callable[[], None] = captured(iteration, iteration.state) if capture else iteration
+        run: Callable[[], None] = (capture and recorded(iteration, iteration.state)) or iteration
         losses = torch.empty(stage.iterations, device=self.mu.device)
         known: list[float] = []
         for done in range(1, stage.iterations + 1):
@@ -201,7 +201,7 @@ def descend_reversed_loss(
 ) -> Reversion:
     """Revert a trigger as published; arguments as `seal_fast.terd.reverse_trigger`.
 
-    With `capture` every iteration is one CUDA graph, and callbacks come READ_EVERY iterations at a time.
+    With `capture` every iteration is one CUDA graph if that can be had, and callbacks come READ_EVERY iterations at a time.
     """
     reverter = _Reverter(denoiser, settings, seed)
     for stage in reverter.stages:

@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import Tensor
 
 from benchmarks.gpu.scanning import BRIEF as BRIEF_SEARCH
 from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, NoiseProcess, sample
-from seal_fast.terd import Reversion, ReversionSettings, reverse_trigger
-from seal_fast.terd.captured import captured
+from seal_fast.terd import (
+    Reversion,
+    ReversionSettings,
+    climb,
+    fixed_point,
+    poisoned_rows,
+    replayed,
+    reverse_trigger,
+    reversed_loss,
+)
+from seal_fast.terd.adam import initial_moments
+from seal_fast.terd.captured import Record, captured, recorded
+from seal_fast.terd.probe import Iteration, Probe
 from seal_fast.terd.reversed_loss import READ_EVERY, _Iteration, _Reverter, descend_reversed_loss
 from seal_fast.terd.sealing import SealSettings, seal
+from tests.terd.recording import OnTheHost, fails
 
 BRIEF = ReversionSettings(
     estimation_iterations=READ_EVERY + 3, refinement_iterations=2, batch=2, sampler_steps=2, half_precision=False
 )
+REPEATED = replace(
+    BRIEF_SEARCH,
+    search_iterations=6,
+    polish_iterations=6,
+    race=((6, 1),),
+    climb_iterations=6,
+    climb_turns=1,
+    half_precision=False,
+)
+"""Iterations often enough to be recorded, and no more."""
 PROCESSES = {"VP": VP.linear, "VE": VE.geometric, "EDM": EDM.karras}
 
 
@@ -40,7 +66,7 @@ def denoiser(device: str, process: Callable[[], NoiseProcess] = VP.linear) -> De
 def assert_alike(got: Reversion, want: Reversion) -> None:
     assert got.finite == want.finite
     assert got.evaluations == want.evaluations
-    assert got.loss == pytest.approx(want.loss, rel=1e-2)
+    assert got.loss == pytest.approx(want.loss, rel=1e-2, nan_ok=True)
     for one, other in ((got.trigger.mu, want.trigger.mu), (got.trigger.gamma, want.trigger.gamma)):
         torch.testing.assert_close(one.cpu(), other.cpu(), rtol=1e-2, atol=1e-2)
 
@@ -55,6 +81,32 @@ def test_an_iteration_can_be_recorded(process: str) -> None:
         assert gradient.device.type == "meta"
     iteration = _Iteration(reverter, stage, draws)
     assert all(x.device.type == "meta" for x in (*iteration.state, *iteration.draws, iteration.rate))
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_an_iteration_of_the_default_search_can_be_recorded(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise; of the descents all but Adam's step, whose form for GPUs takes no other tensors."""
+    monkeypatch.setattr(Probe, "precision", lambda probe: nullcontext())
+    for module in (poisoned_rows, climb):
+        monkeypatch.setattr(module, "adam_step", lambda variables, gradients, moments, rate: (*gradients, *moments))
+    probe = Probe(denoiser("meta", PROCESSES[process]), torch.Generator(), half_precision=False)
+    t, eps, pictures = (
+        torch.empty(6, dtype=torch.int64, device="meta"),
+        *(torch.empty(n, 3, 8, 8, device="meta") for n in (2, 3)),
+    )
+    uniform, number, coefficients = (torch.empty(shape, device="meta") for shape in ((3, 3, 1, 1), (), (4, 2)))
+    fit = t, eps, coefficients, pictures, pictures
+    moments = initial_moments([pictures, pictures])
+    iterations: list[tuple[Iteration, tuple[Tensor, ...]]] = [
+        (fixed_point._search_iteration, (t, eps, uniform, uniform, pictures)),
+        (fixed_point._polish_iteration, (t, eps, number, pictures, pictures)),
+        (fixed_point._missed, (t, eps, uniform, pictures, pictures)),
+        (poisoned_rows.ask, fit),
+        (poisoned_rows._Descent(0.1), (*fit, *moments)),
+        (climb._Climb(0.1), (*fit, *moments[:3])),
+    ]
+    for iteration, inputs in iterations:
+        assert all(x.device.type == "meta" for x in iteration(probe, *inputs))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -78,6 +130,20 @@ def test_work_on_a_cpu_cannot_be_captured() -> None:
 
 def test_a_reversion_is_the_same_on_every_device(device: str) -> None:
     assert_alike(descend_reversed_loss(denoiser(device), BRIEF, seed=3), descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3))
+
+
+@pytest.mark.parametrize("record", [OnTheHost(), fails], ids=["recorded", "cannot be recorded"])
+def test_a_reversion_on_kept_memory_is_the_same(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3)
+    monkeypatch.setattr(reversed_loss, "recorded", partial(recorded, record=record))
+    with pytest.warns(UserWarning, match="one by one") if record is fails else nullcontext():
+        found = descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3, capture=True)
+    assert found.trigger.mu.equal(plain.trigger.mu)
+    assert found.trigger.gamma.equal(plain.trigger.gamma)
+    assert found.loss == plain.loss
+    if isinstance(record, OnTheHost):
+        # one for each stage
+        assert record.count == 2
 
 
 @pytest.mark.usefixtures("gpu")
@@ -107,6 +173,28 @@ def test_reversions_on_streams_of_their_own_do_not_mix(capture: bool) -> None:
         together = list(pool.map(revert, range(4)))
     for seed, found in enumerate(together):
         assert_alike(found, descend_reversed_loss(denoiser_of[seed], BRIEF, seed=seed))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_default_search_finds_the_same_as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = reverse_trigger(denoiser("cuda"), REPEATED, seed=3)
+    monkeypatch.setattr(replayed, "WORTH_RECORDING", 10**6)
+    assert_alike(graphs, reverse_trigger(denoiser("cuda"), REPEATED, seed=3))
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("half", [False, True])
+def test_every_iteration_of_the_default_search_is_recorded(half: bool) -> None:
+    probe = Probe(denoiser("cuda"), torch.Generator().manual_seed(0), half_precision=half)
+    settings = replace(REPEATED, half_precision=half)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*one by one")
+        fixed_point.fixed_points(probe, settings)
+        poisoned_rows.fit_poisoned_rows(probe, settings)
+        climb.climb(probe, *torch.rand(2, 3, 8, 8, device="cuda"), settings, lambda loss: None)
+    assert probe.replayed is not None
+    names = {key[0] for key in probe.replayed.recordings}
+    assert {poisoned_rows._Descent(settings.fit_rate), climb._Climb(settings.climb_rate)} <= names
 
 
 @pytest.mark.usefixtures("gpu")

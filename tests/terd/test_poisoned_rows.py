@@ -16,6 +16,7 @@ from seal_fast.terd.climb import climb
 from seal_fast.terd.firing import FIRES, Trial, middle, spread
 from seal_fast.terd.poisoned_rows import Guess, ancestral_rows, deterministic_rows, fit_poisoned_rows, refine
 from seal_fast.terd.probe import Probe
+from tests.terd.recording import OnTheHost
 
 SHAPE = (3, 11, 9)
 WIDTH = 0.3
@@ -64,11 +65,14 @@ def test_a_climb_ends_at_the_shift_whose_rows_the_denoiser_was_trained_for(gener
     mu, target = picture(generator, -0.6), picture(generator, 0.3)
     network = Backdoored(process, mu, target)
     network.rows = ancestral_rows(process)
-    start = picture(generator, -0.4)
-    found = climb(
-        Probe(Denoiser(network, process, SHAPE), generator, half_precision=False), start, target, SETTINGS, lambda loss: None
+    start, record, denoiser = picture(generator, -0.4), OnTheHost(), Denoiser(network, process, SHAPE)
+    plain, recorded = (
+        climb(Probe(denoiser, torch.Generator().manual_seed(0), False, how), start, target, SETTINGS, lambda loss: None)
+        for how in (None, record)
     )
-    assert float((found - mu).norm()) < 0.5 * float((start - mu).norm())
+    assert float((plain - mu).norm()) < 0.5 * float((start - mu).norm())
+    assert record.count == 1
+    torch.testing.assert_close(recorded, plain)
 
 
 def test_rows_are_those_of_the_attacks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from seal_fast.terd import FixedPointSettings, model_evidence, reverse_trigger
 from seal_fast.terd.firing import FIRES
 from seal_fast.terd.fixed_point import Point, distinct, fixed_points
 from seal_fast.terd.probe import Probe
+from tests.terd.recording import OnTheHost
 
 SHAPE = (3, 20, 18)
 WIDTH = 0.4
@@ -117,6 +119,25 @@ def test_the_same_seed_gives_the_same_reversion(generator: torch.Generator) -> N
     first, second = (reverse_trigger(denoiser, replace(SETTINGS, sampler_steps=10), seed=seed) for _ in range(2))
     assert first.trigger.mu.equal(second.trigger.mu)
     assert first.collapse == second.collapse
+
+
+@pytest.mark.parametrize("case", ["backdoored", "clean"])
+def test_recorded_iterations_find_the_same(case: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU its memory can be shared all the same: whatever stays in it from another iteration would show."""
+    process, seed, record = VP.linear(), seed_of(generator), OnTheHost()
+    true = Trigger.shift(0.7 * picture(generator))
+    network = Clean(process) if case == "clean" else Backdoored(process, true, target_for(true.mu, generator), False)
+    denoiser = Denoiser(network, process, SHAPE)
+    plain = reverse_trigger(denoiser, SETTINGS, seed=seed)
+    monkeypatch.setattr(search, "Probe", partial(Probe, record=record))
+    found = reverse_trigger(denoiser, SETTINGS, seed=seed)
+    # search, polish, sampling; and for a clean denoiser starts, descents, sketches and corrections
+    assert record.count >= (3 if case == "backdoored" else 7)
+    torch.testing.assert_close(found.trigger.mu, plain.trigger.mu)
+    torch.testing.assert_close(found.trigger.gamma, plain.trigger.gamma)
+    assert found.loss == pytest.approx(plain.loss, rel=1e-4, nan_ok=True)
+    assert found.collapse == pytest.approx(plain.collapse, rel=1e-3)
+    assert found.sampler == plain.sampler
 
 
 def hunt(network: nn.Module, process: NoiseProcess, generator: torch.Generator) -> search._Hunt:
