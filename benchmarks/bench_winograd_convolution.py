@@ -15,6 +15,7 @@ from torch.nn.functional import conv2d
 
 from benchmarks.interleaved import compare
 from seal_fast.ops import WinogradWeight, winograd_convolution
+from seal_fast.training import native_bfloat16
 
 SHAPES = {
     "32x16x32x32 to 16": (32, 16, 16, 32),
@@ -26,25 +27,30 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_winograd_convolution(benchmark: BenchmarkFixture, shape: str) -> None:
-    """Both in float32, channels-last, with frozen weights laid out or transformed before; `flops` are the plain sum's."""
+def test_winograd_convolution(benchmark: BenchmarkFixture, shape: str, dtype: torch.dtype) -> None:
+    """Input and output of both in `dtype`, channels-last, with frozen weights laid out or transformed before; `flops` are the
+    plain sum's."""
+    if dtype == torch.bfloat16 and not native_bfloat16(torch.device("cpu")):
+        pytest.skip("this processor does not multiply bfloat16, so torch's convolution emulates it")
     generator = torch.Generator().manual_seed(0)
     images, channels, filters, side = SHAPES[shape]
     x, grad = (
-        torch.randn(images, c, side, side, generator=generator).contiguous(memory_format=torch.channels_last)
+        torch.randn(images, c, side, side, generator=generator).to(dtype, memory_format=torch.channels_last)
         for c in (channels, filters)
     )
     weight, bias = torch.randn(filters, channels, 3, 3, generator=generator), torch.randn(filters, generator=generator)
-    laid_out, transformed = weight.contiguous(memory_format=torch.channels_last), WinogradWeight(weight)
+    laid_out, same = weight.to(dtype, memory_format=torch.channels_last), bias.to(dtype)
+    transformed = WinogradWeight(weight)
 
     def contender(function: Callable[[Tensor], Tensor]) -> Callable[[], object]:
         leaf = x.detach().requires_grad_()
         return lambda: torch.autograd.grad(function(leaf), leaf, grad)
 
-    benchmark.group = f"winograd_convolution {shape}"
+    benchmark.group = f"winograd_convolution {shape} {str(dtype).removeprefix('torch.')}"
     contenders = {
-        "torch_conv2d": contender(lambda leaf: conv2d(leaf, laid_out, bias, padding=1)),
+        "torch_conv2d": contender(lambda leaf: conv2d(leaf, laid_out, same, padding=1)),
         "op": contender(lambda leaf: winograd_convolution(leaf, transformed, bias)),
     }
     flops = 2 * 2 * 9 * channels * filters * side * side * images

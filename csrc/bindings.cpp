@@ -160,18 +160,19 @@ int64_t convolution_workspace(int64_t channels, int64_t filters, int threads) {
     return baseline::winograd_workspace(channels, filters, threads);
 }
 
+template <class T>
 void convolution(const ConvolutionAddresses& a, const ConvolutionSizes& s, int threads, int isa) {
-    const WinogradConvolution call{at<const float>(a[0]), at<const float>(a[1]), at<const float>(a[2]), at<float>(a[3]),
-                                   at<float>(a[4]),       s[0],                  s[1],                  s[2],
-                                   s[3],                  s[4]};
-    SEAL_SELECT(checked(isa), winograd_convolution)(call, threads);
+    const WinogradConvolution<T> call{at<const T>(a[0]), at<const float>(a[1]), at<const float>(a[2]), at<T>(a[3]),
+                                      at<float>(a[4]),   s[0],                  s[1],                  s[2],
+                                      s[3],              s[4]};
+    SEAL_SELECT(checked(isa), winograd_convolution<T>)(call, threads);
 }
 
-void define_winograd_convolution(py::module_& m) {
+template <class T>
+void define_winograd_convolution(py::module_& m, const std::string& suffix) {
     using namespace py::literals;
-    m.def("winograd_workspace", &convolution_workspace, "Floats that the workspace must hold.");
-    m.def("winograd_convolution", &convolution, py::call_guard<py::gil_scoped_release>(), "addresses"_a, "sizes"_a, "threads"_a,
-          "isa"_a = int(best_isa()));
+    m.def(("winograd_convolution_" + suffix).c_str(), &convolution<T>, py::call_guard<py::gil_scoped_release>(), "addresses"_a,
+          "sizes"_a, "threads"_a, "isa"_a = int(best_isa()));
 }
 
 void step(const StepAddresses& addresses, const StepSizes& sizes, double limit, int threads, int isa) {
@@ -213,6 +214,8 @@ PYBIND11_MODULE(_native, m) {
     define_cross_attention<Float16>(m, "f16");
     define_group_norm_silu<float>(m, "f32");
     define_group_norm_silu<Bfloat16>(m, "bf16");
-    define_winograd_convolution(m);
+    m.def("winograd_workspace", &convolution_workspace, "Floats that the workspace must hold.");
+    define_winograd_convolution<float>(m, "f32");
+    define_winograd_convolution<Bfloat16>(m, "bf16");
     define_reversion(m);
 }

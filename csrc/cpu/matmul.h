@@ -22,9 +22,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Two bfloat16, the first in the low half.
 typedef uint32_t Pair;
 
-typedef Vec<float> Floats;
-constexpr int kFloats = kLanes<float>;
-
 // Widest block, and rows of a block of that many vectors: as large as 32 or 16 registers allow with b and one broadcast.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMaxColumns = 5;

@@ -43,6 +43,9 @@ using Vec = typename Simd<T>::Vec;
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
+typedef Vec<float> Floats;
+constexpr int kFloats = kLanes<float>;
+
 template <class T>
 inline Vec<T> load(const T* p) {
     return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);

@@ -5,10 +5,12 @@
 // G g G' is the weight as it is given. A block lies in cache from its input to its output.
 #include "winograd_convolution.h"
 
+#include "half_vectors.h"
 #include "matmul.h"
 
 namespace {
 
+using seal_fast::Bfloat16;
 using seal_fast::WinogradConvolution;
 
 constexpr int kTile = 4, kInput = 6, kPlaces = kInput * kInput;
@@ -42,28 +44,31 @@ inline void transform_output(const Floats* m, Floats* to, int step) {
 }
 
 // A call and the grid of its tiles.
-struct Tiling : WinogradConvolution {
+template <class T>
+struct Tiling : WinogradConvolution<T> {
     int64_t down, across;
 
-    explicit Tiling(const WinogradConvolution& call)
-        : WinogradConvolution(call), down(ceil_div(call.height, kTile)), across(ceil_div(call.width, kTile)) {}
+    explicit Tiling(const WinogradConvolution<T>& call)
+        : WinogradConvolution<T>(call), down(ceil_div(call.height, kTile)), across(ceil_div(call.width, kTile)) {}
 
-    int64_t tiles() const { return images * down * across; }
+    int64_t tiles() const { return this->images * down * across; }
 };
 
 // Where a tile's outputs begin.
 struct Place {
     int64_t image, top, left;
 
-    Place(const Tiling& call, int64_t tile)
+    template <class T>
+    Place(const Tiling<T>& call, int64_t tile)
         : image(tile / (call.across * call.down)),
           top(tile / call.across % call.down * kTile),
           left(tile % call.across * kTile) {}
 };
 
 // B' d B of one tile, at to[place * stride + channel]; `zeros` holds as many as there are channels.
-inline void gather(const Tiling& call, Place at, const float* zeros, float* to, int64_t stride) {
-    const float* inputs[kPlaces];
+template <class T>
+inline void gather(const Tiling<T>& call, Place at, const T* zeros, float* to, int64_t stride) {
+    const T* inputs[kPlaces];
     for (int i = 0; i < kInput; ++i) {
         for (int j = 0; j < kInput; ++j) {
             const int64_t y = at.top - 1 + i, x = at.left - 1 + j;
@@ -80,7 +85,7 @@ inline void gather(const Tiling& call, Place at, const float* zeros, float* to, 
             for (int i = 0; i < kInput; ++i) {
                 // what the next tile adds to this one: up to 1.2 times as fast where the images fill more than a cache
                 if (j >= kInput - kTile) __builtin_prefetch(inputs[i * kInput + j] + kTile * call.channels + c);
-                column[i] = load(inputs[i * kInput + j] + c);
+                column[i] = to_floats(inputs[i * kInput + j] + c);
             }
             transform_input(column, half + j, kInput);
         }
@@ -94,8 +99,9 @@ inline void gather(const Tiling& call, Place at, const float* zeros, float* to, 
 }
 
 // Adds the bias to A' m A of one tile, m at from[place * stride + filter], and writes what lies inside the image.
-inline void scatter(const Tiling& call, Place at, const float* from, int64_t stride) {
-    float* image = call.out + at.image * call.height * call.width * call.filters;
+template <class T>
+inline void scatter(const Tiling<T>& call, Place at, const float* from, int64_t stride) {
+    T* image = call.out + at.image * call.height * call.width * call.filters;
     const int64_t down = call.height - at.top, across = call.width - at.left;
     for (int64_t f = 0; f < call.filters; f += kFloats) {
         Floats half[kTile * kInput];
@@ -110,7 +116,7 @@ inline void scatter(const Tiling& call, Place at, const float* from, int64_t str
             Floats row[kTile];
             transform_output(half + i * kInput, row, 1);
             for (int j = 0; j < kTile && j < across; ++j)
-                store(image + ((at.top + i) * call.width + at.left + j) * call.filters + f, row[j] + bias);
+                from_floats(row[j] + bias, image + ((at.top + i) * call.width + at.left + j) * call.filters + f);
         }
     }
 }
@@ -120,10 +126,13 @@ inline int64_t workspace_floats(int64_t channels, int64_t filters) {
     return channels + kPlaces * (kBlock * (channels + filters) + 2 * kGap);
 }
 
-inline void convolve_block(const Tiling& call, int64_t first, int64_t tiles, float* workspace) {
+template <class T>
+inline void convolve_block(const Tiling<T>& call, int64_t first, int64_t tiles, float* workspace) {
     const int64_t inputs = tiles * call.channels + kGap, outputs = tiles * call.filters + kGap;
     float *zeros = workspace, *transformed = zeros + call.channels, *products = transformed + kPlaces * inputs;
-    for (int64_t i = 0; i < tiles; ++i) gather(call, Place(call, first + i), zeros, transformed + i * call.channels, inputs);
+    // zero has the same bits in both types, and a float is never the narrower one
+    const T* padding = reinterpret_cast<const T*>(zeros);
+    for (int64_t i = 0; i < tiles; ++i) gather(call, Place(call, first + i), padding, transformed + i * call.channels, inputs);
     for (int place = 0; place < kPlaces; ++place) {
         // matmul.h takes what it reads as not const
         float* weight = const_cast<float*>(call.weight) + place * call.channels * call.filters;
@@ -142,8 +151,9 @@ int64_t winograd_workspace(int64_t channels, int64_t filters, int threads) {
     return threads * workspace_floats(channels, filters);
 }
 
-void winograd_convolution(const WinogradConvolution& arguments, int threads) {
-    const Tiling call(arguments);
+template <class T>
+void winograd_convolution(const WinogradConvolution<T>& arguments, int threads) {
+    const Tiling<T> call(arguments);
     const int64_t tiles = call.tiles(), workers = tiles < kBlock ? 1 : threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (workers > 1)
     for (int64_t worker = 0; worker < workers; ++worker) {
@@ -154,6 +164,9 @@ void winograd_convolution(const WinogradConvolution& arguments, int threads) {
             convolve_block(call, first, last - first < kBlock ? last - first : kBlock, workspace);
     }
 }
+
+template void winograd_convolution<float>(const WinogradConvolution<float>&, int);
+template void winograd_convolution<Bfloat16>(const WinogradConvolution<Bfloat16>&, int);
 
 }  // namespace SEAL_ISA
 }  // namespace seal_fast

@@ -9,6 +9,7 @@ sum: in float32 the largest is some 3e-5 of the size of the result with 32 chann
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,9 @@ from seal_fast.ops.rows import address
 TILE, INPUT = 4, 6
 CHANNELS = 16
 """Numbers of channels are multiples of this, the widest vector's lanes."""
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.float32)}
+"""Of x and of the weight."""
 _INPUT = (
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
@@ -83,23 +87,32 @@ class WinogradWeight:
         return _transformed(self.plain.flip(2, 3).transpose(0, 1))
 
 
+def _exact(like: Tensor) -> AbstractContextManager[object]:
+    """Keeps autocast away, where there is any: in bfloat16 the transformations would add its rounding errors up."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def _transformed(weight: Tensor) -> Tensor:
     g = torch.tensor(_WEIGHT, dtype=weight.dtype, device=weight.device)
-    return torch.tensordot(torch.kron(g, g), weight.permute(2, 3, 1, 0).flatten(0, 1), dims=1)
+    with _exact(weight):
+        return torch.tensordot(torch.kron(g, g), weight.permute(2, 3, 1, 0).flatten(0, 1), dims=1)
 
 
 def reference_winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See `winograd_convolution`; weight is [36,C,F]."""
+    """See `winograd_convolution`; weight is [36,C,F], and bias in its dtype."""
+    dtype, x = x.dtype, x.to(weight.dtype)
     a, b = (torch.tensor(m, dtype=x.dtype, device=x.device) for m in (_OUTPUT, _INPUT))
     height, width = x.shape[2:]
     # a tile sees one pixel around itself; tiles at the right and lower edge may lie half outside
     padded = pad(x, (1, 1 + -width % TILE, 1, 1 + -height % TILE))
     d = padded.unfold(2, INPUT, TILE).unfold(3, INPUT, TILE)
-    products = torch.einsum("abcf,ai,nchwij,bj->nfhwab", weight.view(INPUT, INPUT, *weight.shape[1:]), b, d, b)
-    tiles = torch.einsum("pa,nfhwab,qb->nfhpwq", a, products, a)
+    with _exact(x):
+        products = torch.einsum("abcf,ai,nchwij,bj->nfhwab", weight.view(INPUT, INPUT, *weight.shape[1:]), b, d, b)
+        tiles = torch.einsum("pa,nfhwab,qb->nfhpwq", a, products, a)
     out = tiles.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
     out = out if bias is None else out + bias[:, None, None]
-    return out.contiguous(memory_format=torch.channels_last)
+    return out.to(dtype, memory_format=torch.channels_last)
 
 
 def _new_out(x: Tensor, weight: Tensor) -> Tensor:
@@ -115,7 +128,8 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     filters = weight.shape[2]
     workspace = torch.empty(native.CPU.module.winograd_workspace(channels, filters, threads))
     addresses = tuple(map(address, (x, weight, bias, out, workspace)))
-    native.CPU.module.winograd_convolution(addresses, (images, height, width, channels, filters), threads)
+    launch = getattr(native.CPU.module, f"winograd_convolution_{_SUFFIXES[x.dtype]}")
+    launch(addresses, (images, height, width, channels, filters), threads)
     return out
 
 
@@ -145,9 +159,10 @@ def winograd_convolution(x: Tensor, weight: WinogradWeight, bias: Tensor | None 
     """`torch.nn.functional.conv2d(x, weight.plain, bias, padding=1)`.
 
     Args:
-        x: [N,C,H,W], float32 or float64 as the weight is; channels-last, or it is copied to be so.
+        x: [N,C,H,W], float32 or float64 as the weight is, or bfloat16 for a weight in float32, which is what is calculated in;
+            channels-last, or it is copied to be so.
         weight: of a filter [F,C,3,3].
-        bias: [F], constant; None for none.
+        bias: [F] in the dtype of the weight, constant; None for none.
 
     Returns:
         [N,F,H,W] in the dtype of x, channels-last; differentiable once in x. Nothing of x is kept for that.
@@ -156,15 +171,17 @@ def winograd_convolution(x: Tensor, weight: WinogradWeight, bias: Tensor | None 
         ValueError: shapes, dtypes or devices that do not match, or a bias that requires gradients.
     """
     plain = weight.plain
-    if x.dtype not in (torch.float32, torch.float64) or x.dtype != plain.dtype:
-        raise ValueError(f"x and weight must both be float32 or both float64, not {x.dtype} and {plain.dtype}")
+    if (x.dtype, plain.dtype) not in _DTYPES:
+        raise ValueError(
+            f"x and weight must both be float32 or both float64, or bfloat16 and float32, not {x.dtype} and {plain.dtype}"
+        )
     if x.ndim != 4 or x.numel() == 0 or x.shape[1] != plain.shape[1] or x.device != plain.device:
         raise ValueError(
             f"x must be [N,{plain.shape[1]},H,W] on {plain.device} with no size 0, not {tuple(x.shape)} on {x.device}"
         )
-    if bias is not None and (bias.shape != plain.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+    if bias is not None and (bias.shape != plain.shape[:1] or bias.dtype != plain.dtype or bias.device != x.device):
         raise ValueError(
-            f"bias must be {x.dtype} [{len(plain)}] on {x.device}, not {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+            f"bias must be {plain.dtype} [{len(plain)}] on {x.device}, not {bias.dtype} {tuple(bias.shape)} on {bias.device}"
         )
     if bias is not None and bias.requires_grad:
         raise ValueError("the bias is a constant here: freeze it with requires_grad_(False)")

@@ -90,8 +90,9 @@ def test_convolutions_of_whole_vectors_do_a_quarter_of_the_products(generator: t
 
 
 @pytest.mark.skipif(not native_bfloat16(torch.device("cpu")), reason="the processor has no bfloat16")
-def test_half_precision_is_as_exact_as_autocast(generator: torch.Generator) -> None:
-    original = denoiser(PLAIN, generator)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_half_precision_is_as_exact_as_autocast(config: dict[str, Any], generator: torch.Generator) -> None:
+    original = denoiser(config, generator)
     x, t = draw(generator)
     exact = answers(original, x, t)
     autocast = answers(original, x, t, half=True)

@@ -54,6 +54,20 @@ def test_values_and_gradient_are_torchs(
     assert error(got_grad, want_grad) < tolerance
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_of_bfloat16_only_input_and_output_are_rounded(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    """Under autocast too, where a weight that was transformed in bfloat16 would be wrong by far more."""
+    x, weight, bias = draw(shape, torch.float32, generator)
+    x, frozen = x.bfloat16(), WinogradWeight(weight)
+    exact = conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = winograd_convolution(x, frozen, bias)
+    assert got.dtype == torch.bfloat16
+    # half a unit of the last place, of a number below the next power of two
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=2e-4 * float(exact.square().mean().sqrt()))
+
+
 def test_gradient_of_the_input(generator: torch.Generator) -> None:
     x, weight, bias = draw((1, 16, 16, 3, 5), torch.float64, generator)
     frozen = WinogradWeight(weight)
@@ -83,24 +97,30 @@ def test_images_are_computed_apart(generator: torch.Generator) -> None:
 
 @needs_native
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_instruction_set_fills_its_output(threads: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "suffix", "tolerance"), [(torch.float32, "f32", 2e-4), (torch.bfloat16, "bf16", 2e-2)], ids=str
+)
+def test_every_instruction_set_fills_its_output(
+    dtype: torch.dtype, suffix: str, tolerance: float, threads: int, generator: torch.Generator
+) -> None:
+    launch = getattr(native.CPU.module, f"winograd_convolution_{suffix}")
     for shape in SHAPES.values():
         x, weight, bias = draw(shape, torch.float32, generator)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(dtype, memory_format=torch.channels_last)
         images, channels, filters, height, width = shape
         want = conv2d(x.double(), weight.double(), bias.double(), padding=1)
         transformed = WinogradWeight(weight).forward
         for isa in range(len(native.CPU.module.isa_levels())):
             runs = []
             for used in (threads, 1):
-                out = torch.full_like(want, torch.nan, dtype=torch.float32, memory_format=torch.channels_last)
+                out = torch.full_like(want, torch.nan, dtype=dtype, memory_format=torch.channels_last)
                 floats = native.CPU.module.winograd_workspace(channels, filters, used)
                 workspace = torch.full((floats + 64,), torch.nan)
                 addresses = tuple(t.data_ptr() for t in (x, transformed, bias, out, workspace))
-                native.CPU.module.winograd_convolution(addresses, (images, height, width, channels, filters), used, isa)
+                launch(addresses, (images, height, width, channels, filters), used, isa)
                 assert workspace[floats:].isnan().all()
                 runs.append(out)
-            assert error(runs[0], want) < 2e-4
+            assert error(runs[0], want) < tolerance
             assert runs[0].equal(runs[1])
 
 
@@ -140,7 +160,8 @@ def test_a_weight_that_is_trained_is_refused() -> None:
         (torch.zeros(2, 32, 3, 3), None, "x must be"),
         (torch.zeros(0, 16, 3, 3), None, "x must be"),
         (torch.zeros(2, 16, 3, 3, dtype=torch.float64), None, "both be float32"),
-        (torch.zeros(2, 16, 3, 3, dtype=torch.bfloat16), None, "both be float32"),
+        (torch.zeros(2, 16, 3, 3, dtype=torch.float16), None, "both be float32"),
+        (torch.zeros(2, 16, 3, 3, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.bfloat16), "bias must be"),
         (torch.zeros(2, 16, 3, 3), torch.zeros(16), "bias must be"),
         (torch.zeros(2, 16, 3, 3), torch.zeros(32, dtype=torch.float64), "bias must be"),
         (torch.zeros(2, 16, 3, 3), torch.zeros(32, requires_grad=True), "freeze it"),
