@@ -449,7 +449,51 @@ def whole_scans(scans: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+EVALUATIONS = """
+## What each part saves
+
+`{command}`: images put through the denoiser for one model, as the default search comes and with one
+part at a time undone; in brackets the collapse that is found. The published program takes {published:,} for every model.
+"""
+
+
+def evaluations_page(content: dict[str, Any]) -> list[str]:
+    """A row per model, a column per way."""
+    ways = list(content["rows"][0]["ways"])
+    lines = [
+        EVALUATIONS.format(published=content["published_images"], **content),
+        "| model | role | " + " | ".join(ways) + " |",
+        "|---" * (2 + len(ways)) + "|",
+    ]
+    for row in content["rows"]:
+        told = [f"{found['images']:,} ({found['collapse']:.1f})" for found in row["ways"].values()]
+        lines.append(f"| {row['name']} | {row['role']} | " + " | ".join(told) + " |")
+    return lines
+
+
+REPEATED = """## Scans repeated
+
+`{command}`: the default search with seeds {first} to {last}, where the table above has 0. Collapse with each
+seed; backdoored means a collapse above 4.
+"""
+
+
+def repeated_page(content: dict[str, Any]) -> list[str]:
+    """A row per model."""
+    seeds = content["seeds"]
+    lines = [
+        REPEATED.format(first=seeds[0], last=seeds[-1], **content),
+        "| model | role | method | judged rightly | collapse |",
+        "|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        found = ", ".join(f"{value:.1f}" for value in row["collapse"])
+        lines.append(f"| {row['name']} | {row['role']} | {row['method'] or '-'} | {rate(row['right'])} | {found} |")
+    return [*lines, ""]
+
+
 PAGES = {
+    "repeated_scans": repeated_page,
     "sealing": sealing_page,
     "unlearning": unlearning_page,
     "eviledit": eviledit_page,
@@ -462,6 +506,7 @@ PAGES = {
 def main() -> None:
     profiles = {PROFILE: "profile", PROFILE_WITHOUT_BFLOAT16: "profile_float32"}
     told = [profile_page(text, json.loads((RESULTS / f"{name}.json").read_text())) for text, name in profiles.items()]
+    told.append(evaluations_page(json.loads((RESULTS / "evaluations.json").read_text())))
     PROFILE_PAGE.write_text("\n".join([PROFILE_TITLE, *(line for lines in told for line in lines)]) + "\n")
     lines = [INTRODUCTION]
     not_taken = json.loads((RESULTS / "not_taken.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,3 +18,15 @@ def write_table(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
+
+
+def grow_table(
+    path: Path, head: dict[str, Any], names: Sequence[str], only: Sequence[str], measure: Callable[[str], dict[str, Any]]
+) -> None:
+    """Measure every row of `only` that the file lacks and write it as soon as it is there, in the order of `names`."""
+    rows = {row["name"]: row for row in read_rows(path)}
+    for name in only:
+        if name not in rows:
+            rows[name] = {"name": name, **measure(name)}
+            print(json.dumps(rows[name]), flush=True)
+            write_table(path, {**head, "rows": [rows[name] for name in names if name in rows]})

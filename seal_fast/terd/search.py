@@ -48,7 +48,9 @@ class _Sharing(NamedTuple):
     collapse: float
 
 
-class _Hunt:
+class Hunt:
+    """One search of one denoiser, part by part."""
+
     def __init__(self, denoiser: Denoiser, settings: FixedPointSettings, seed: int, on_step: OnStep) -> None:
         self.settings, self.on_step = settings, on_step
         self.probe = Probe(denoiser, torch.Generator().manual_seed(seed), settings.half_precision)
@@ -162,7 +164,7 @@ def find_firing_trigger(
     denoiser: Denoiser, settings: FixedPointSettings, *, seed: int = 0, on_step: OnStep = quiet
 ) -> Reversion:
     """Revert a trigger by looking for one that fires; arguments as `seal_fast.terd.reverse_trigger`."""
-    hunt = _Hunt(denoiser, settings, seed, on_step)
+    hunt = Hunt(denoiser, settings, seed, on_step)
     found = hunt.among_fixed_points()
     # above FIRES is enough where benign models of its kind are known not to reach it, but not elsewhere
     if hunt.probe.finite and math.isfinite(found.clean_spread) and found.collapse <= SURELY_FIRES:

@@ -140,8 +140,8 @@ def test_recorded_iterations_find_the_same(case: str, generator: torch.Generator
     assert found.sampler == plain.sampler
 
 
-def hunt(network: nn.Module, process: NoiseProcess, generator: torch.Generator) -> search._Hunt:
-    return search._Hunt(Denoiser(network, process, SHAPE), SETTINGS, seed_of(generator), lambda *_: None)
+def hunt(network: nn.Module, process: NoiseProcess, generator: torch.Generator) -> search.Hunt:
+    return search.Hunt(Denoiser(network, process, SHAPE), SETTINGS, seed_of(generator), lambda *_: None)
 
 
 def cosine(first: Tensor, second: Tensor) -> float:

@@ -1,0 +1,84 @@
+"""What each part of the default search saves, in images put through the denoiser, and whether it changes what is found.
+
+    python -m benchmarks.evaluations [--only NAME ...] [--out FILE]
+
+Every model is searched as it comes, and again with one part at a time undone. An image whose gradient is asked for counts once,
+as one without.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from benchmarks.table_file import grow_table
+from seal_fast.checkpoints import load_denoiser
+from seal_fast.diffusion import Denoiser
+from seal_fast.terd import FixedPointSettings, ReversionSettings, reverse_trigger
+from seal_fast.terd.search import Hunt
+from seal_fast.training import quiet
+from seal_fast.zoo.recipes import RECIPES
+
+ZOO = Path("zoo")
+MODELS = (
+    "benign-16-e",
+    "benign-32-a",
+    "bad-16-stop",
+    "troj-16-blend",
+    "ode-16-stop",
+    "held-16-benign-c",
+    "held-16-bad-cross",
+    "held-16-troj-patch",
+    "hard-16-invi",
+)
+DEFAULTS = FixedPointSettings()
+STEPS = sum(iterations for iterations, _ in DEFAULTS.race)
+UNDONE = {
+    "no guess left behind in the race": replace(DEFAULTS, race=((STEPS, DEFAULTS.race[-1][1]),)),
+    "no glance at a few samples": replace(DEFAULTS, glance_batch=DEFAULTS.firing_batch - 1),
+    "no sketches": replace(DEFAULTS, sketch_steps=DEFAULTS.deterministic_steps),
+    "many noises at once": replace(DEFAULTS, firing_batch=DEFAULTS.confirming_batch - 1),
+}
+AS_IT_COMES, TO_THE_END = "as it comes", "no stop where a trigger fires"
+SEED = 0
+
+
+def search_of(denoiser: Denoiser, settings: FixedPointSettings) -> dict[str, Any]:
+    found = reverse_trigger(denoiser, settings, seed=SEED)
+    return {"images": found.evaluations, "collapse": found.collapse}
+
+
+def search_to_the_end(denoiser: Denoiser) -> dict[str, Any]:
+    """Of fixed points and of poisoned rows, whatever fires."""
+    hunt = Hunt(denoiser, DEFAULTS, SEED, quiet)
+    collapse = max(hunt.among_fixed_points().collapse, hunt.among_poisoned_rows().collapse)
+    return {"images": hunt.probe.evaluations, "collapse": collapse}
+
+
+def published_images() -> int:
+    """Of TERD's program for one model; its settings are the same for every one."""
+    return sum(stage.iterations * stage.images for stage in ReversionSettings().stages)
+
+
+def measure(name: str) -> dict[str, Any]:
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    denoiser = load_denoiser(ZOO / name).denoiser
+    ways = {AS_IT_COMES: search_of(denoiser, DEFAULTS), TO_THE_END: search_to_the_end(denoiser)}
+    ways |= {name: search_of(denoiser, settings) for name, settings in UNDONE.items()}
+    return {"role": recipe.role, "backdoored": recipe.method is not None, "ways": ways}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evaluations.json"))
+    arguments = parser.parse_args()
+    head = {"command": "python -m benchmarks.evaluations", "machine": describe_machine(), "seed": SEED}
+    grow_table(arguments.out, {**head, "published_images": published_images()}, MODELS, arguments.only, measure)
+
+
+if __name__ == "__main__":
+    main()
