@@ -492,7 +492,33 @@ def repeated_page(content: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+UNDER_BFLOAT16 = """## Scans under bfloat16
+
+`{command}` on a processor that
+multiplies bfloat16. The rows of these models in the table above are of one that does not, so of searches in float32.
+"""
+
+
+def bfloat16_page(content: dict[str, Any]) -> list[str]:
+    """What came out otherwise."""
+    rows = {row["name"]: row for row in json.loads((RESULTS / "accuracy.json").read_text())["rows"]}
+    other = [row for row in content["rows"] if row["verdict"] != rows[row["name"]]["verdict"]]
+    lines = [
+        UNDER_BFLOAT16.format(**content),
+        f"{len(content['rows']) - len(other)} of {len(content['rows'])} models are judged as above. The others:",
+        "",
+        "| model | role | above | under bfloat16 | collapse above | under bfloat16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in other:
+        above, collapses = rows[row["name"]], [one["evidence"]["collapse"] for one in (rows[row["name"]], row)]
+        told = " | ".join(f"{value:.1f}" for value in collapses)
+        lines.append(f"| {row['name']} | {row['role']} | {above['verdict']} | {row['verdict']} | {told} |")
+    return [*lines, ""]
+
+
 PAGES = {
+    "accuracy_bfloat16": bfloat16_page,
     "repeated_scans": repeated_page,
     "sealing": sealing_page,
     "unlearning": unlearning_page,
