@@ -326,8 +326,7 @@ SPEED = """## Speed
 `make bench` on {machine}; medians, contenders in turns within one run. `speedup` is against `benchmarks/published/`, the loops
 as released, and for many models, per model, against one scanned alone; `op_speedup` and `counter_normal_speedup` against plain
 torch. Shares are of the machine's own measured read bandwidth and float32 matrix rate. Memory is the peak of a fresh process
-above the loaded pipeline. A published time to a verdict is that of a few iterations of each stage times their number. The
-figures of seal-fast in float32 are older than `winograd_convolution`.
+above the loaded pipeline. A published time to a verdict is that of a few iterations of each stage times their number.
 """
 SPEED_WITHOUT_BFLOAT16 = """### Without bfloat16
 
