@@ -52,7 +52,7 @@ def test_every_op_is_compared_with_what_it_replaces(tmp_path: Path) -> None:
 def test_reversions_and_several_models_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reversion, "READ_EVERY", 1)
     found = rows("reversion", tmp_path)
-    assert [row["stage"] for row in found] == ["estimation", "refinement", "sampling"]
+    assert [row["stage"] for row in found] == ["estimation", "refinement", "sampling", "descent"]
     assert all(row["failed"] == {} for row in found)
     for row in found[:2]:
         assert row["extrapolated_seconds"].keys() == row["seconds_per_iteration"].keys()
