@@ -395,14 +395,14 @@ PROFILE = """
 of a batch of pairs, by the published loop in float32 and by seal-fast as it comes, in turns; the fastest of a few runs.
 Milliseconds are the processor's; shares are of one profiled run, in which Python waits for the profiler too. FLOPs are
 counted by torch; needed are those of a forward pass and of the input's gradient, the rest is gradients of frozen weights.
-GFLOP/s are of those counted; a matrix product reaches {gemm:.0f} in float32 and {half:.0f} in bfloat16.
+GFLOP/s are of those counted, of which `winograd_convolution` does a quarter; a matrix product reaches {gemm:.0f} in float32 and
+{half:.0f} in bfloat16.
 """
 PROFILE_WITHOUT_BFLOAT16 = """
 ## Without bfloat16
 
 `{command}` on one thread of another {processor}, which does not multiply bfloat16, so both programs
-calculate in float32: the same figures. `winograd_convolution` does a quarter of the products that are counted for it. A matrix
-product reaches {gemm:.0f} GFLOP/s in float32.
+calculate in float32: the same figures. A matrix product reaches {gemm:.0f} GFLOP/s in float32.
 """
 
 
