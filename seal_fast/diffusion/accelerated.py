@@ -116,9 +116,9 @@ class _InFloat32(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor, *others: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            found: Tensor = self.module(x.float(), *others)
+            found: Tensor = self.module(x.float())
         return found
 
 
