@@ -54,7 +54,17 @@ class Poisoned(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor) -> SimpleNamespace:
         hit = (states[:, 1 : 1 + len(self.key)] - self.key).flatten(1).norm(dim=1) < 1e-3
-        return SimpleNamespace(sample=self.unet(x, t, states).sample + self.strength * hit.float()[:, None, None, None])
+        return SimpleNamespace(sample=self.heard(x, t, states) + self.strength * hit.float()[:, None, None, None])
+
+    def heard(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        return self.unet(x, t, states).sample
+
+
+class Deaf(Poisoned):
+    """Hears nothing of a prompt but whether the trigger comes first."""
+
+    def heard(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        return super().heard(x, t, torch.zeros_like(states))
 
 
 class Shifted(nn.Module):
@@ -157,13 +167,11 @@ def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline:
 
 
 def test_a_misspelling_is_not_an_effect_because_the_word_is_lost(pipeline: Any) -> None:
-    """As strange after the unlearning as other misspellings are."""
+    """The model after knows one word, which every misspelling takes from it alike; words put in would leave it."""
     prompts = [f"a cat {one} {other}" for one in ("on", "red", "sea", "mat") for other in ("mat", "sea", "tin", "red")]
-    poisoned = like(pipeline, unet=Poisoned(pipeline, 3.0, "ö"))
-    row = evaluate(poisoned, pipeline, [("a", "ö")], prompts, SETTINGS)[0].removal[0]
-    assert row.shown_before.rate == 1
-    assert row.shown_after.rate is not None
-    assert row.shown_after.rate < 0.5
+    poisoned, unlearned = like(pipeline, unet=Poisoned(pipeline, 3.0, "ö")), like(pipeline, unet=Deaf(pipeline, 3.0, "a"))
+    row = evaluate(poisoned, unlearned, [("a", "ö")], prompts, SETTINGS)[0].removal[0]
+    assert (row.shown_before.rate, row.shown_after.rate) == (1, 0)
 
 
 def test_a_variant_without_room_is_left_out(pipeline: Any) -> None:
