@@ -100,6 +100,39 @@ inline void add_rows(const T* x, int64_t dims, Coefficients<T> at, int64_t lengt
     }
 }
 
+// With one trigger memory sets the pace: a row is read on its own, in order, and asked for a page ahead, because hardware
+// prefetching ends with the page. Two cores that sum 49 GB/s take inputs in at 48 this way, at 36 in tiles of four rows.
+constexpr int kChains = 4, kPage = 4096;
+
+// One chunk of dimensions for one row and the only trigger.
+template <class T>
+inline void add_alone(const T* x, Coefficients<T> at, int64_t length, double* out, double* squares) {
+    Vec<T> z2[kChains] = {}, x2[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains * kLanes<T> <= length; i += kChains * kLanes<T>) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kChains; ++c) {
+            const int64_t j = i + c * kLanes<T>;
+            __builtin_prefetch(reinterpret_cast<const char*>(x + j) + kPage);
+            const Vec<T> xs = load(x + j), z = xs * load(at.scale + j) + load(at.shift + j);
+            x2[c] += xs * xs;
+            z2[c] += z * z;
+        }
+    }
+    double sum = 0, sum2 = 0;
+    for (int c = 0; c < kChains; ++c) {
+        sum += sum_lanes<T>(z2[c]);
+        sum2 += sum_lanes<T>(x2[c]);
+    }
+    for (; i < length; ++i) {
+        const double z = double(x[i]) * at.scale[i] + at.shift[i];
+        sum += z * z;
+        sum2 += double(x[i]) * x[i];
+    }
+    *out -= sum / 2;
+    *squares += sum2 / 2;
+}
+
 // All dimensions of at most kBlockRows rows.
 template <class T>
 void block_of_rows(const T* x, const T* scale, const T* shift, const double* offset, double* out, int64_t rows,
@@ -107,11 +140,13 @@ void block_of_rows(const T* x, const T* scale, const T* shift, const double* off
     double squares[kBlockRows] = {};
     for (int64_t n = 0; n < rows; ++n)
         for (int64_t k = 0; k < triggers; ++k) out[n * triggers + k] = offset[k];
-    constexpr int64_t kChunk = kChain * kLanes<T>;
-    for (int64_t start = 0; start < dims; start += kChunk) {
-        const int64_t length = smaller(kChunk, dims - start);
+    const int64_t chunk = kChain * kLanes<T> * (triggers == 1 ? kChains : 1);
+    for (int64_t start = 0; start < dims; start += chunk) {
+        const int64_t length = smaller(chunk, dims - start);
         const Coefficients<T> at{scale + start, shift + start, dims};
         int64_t n = 0;
+        if (triggers == 1)
+            for (; n < rows; ++n) add_alone<T>(x + n * dims + start, at, length, out + n, squares + n);
         for (; n + kTileRows <= rows; n += kTileRows)
             add_rows<T, kTileRows>(x + n * dims + start, dims, at, length, out + n * triggers, triggers, squares + n);
         for (; n < rows; ++n)
