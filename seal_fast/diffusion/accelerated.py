@@ -103,10 +103,10 @@ class _Winograd(_Convolution):
         self.dtype, self.winograd = dtype, WinogradWeight(self.weight)
 
     def of(self, x: Tensor) -> Tensor:
-        return winograd_convolution_op(x, self.winograd.forward, self.bias)
+        return winograd_convolution_op.direct(x, self.winograd.forward, self.bias)
 
     def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
-        return winograd_convolution_op(grad, self.winograd.backward, None)
+        return winograd_convolution_op.direct(grad, self.winograd.backward, None)
 
 
 class _InFloat32(nn.Module):
@@ -139,9 +139,9 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor | None, block: _Block) -> Tensor:
-        first, stats1 = group_norm_silu_op(x, *block.norm1, None, *block.grouping1)
+        first, stats1 = group_norm_silu_op.direct(x, *block.norm1, None, *block.grouping1)
         middle = block.conv1.of(first)
-        second, stats2 = group_norm_silu_op(middle, *block.norm2, shift, *block.grouping2)
+        second, stats2 = group_norm_silu_op.direct(middle, *block.norm2, shift, *block.grouping2)
         ctx.block = block
         ctx.save_for_backward(x, stats1, middle, stats2, shift)
         out = block.conv2.of(second).add_(x if block.shortcut is None else block.shortcut.of(x))
@@ -155,9 +155,9 @@ class _Residual(torch.autograd.Function):
         if block.divisor != 1:
             grad = grad / block.divisor
         second = block.conv2.input_gradient(grad, middle.shape)
-        between = group_norm_silu_backward_op(second, middle, *block.norm2, shift, stats2, block.grouping2[0])
+        between = group_norm_silu_backward_op.direct(second, middle, *block.norm2, shift, stats2, block.grouping2[0])
         first = block.conv1.input_gradient(between, x.shape)
-        x_grad = group_norm_silu_backward_op(first, x, *block.norm1, None, stats1, block.grouping1[0])
+        x_grad = group_norm_silu_backward_op.direct(first, x, *block.norm1, None, stats1, block.grouping1[0])
         beside = grad if block.shortcut is None else block.shortcut.input_gradient(grad, x.shape)
         return x_grad.add_(beside), None, None
 

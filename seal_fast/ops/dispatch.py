@@ -98,6 +98,14 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self._boundary(*args)
 
+    def direct(self, *args: Any) -> Any:
+        """`self(*args)` for plain tensors that nothing traces, past torch's dispatcher unless profilers or modes listen there.
+
+        The dispatcher takes 4.3 of the 9 us before a small op starts: a twentieth of a reversion at 16 px.
+        """
+        heard = torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack()
+        return self._boundary(*args) if heard else self.dispatch(*args)
+
     def dispatch(self, *args: Any) -> Any:
         """Run the implementation that is chosen for these arguments."""
         return self.choose(*args).run(*args)

@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from seal_fast.ops import explain, gaussian_log_ratio, jit, native
 from seal_fast.ops.gaussian import log_ratio_op
@@ -88,3 +90,19 @@ def test_without_triton_its_kernels_say_what_is_missing(monkeypatch: pytest.Monk
     assert "triton" in reason
     cross_attention_status = next(s for s in explain() if s.op == "cross_attention" and s.device == "cpu")
     assert "needs tensors on cuda" in cross_attention_status.refusals["triton"]
+
+
+def test_a_direct_call_passes_the_dispatcher_unless_somebody_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("went through torch's dispatcher")
+
+    arguments = torch.rand(3, 8), torch.rand(2, 8), torch.rand(2, 8), torch.rand(2, dtype=torch.float64)
+    expected = log_ratio_op(*arguments)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.seal_fast.gaussian_log_ratio: lambda *_, **__: 7}) as counter:
+        assert torch.equal(log_ratio_op.direct(*arguments), expected)
+    assert counter.get_total_flops() == 7
+    with profile() as recorded:
+        log_ratio_op.direct(*arguments)
+    assert "seal_fast::gaussian_log_ratio" in {row.key for row in recorded.key_averages()}
+    monkeypatch.setattr(log_ratio_op, "_boundary", refuse)
+    assert torch.equal(log_ratio_op.direct(*arguments), expected)
