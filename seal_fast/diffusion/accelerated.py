@@ -248,7 +248,7 @@ def accelerated(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> Denoi
     """
     network: Any = denoiser.network
     ops = group_norm_silu_op, winograd_convolution_op
-    compiled = all(op.status(denoiser.device.type).chosen not in (None, "reference") for op in ops)
+    compiled = all(op.status(denoiser.device.type).chosen == op.implementations[0].backend for op in ops)
     if not compiled or not _exactly(network, UNet2DModel) or network.dtype != torch.float32:
         return denoiser
     kept = (p for module in network.modules() if isinstance(module, nn.GroupNorm) for p in module.parameters())

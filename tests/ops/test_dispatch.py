@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seal_fast.ops import explain, gaussian_log_ratio, jit, native
 from seal_fast.ops.gaussian import log_ratio_op
+from seal_fast.ops.winograd_convolution import winograd_convolution_op
 
 ABSENT = native.Extension("_native", None, "compiled extension missing: removed for this test")
 
@@ -96,13 +97,15 @@ def test_a_direct_call_passes_the_dispatcher_unless_somebody_listens_there(monke
     def refuse(*_: object) -> None:
         raise AssertionError("went through torch's dispatcher")
 
-    arguments = torch.rand(3, 8), torch.rand(2, 8), torch.rand(2, 8), torch.rand(2, dtype=torch.float64)
-    expected = log_ratio_op(*arguments)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.seal_fast.gaussian_log_ratio: lambda *_, **__: 7}) as counter:
-        assert torch.equal(log_ratio_op.direct(*arguments), expected)
+    op, arguments = winograd_convolution_op, (torch.rand(2, 16, 3, 5), torch.rand(36, 16, 32), None)
+    expected = op(*arguments)
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.seal_fast.winograd_convolution: lambda *_, **__: 7}
+    ) as counter:
+        assert torch.equal(op.direct(*arguments), expected)
     assert counter.get_total_flops() == 7
     with profile() as recorded:
-        log_ratio_op.direct(*arguments)
-    assert "seal_fast::gaussian_log_ratio" in {row.key for row in recorded.key_averages()}
-    monkeypatch.setattr(log_ratio_op, "_boundary", refuse)
-    assert torch.equal(log_ratio_op.direct(*arguments), expected)
+        op.direct(*arguments)
+    assert "seal_fast::winograd_convolution" in {row.key for row in recorded.key_averages()}
+    monkeypatch.setattr(op, "_boundary", refuse)
+    assert torch.equal(op.direct(*arguments), expected)
