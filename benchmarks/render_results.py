@@ -326,14 +326,14 @@ SPEED = """## Speed
 
 `make bench` on {machine}; medians, contenders in turns within one run. `speedup` is against `benchmarks/published/`, the loops
 as released, and for many models, per model, against one scanned alone; `op_speedup` and `counter_normal_speedup` against plain
-torch. Shares are of the machine's own measured read bandwidth and float32 matrix rate. Memory is the peak of a fresh process
-above the loaded pipeline. A published time to a verdict is that of a few iterations of each stage times their number.
+torch. Shares are of the machine's own measured read bandwidth and float32 matrix rate; `sum_share` is of the rate at which
+torch sums the same inputs in turns with the detector. Memory is the peak of a fresh process above the loaded pipeline. A
+published time to a verdict is that of a few iterations of each stage times their number.
 """
 SPEED_WITHOUT_BFLOAT16 = """### Without bfloat16
 
-`make bench-float32` on another {machine}, which does not multiply bfloat16: both programs calculate in float32. `sum_share` is
-of the rate at which torch sums the same inputs in turns with the detector. The two rows of test_reversion are of a later run of
-that bench alone, with more iterations to a round.
+`make bench-float32` on another {machine}, which does not multiply bfloat16: both programs calculate in float32. The two rows of
+test_reversion are of a later run of that bench alone, with more iterations to a round.
 """
 
 SPEED_PAGES = {SPEED: ("speed", "scans"), SPEED_WITHOUT_BFLOAT16: ("scans_float32",)}
