@@ -22,9 +22,10 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import conv2d, scaled_dot_product_attention, silu
+from torch.nn.functional import conv2d, interpolate, scaled_dot_product_attention, silu
 
 from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.ops import WinogradWeight, group_norm_silu
@@ -198,6 +199,24 @@ def _norm_of(norm: nn.GroupNorm) -> tuple[tuple[Tensor, Tensor], tuple[int, floa
     return (norm.weight.detach(), norm.bias.detach()), (norm.num_groups, norm.eps)
 
 
+class _Upsampling(nn.Module):
+    """diffusers' Upsample2D in its plain form. That lays 64 pictures and more out anew, for the sake of a kernel of GPUs: most
+    passes of 64 or 128 pictures of 16 px took 1.03 to 1.07 times as long."""
+
+    @staticmethod
+    def replaces(module: Any) -> bool:
+        plain = _exactly(module, Upsample2D) and module.norm is None and module.interpolate and module.name == "conv"
+        return plain and isinstance(module.conv, _Convolution)
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.conv = module.conv
+
+    def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        found: Tensor = self.conv(interpolate(x, output_size, None if output_size else 2.0, mode="nearest"))
+        return found
+
+
 class _Float32Softmax:
     """diffusers' AttnProcessor2_0, for images attending to themselves."""
 
@@ -235,6 +254,8 @@ def _exchange(module: nn.Module, dtype: torch.dtype) -> None:
             part.to(dtype)
         elif _Block.replaces(part):
             setattr(module, name, _Block(part))
+        elif _Upsampling.replaces(part):
+            setattr(module, name, _Upsampling(part))
         elif _Float32Softmax.replaces(part):
             part.set_processor(_Float32Softmax())
 

@@ -75,6 +75,21 @@ def test_answers_and_gradients_are_those_of_the_network(config: dict[str, Any], 
         assert apart(accelerated(original)(x, t), original(x, t)) < 1e-4
 
 
+@pytest.mark.parametrize("pictures", [5, 65])
+def test_upsampling_keeps_the_layout(pictures: int, generator: torch.Generator) -> None:
+    model = accelerated(denoiser(PLAIN, generator))
+    upsampler = model.network.up_blocks[0].upsamplers[0]
+    x = torch.randn(pictures, 24, 3, 5, generator=generator).contiguous(memory_format=torch.channels_last)
+    seen: list[Tensor] = []
+    upsampler.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    upsampler(x)
+    upsampler(x, (7, 11))
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in seen)
+    for one, (height, width) in zip(seen, ((6, 10), (7, 11)), strict=True):
+        rows, columns = torch.arange(height) * 3 // height, torch.arange(width) * 5 // width
+        assert torch.equal(one, x[:, :, rows][:, :, :, columns])
+
+
 def calls_of_winograd(model: Denoiser, generator: torch.Generator) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
         model(*draw(generator))
