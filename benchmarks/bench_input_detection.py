@@ -25,7 +25,7 @@ def test_input_detection(benchmark: BenchmarkFixture, inputs: int) -> None:
     """Rates in inputs per second, both contenders timed in turns within each round; building the detectors is not timed.
 
     `sum_share` is the rate that seal-fast takes its inputs in at, as a part of that at which torch sums the same inputs in the
-    same turns: for inputs that no cache holds, of memory's bandwidth, which measured apart was 45 to 72 GB/s within an hour.
+    same turns: for inputs that no cache holds, of memory's bandwidth, which measured apart was 42 to 79 GB/s within an hour.
     """
     torch.manual_seed(0)
     trigger = Trigger(torch.randn(SHAPE) / 20, 0.9 + 0.2 * torch.rand(SHAPE))

@@ -101,7 +101,7 @@ inline void add_rows(const T* x, int64_t dims, Coefficients<T> at, int64_t lengt
 }
 
 // With one trigger memory sets the pace: a row is read on its own, in order, and asked for a page ahead, because hardware
-// prefetching ends with the page. Two cores that sum 49 GB/s take inputs in at 48 this way, at 36 in tiles of four rows.
+// prefetching ends with the page. bench_input_detection's share of a plain sum's rate is .85 this way, .71 in tiles of four rows.
 constexpr int kChains = 4, kPage = 4096;
 
 // One chunk of dimensions for one row and the only trigger.

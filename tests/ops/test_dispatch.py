@@ -93,6 +93,7 @@ def test_without_triton_its_kernels_say_what_is_missing(monkeypatch: pytest.Monk
     assert "needs tensors on cuda" in cross_attention_status.refusals["triton"]
 
 
+@pytest.mark.skipif(native.CPU.module is None, reason=f"needs the compiled kernel: {native.CPU.reason}")
 def test_a_direct_call_passes_the_dispatcher_unless_somebody_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("went through torch's dispatcher")
