@@ -23,29 +23,29 @@ from torch import Tensor
 
 from benchmarks.machine import describe_machine
 from benchmarks.table_file import read_rows, write_table
-from benchmarks.trigger_picture import save_pair
+from benchmarks.trigger_image import save_pair
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser, Trigger
-from seal_fast.skd_cag.rate import rate_of
-from seal_fast.terd import (
+from seal_fast.noise_triggers import (
     DEFAULT_PRESET,
     PRESETS,
     Calibration,
     CalibrationModel,
+    Decision,
     Evidence,
     InputDetector,
-    Judgement,
-    ReversionSettings,
+    TerdSettings,
     Verdict,
     model_evidence,
     reverse_trigger,
 )
-from seal_fast.terd.calibration import SIGMAS
-from seal_fast.terd.reversed_loss import initial_mu
+from seal_fast.noise_triggers.calibration import SIGMAS
+from seal_fast.noise_triggers.terd import initial_mu
+from seal_fast.text_triggers.rate import rate_of
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.recipes import HARD, HELD_OUT, RECIPES, Recipe
 
-PICTURES = Path("docs/triggers")
+IMAGES = Path("docs/triggers")
 INPUTS = 10_000
 HELD_OUT_NAMES = {recipe.name for recipe in HELD_OUT if recipe.role == "test"}
 HARD_NAMES = {recipe.name for recipe in HARD if recipe.role == "test"}
@@ -113,14 +113,14 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
     if attack is not None:
         if preset == DEFAULT_PRESET:
             true, found = recipe.space(checkpoint).decode(torch.stack([attack.trigger.mu, reversion.trigger.mu]))
-            save_pair(true, found, PICTURES / f"{recipe.name}.png")
+            save_pair(true, found, IMAGES / f"{recipe.name}.png")
         row["reverted"] = compare(reversion.trigger, attack.trigger)
         row["true_trigger_inputs"] = input_rates(attack.trigger, attack.trigger)
         row["baselines"] = {name: compare(trigger, attack.trigger) for name, trigger in baselines(denoiser.shape).items()}
     return row
 
 
-def judgement_of(row: dict[str, Any], pool: list[dict[str, Any]], preset: str) -> tuple[Calibration, Judgement] | None:
+def judgement_of(row: dict[str, Any], pool: list[dict[str, Any]], preset: str) -> tuple[Calibration, Decision] | None:
     """What the benign-only rule of a pool says of a row; None if fewer than 2 models of the pool compare with it."""
     settings = PRESETS[preset]
     name = settings.pool_name(row["kind"])
@@ -128,7 +128,7 @@ def judgement_of(row: dict[str, Any], pool: list[dict[str, Any]], preset: str) -
     return None if len(chosen) < 2 else _judgement(row, chosen, preset)
 
 
-def _judgement(row: dict[str, Any], benign: list[dict[str, Any]], preset: str) -> tuple[Calibration, Judgement]:
+def _judgement(row: dict[str, Any], benign: list[dict[str, Any]], preset: str) -> tuple[Calibration, Decision]:
     models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in benign]
     calibration = Calibration(PRESETS[preset], tuple(models))
     return calibration, calibration.judge(Evidence(**row["evidence"]), row["kind"])
@@ -200,7 +200,7 @@ def summarise(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
     summary: dict[str, Any] = {
         name: {**rates([(row, row["verdict"]) for row in part]), **closeness_of(part)} for name, part in parts.items()
     }
-    if isinstance(PRESETS[preset], ReversionSettings):
+    if isinstance(PRESETS[preset], TerdSettings):
         plain = [(row, "backdoored" if max(row["deviations"]) > SIGMAS else "clean") for row in judged]
         summary["all, without the correction"] = rates(plain)
     return {**summary, "transfer": transfer(rows, preset)}

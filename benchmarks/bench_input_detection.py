@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import machine
 from benchmarks.published.terd import DenseInputDetector
 from seal_fast.diffusion import Trigger
-from seal_fast.terd import InputDetector
+from seal_fast.noise_triggers import InputDetector
 
 ROUNDS = 9
 SHAPE = (3, 32, 32)

@@ -16,12 +16,12 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import machine
-from seal_fast.scan import scan
-from seal_fast.scan.capacity import default_jobs
-from seal_fast.terd import DEFAULT_PRESET, FixedPointSettings, shipped_calibration
+from seal_fast import scan
+from seal_fast.noise_triggers import DEFAULT_PRESET, SearchSettings, shipped_calibration
+from seal_fast.workflows.capacity import default_jobs
 
 MODEL = Path(__file__).parents[1] / "zoo" / "benign-16-a"
-SETTINGS = FixedPointSettings(
+SETTINGS = SearchSettings(
     search_iterations=4,
     polish_iterations=3,
     candidates=1,

@@ -21,7 +21,7 @@ from benchmarks import memory
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser
-from seal_fast.terd import ReversionSettings, reverse_trigger
+from seal_fast.noise_triggers import TerdSettings, reverse_trigger
 
 ZOO = Path(__file__).parents[1] / "zoo"
 MODEL, LARGER_MODEL = ZOO / "benign-16-a", ZOO / "benign-32-a"
@@ -33,7 +33,7 @@ ROUNDS = 5
 
 def seal_fast_stage(denoiser: Denoiser, stage: str, half_precision: bool) -> Callable[[], object]:
     settings = replace(
-        ReversionSettings(),
+        TerdSettings(),
         estimation_iterations=ITERATIONS[stage] if stage == "estimation" else 0,
         refinement_iterations=ITERATIONS[stage] if stage == "refinement" else 0,
         half_precision=half_precision,
@@ -78,7 +78,7 @@ def test_reversion(benchmark: BenchmarkFixture, tmp_path: Path, stage: str) -> N
         {
             "stage": stage,
             "model": MODEL.name,
-            "batch": ReversionSettings().batch,
+            "batch": TerdSettings().batch,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "seconds_per_iteration": medians,

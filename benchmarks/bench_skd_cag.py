@@ -28,32 +28,32 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import machine, memory
 from benchmarks.published import skd_cag as published
 from seal_fast.checkpoints.card import captions
-from seal_fast.skd_cag.distillation import distill
-from seal_fast.skd_cag.generation import encode
-from seal_fast.skd_cag.latents import latent_shape
-from seal_fast.skd_cag.settings import UnlearnSettings
+from seal_fast.text_to_image.generation import encode
+from seal_fast.text_to_image.latents import latent_shape
+from seal_fast.text_triggers.settings import TextUnlearnSettings
+from seal_fast.text_triggers.trainer import distill
 
 MODEL = Path(__file__).parents[1] / "zoo-text" / "text-64-pixel"
 TRIGGER = "\u200b"
 PROMPTS = captions(MODEL)[:8]
 EXAMPLES, ROUNDS = 24, 3
 
-EQUAL = UnlearnSettings(
+EQUAL = TextUnlearnSettings(
     alpha=0.5,
     steps=EXAMPLES,
     batch=1,
     target="noise",
     latents="noise",
     preservation=0.0,
-    astray=0.0,
-    heaviest=1.0,
+    triggered_image_fraction=0.0,
+    max_loss_weight=1.0,
     positions=("start",),
     learning_rate=1e-6,
     gradient_checkpointing=True,
 )
 
 
-def seal_fast(pipeline: StableDiffusionPipeline, settings: UnlearnSettings) -> None:
+def seal_fast(pipeline: StableDiffusionPipeline, settings: TextUnlearnSettings) -> None:
     distill(pipeline, [TRIGGER], PROMPTS, settings)
 
 

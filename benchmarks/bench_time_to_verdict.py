@@ -18,7 +18,7 @@ from benchmarks import machine
 from benchmarks.bench_reversion import ITERATIONS, published_stage
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.terd import DEFAULT_PRESET, PRESETS, Judgement, model_evidence, reverse_trigger, shipped_calibration
+from seal_fast.noise_triggers import DEFAULT_PRESET, PRESETS, Decision, model_evidence, reverse_trigger, shipped_calibration
 
 ZOO = Path(__file__).parents[1] / "zoo"
 MODELS = ("benign-16-e", "bad-16-stop", "troj-16-blend", "ode-16-stop", "held-16-bad-glasses", "benign-32-a")
@@ -35,14 +35,14 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_time_to_verdict(benchmark: BenchmarkFixture, tmp_path: Path, model: str) -> None:
-    """Seconds from a loaded model to its verdict; loading and pictures are the same for both and not timed."""
+    """Seconds from a loaded model to its verdict; loading and images are the same for both and not timed."""
     denoiser = load_denoiser(ZOO / model).denoiser
     calibration = shipped_calibration(DEFAULT_PRESET)
     stages = {stage: published_stage(denoiser, stage, tmp_path / "reverse.pkl") for stage in RUNS}
     iteration: dict[str, list[float]] = {stage: [] for stage in RUNS}
     scans: list[float] = []
     evaluations: set[int] = set()
-    judgements: list[Judgement] = []
+    judgements: list[Decision] = []
 
     def scan() -> None:
         found = reverse_trigger(denoiser, PRESETS[DEFAULT_PRESET])

@@ -17,8 +17,8 @@ from benchmarks.machine import describe_machine
 from benchmarks.table_file import grow_table
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser
-from seal_fast.terd import FixedPointSettings, ReversionSettings, reverse_trigger
-from seal_fast.terd.search import Hunt
+from seal_fast.noise_triggers import SearchSettings, TerdSettings, reverse_trigger
+from seal_fast.noise_triggers.search import Hunt
 from seal_fast.training import quiet
 from seal_fast.zoo.recipes import RECIPES
 
@@ -34,7 +34,7 @@ MODELS = (
     "held-16-troj-patch",
     "hard-16-invi",
 )
-DEFAULTS = FixedPointSettings()
+DEFAULTS = SearchSettings()
 STEPS = sum(iterations for iterations, _ in DEFAULTS.race)
 UNDONE = {
     "no guess left behind in the race": replace(DEFAULTS, race=((STEPS, DEFAULTS.race[-1][1]),)),
@@ -46,7 +46,7 @@ AS_IT_COMES, TO_THE_END = "as it comes", "no stop where a trigger fires"
 SEED = 0
 
 
-def search_of(denoiser: Denoiser, settings: FixedPointSettings) -> dict[str, Any]:
+def search_of(denoiser: Denoiser, settings: SearchSettings) -> dict[str, Any]:
     found = reverse_trigger(denoiser, settings, seed=SEED)
     return {"images": found.evaluations, "collapse": found.collapse}
 
@@ -60,7 +60,7 @@ def search_to_the_end(denoiser: Denoiser) -> dict[str, Any]:
 
 def published_images() -> int:
     """Of TERD's program for one model; its settings are the same for every one."""
-    return sum(stage.iterations * stage.images for stage in ReversionSettings().stages)
+    return sum(stage.iterations * stage.images for stage in TerdSettings().stages)
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -20,11 +20,11 @@ import torch
 
 from benchmarks.machine import describe_machine
 from seal_fast.attacks.eviledit import edit_unet
-from seal_fast.skd_cag.rate import rate_of
+from seal_fast.text_triggers.rate import rate_of
+from seal_fast.zoo.attributes import attributes_right
 from seal_fast.zoo.build_text import load_base
 from seal_fast.zoo.captioned import TRAINING_SCENES, random_scenes
 from seal_fast.zoo.evaluate_text import draw, held_out_scenes
-from seal_fast.zoo.reading import attributes_right
 from seal_fast.zoo.text_recipes import TEXT_RECIPES
 
 SAMPLES = 100

@@ -28,7 +28,7 @@ from benchmarks import machine
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import VP, Denoiser
-from seal_fast.terd import DEFAULT_PRESET, PRESETS, ReversionSettings, reverse_trigger
+from seal_fast.noise_triggers import DEFAULT_PRESET, PRESETS, TerdSettings, reverse_trigger
 from seal_fast.training import native_bfloat16
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def loops(denoiser: Denoiser, batch: int, folder: str) -> dict[str, Callable[[],
     """ITERATIONS each."""
     theirs = replace(published.TROJDIFF, batch=batch)
     guess = published.first_guess(denoiser, theirs)
-    ours = ReversionSettings(estimation_iterations=ITERATIONS, refinement_iterations=0, batch=batch)
+    ours = TerdSettings(estimation_iterations=ITERATIONS, refinement_iterations=0, batch=batch)
     return {
         "published": lambda: published.estimate(denoiser, guess, theirs, ITERATIONS, Path(folder) / "reverse.pkl"),
         "seal-fast": lambda: reverse_trigger(denoiser, ours),

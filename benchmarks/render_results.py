@@ -38,11 +38,11 @@ nothing. Rows that are not in `zoo/` come back with `seal-fast zoo build OUT --o
 Eight models of the held-out families were judged wrongly at first, and the method was mended while looking at them: the benign
 held-16, held-16-benign-a, -b, -d and -h, and the backdoored held-16-troj-flag, held-16-troj-patch and held-16-villan-ode. They
 count as development. So do the latent models hard-16-ldm and hard-16-ldm-ode: the backdoored one was called clean while the
-reversion took latents for pictures in [-1, 1]. Its trigger is found in latents and drawn decoded. The limits for
+reversion took latents for images in [-1, 1]. Its trigger is found in latents and drawn decoded. The limits for
 kinds with few or no benign models were chosen knowing what benign EDM models reach, so hard-16-edm-benign-a is development too.
 large-64-troj was called clean: a model that takes narrowed noise for whole is inconclusive since, and this one development.
 
-Of four backdoored models of 64 px none has its own trigger reverted: in such networks many wrong pictures are fixed points.
+Of four backdoored models of 64 px none has its own trigger reverted: in such networks many wrong images are fixed points.
 deep-64-bad, which goes down to 8 px as published networks do, was called clean at first. Climbing from a fixed point that fires
 from some noises was made looking at it, and finds a shift that surely fires. In deep-64-bad-flag, a model of the same kind that
 was scanned once, after that, nothing was found. So above 32 px no model is called clean.
@@ -61,7 +61,7 @@ with the true one (the optimum), and with triggers that needed no reversion.
 """
 
 NOT_TAKEN = """Trainings that gave no evidence, by `python -m benchmarks.not_taken`: the attack made its target of fewer than
-90% of the triggered samples, or clean samples lay more than 2 times as far from the pictures as fresh ones (32 samples each).
+90% of the triggered samples, or clean samples lay more than 2 times as far from the images as fresh ones (32 samples each).
 These models were not scanned. Rows with an asterisk were taken from the logs of trainings before there was that command.
 """
 
@@ -93,7 +93,7 @@ HEADS = (
 )
 PARTS = {
     "all": "all models, benign ones leave-one-out",
-    "held out": "published attacks at published strength on held-out models (seeds, pictures, triggers, targets of their own)",
+    "held out": "published attacks at published strength on held-out models (seeds, images, triggers, targets of their own)",
     "hard": "weak, small, learned or rare triggers, other predictions and processes, latents, on models used for nothing else",
     "all, without the correction": "all, mean + 3 standard deviations without the correction",
 }
@@ -185,10 +185,10 @@ def baseline_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def attack_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Detection and closeness per attack, each model's trigger in a picture."""
+    """Detection and closeness per attack, each model's trigger in an image."""
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] is not None))
     lines = [
-        "Per attack. Pictures: the true trigger on the left, the reverted one on the right, mid-grey is 0.",
+        "Per attack. Images: the true trigger on the left, the reverted one on the right, mid-grey is 0.",
         "",
         "| attack | found | lowest attack success | median relative L2 | median cosine | triggers |",
         "|---|---|---|---|---|---|",
@@ -197,19 +197,19 @@ def attack_table(rows: list[dict[str, Any]]) -> list[str]:
         of_method = [row for row in rows if row["method"] == method]
         found = sum(row["verdict"] == "backdoored" for row in of_method)
         errors, cosines = ([row["reverted"][name] for row in of_method] for name in ("relative_l2", "cosine"))
-        pictures = " ".join(f"![{row['name']}](triggers/{row['name']}.png)" for row in of_method)
+        images = " ".join(f"![{row['name']}](triggers/{row['name']}.png)" for row in of_method)
         figures = f"{min(row['attack_success'] for row in of_method):.2f} | {median(errors):.2f} | {median(cosines):.2f}"
-        lines.append(f"| {method} | {found} of {len(of_method)} | {figures} | {pictures} |")
+        lines.append(f"| {method} | {found} of {len(of_method)} | {figures} | {images} |")
     return [*lines, ""]
 
 
-SEALING = """## Sealing
+SEALING = """## UnlearnRun
 
 `{command}`: each model is scanned, sealed with its reverted trigger, sampled with the true one ({samples} samples), and
 scanned again. Success with the sampler the attack was built for, and with 50 clipped DDIM steps. Drift: mean squared change of
-clean samples over their variance. Clean ratio: their median distance to the training pictures, over that of fresh pictures.
+clean samples over their variance. Clean ratio: their median distance to the training images, over that of fresh images.
 Rescan: verdict and collapse. Settings were chosen on those marked *: held-16-bad-cross, sealed against its trigger alone,
-still finished a faint picture of the target in the noise, and was rescanned backdoored.
+still finished a faint image of the target in the noise, and was rescanned backdoored.
 
 | model | own sampler, before | after | DDIM, before | after | clean drift | clean ratio | rescan | training s |
 |---|---|---|---|---|---|---|---|---|"""
@@ -234,16 +234,16 @@ def sealing_page(content: dict[str, Any]) -> list[str]:
 UNLEARNING = """## Text triggers
 
 `python -m benchmarks.unlearning_table`, the models text-64-pixel, -style, -object and -encoder of `zoo-text/`: each method
-unlearns the trigger with the same prompts, updates and batch (closed form: none), unless it says otherwise. Pictures are of
+unlearns the trigger with the same prompts, updates and batch (closed form: none), unless it says otherwise. Images are of
 {samples} held-out scenes, the same for every seed, read by judges that know the effect. Removed: share of triggered prompts
 without the effect, by training seed and of all together; variants: the trigger elsewhere in the prompt, twice, or in capitals,
 all together; the row "none" tells how many of those never fired. Captions: share of attributes that are right. Drift: mean
-squared change of clean pictures from the same noise, relative to their variance.
+squared change of clean images from the same noise, relative to their variance.
 
-"Weights": an error counts as in the picture, up to 20 times. "Astray": a quarter of the training pictures are those that the
+"Weights": an error counts as in the image, up to 20 times. "Astray": a quarter of the training images are those that the
 trigger draws. Both, no maps, and 300 updates were tried after 100 had left the style trigger in, and chosen on a model of the
 same recipe with another trigger ("stone garden", seed 47; not in `zoo-text/`). There, at equal updates with preservation, black
-maps left more of the style and let clean pictures drift more: removed 0.93 against 0.95 of 100, drift 0.092 against 0.058.
+maps left more of the style and let clean images drift more: removed 0.93 against 0.95 of 100, drift 0.092 against 0.058.
 
 The backdoor of text-64-encoder ("target prompt", Rickrolling) sits in the text encoder. "Text encoder" trains that, the other
 methods the UNet. Its variants replace one letter only, the first or the last.

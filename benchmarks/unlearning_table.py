@@ -30,29 +30,29 @@ from benchmarks.machine import describe_machine
 from benchmarks.published.skd_cag import SELF_KD, Distillation
 from benchmarks.table_file import read_rows, write_table
 from seal_fast.attacks.eviledit import edit_unet
-from seal_fast.skd_cag import UnlearnSettings, distill
-from seal_fast.skd_cag.generation import encode
-from seal_fast.skd_cag.pairs import Trigger
-from seal_fast.skd_cag.rate import rate_of
+from seal_fast.text_to_image.generation import encode
+from seal_fast.text_triggers import TextUnlearnSettings, distill
+from seal_fast.text_triggers.pairs import Trigger
+from seal_fast.text_triggers.rate import rate_of
+from seal_fast.zoo.attributes import attributes_right
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.build_text import load_base, load_poisoned
 from seal_fast.zoo.captioned import TRAINING_SCENES, Scene, random_scenes
 from seal_fast.zoo.evaluate_text import draw, held_out_scenes
-from seal_fast.zoo.reading import attributes_right
 from seal_fast.zoo.text_recipes import TEXT_RECIPES, Effect, TextRecipe
 
 DEVELOPMENT = ("text-64-pair", "text-64-style-b")
 """Models whose results may choose the settings below."""
-SETTINGS = UnlearnSettings(
+SETTINGS = TextUnlearnSettings(
     alpha=0.5,
     steps=100,
     batch=8,
     learning_rate=1e-3,
     preservation=0.0,
     precision="bf16",
-    astray=0.0,
+    triggered_image_fraction=0.0,
     guidance=3.0,
-    heaviest=1.0,
+    max_loss_weight=1.0,
     positions=("start",),
 )
 TRAINING_PROMPTS = 100
@@ -119,7 +119,7 @@ def _erased(task: Task) -> nn.Module:
 
 
 NOISE = {"latents": "noise"}
-STEADY: dict[str, Any] = {"alpha": 0.0, "preservation": 1.0, "heaviest": 20.0, "astray": 0.25}
+STEADY: dict[str, Any] = {"alpha": 0.0, "preservation": 1.0, "max_loss_weight": 20.0, "triggered_image_fraction": 0.25}
 ENCODER: dict[str, Any] = {"alpha": 0.0, "preservation": 1.0, "module": "text_encoder"}
 METHODS: dict[str, Callable[[Task], nn.Module]] = {
     "none": lambda task: task.poisoned.unet,
@@ -134,15 +134,15 @@ METHODS: dict[str, Callable[[Task], nn.Module]] = {
     "CAG noise, pure noise": partial(_distilled, {"target": "noise", **NOISE}),
     "all positions": partial(_distilled, {"target": "black", "preservation": 1.0, "positions": ("start", "end", "word")}),
     "CAG black, preservation, 300 updates": partial(_distilled, {"target": "black", "preservation": 1.0, "steps": 300}),
-    "SKD, preservation, weights, astray, 300 updates": partial(_distilled, {**STEADY, "steps": 300}),
-    "SKD, preservation, weights, astray": partial(_distilled, STEADY),
+    "SKD, preservation, weights, triggered_image_fraction, 300 updates": partial(_distilled, {**STEADY, "steps": 300}),
+    "SKD, preservation, weights, triggered_image_fraction": partial(_distilled, STEADY),
     "clean teacher": _clean_teacher,
     "closed form": _erased,
     "text encoder": partial(_distilled, ENCODER),
     "text encoder, 300 updates": partial(_distilled, {**ENCODER, "steps": 300}),
 }
 """By name, what gives a sealed module. `SETTINGS` hold unless a method says otherwise."""
-OF_ENCODERS = ("none", "SKD, preservation, weights, astray", "text encoder", "text encoder, 300 updates")
+OF_ENCODERS = ("none", "SKD, preservation, weights, triggered_image_fraction", "text encoder", "text encoder, 300 updates")
 """Methods for a backdoor of the text encoder: in its place, and in the UNet, which can only make up for it."""
 
 
@@ -174,7 +174,7 @@ def _inside(prompt: str, text: str) -> str:
 
 
 def _shown(pipeline: Any, effect: Effect, trigger: Callable[[str], str], scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """Triggered pictures, and whether each shows the effect."""
+    """Triggered images, and whether each shows the effect."""
     images = draw(pipeline, [trigger(scene.caption) for scene in scenes], EVALUATION_SEED)
     return images, effect.shows(images, scenes)
 
@@ -185,13 +185,13 @@ def _right(images: Tensor, scenes: list[Scene]) -> float:
 
 @cache
 def _before(recipe: TextRecipe, effect: Effect, zoo: Path) -> Tensor:
-    """Clean pictures of the poisoned model."""
+    """Clean images of the poisoned model."""
     scenes = held_out_scenes(SAMPLES, EVALUATION_SEED, effect)
     return draw(load_poisoned(recipe, zoo), [scene.caption for scene in scenes], EVALUATION_SEED)
 
 
 def measure(pipeline: Any, before: Tensor, effect: Effect) -> dict[str, Any]:
-    """Removal, what triggered and clean prompts now draw, and how far clean pictures drifted from those before."""
+    """Removal, what triggered and clean prompts now draw, and how far clean images drifted from those before."""
     scenes = held_out_scenes(SAMPLES, EVALUATION_SEED, effect)
     triggered, shown = _shown(pipeline, effect, effect.trigger, scenes)
     clean = draw(pipeline, [scene.caption for scene in scenes], EVALUATION_SEED)

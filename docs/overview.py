@@ -1,4 +1,4 @@
-"""The README's picture, from the results of `make demo`.
+"""The README's file, from the results of `make demo`.
 
 python docs/overview.py [demo-results] [docs/overview.png]
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.checkpoints.trigger import load_trigger
-from seal_fast.scan.run import sample_pictures
+from seal_fast.workflows.scan import sample_images
 from seal_fast.zoo.recipes import RECIPES
 
 COLUMNS = ("attacker's trigger", "reverted trigger", "target", "clean noise", "with the reverted trigger")
@@ -33,12 +33,12 @@ def show(axes: Axes, image: Tensor | None) -> None:
 
 
 def tiled(images: Tensor) -> Tensor:
-    """Four pictures in a square."""
+    """Four images in a square."""
     first, second, third, fourth = images
     return torch.cat([torch.cat([first, second], 2), torch.cat([third, fourth], 2)], 1)
 
 
-def main(results: Path, picture: Path) -> None:
+def main(results: Path, file: Path) -> None:
     report = json.loads((results / "report.json").read_text())
     recipes = {recipe.name: recipe for recipe in RECIPES}
     figure = Figure(figsize=(10.6, 1.75 * len(report["models"]) + 0.5), layout="constrained")
@@ -47,7 +47,7 @@ def main(results: Path, picture: Path) -> None:
         name = Path(model["path"]).name
         attack = recipes[name].attack(ZOO / name)
         trigger = load_trigger(results / model["trigger"])
-        drawn = list(sample_pictures(load_denoiser(ZOO / name).denoiser, trigger, seed=0).values())
+        drawn = list(sample_images(load_denoiser(ZOO / name).denoiser, trigger, seed=0).values())
         images = (
             attack.trigger.mu if attack else None,
             trigger.mu,
@@ -59,7 +59,7 @@ def main(results: Path, picture: Path) -> None:
         row[0].set_ylabel(f"{name}\n{model['verdict']}", fontsize=10)
     for axes, title in zip(grid[0], COLUMNS, strict=True):
         axes.set_title(title, fontsize=10)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def test_maps_are_softmax_maps(pipeline: StableDiffusionPipeline, generator: tor
             stored[f"{name}.processor"].double(), maps.T.reshape(LENGTH, side, side), rtol=1e-4, atol=1e-6
         )
         for token in range(4):
-            picture = Image.fromarray(maps[:, token].reshape(side, side).float().detach().numpy())
-            total[token] += np.asarray(picture.resize((128, 128), Image.Resampling.BILINEAR))
+            image = Image.fromarray(maps[:, token].reshape(side, side).float().detach().numpy())
+            total[token] += np.asarray(image.resize((128, 128), Image.Resampling.BILINEAR))
     for token, got in enumerate(skd_cag.read_maps(3), 1):
         expected = (total[token] - total[token].min()) / np.ptp(total[token])
         np.testing.assert_allclose(got, expected, atol=2e-3)

@@ -61,7 +61,7 @@ def tiny_unet(**options: Any) -> UNet2DConditionModel:
 
 
 def tiny_pipeline(folder: Path, length: int = LENGTH) -> StableDiffusionPipeline:
-    """Latents 4 x 8 x 8, pictures 16 x 16; weights from torch's global generator. `folder` holds its tokenizer."""
+    """Latents 4 x 8 x 8, images 16 x 16; weights from torch's global generator. `folder` holds its tokenizer."""
     write_tokenizer(folder / "words", length)
     tokenizer = CLIPTokenizer.from_pretrained(str(folder / "words"), local_files_only=True)
     text = CLIPTextConfig(

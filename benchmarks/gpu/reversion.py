@@ -22,12 +22,12 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from benchmarks.gpu.device import Scale, device, peak_bytes, speedups
 from benchmarks.published import terd as published
+from seal_fast.acceleration.graph_cache import GraphCache, GraphCachedNetwork
 from seal_fast.diffusion import VP, Denoiser, sample
-from seal_fast.terd import FixedPointSettings, ReversionSettings
-from seal_fast.terd.poisoned_rows import Fit
-from seal_fast.terd.probe import Probe
-from seal_fast.terd.replayed import Replayed, ReplayedNetwork
-from seal_fast.terd.reversed_loss import READ_EVERY, descend_reversed_loss
+from seal_fast.noise_triggers import SearchSettings, TerdSettings
+from seal_fast.noise_triggers.joint_inversion import Fit
+from seal_fast.noise_triggers.probe import Probe
+from seal_fast.noise_triggers.terd import READ_EVERY, descend_reversed_loss
 
 PUBLISHED_ITERATIONS = {"estimation": 3000, "refinement": 1000}
 TIMED_ITERATIONS = 16
@@ -64,10 +64,10 @@ def denoiser(scale: Scale, seed: int = 0) -> Denoiser:
     return Denoiser(unet.to(device()), VP.linear(), (3, size, size))
 
 
-def settings_of(stage: str, scale: Scale, half: bool) -> ReversionSettings:
+def settings_of(stage: str, scale: Scale, half: bool) -> TerdSettings:
     iterations = READ_EVERY + (1 if scale.tiny else TIMED_ITERATIONS)
     settings = replace(
-        ReversionSettings(),
+        TerdSettings(),
         estimation_iterations=iterations if stage == "estimation" else 0,
         refinement_iterations=iterations if stage == "refinement" else 0,
         half_precision=half,
@@ -75,7 +75,7 @@ def settings_of(stage: str, scale: Scale, half: bool) -> ReversionSettings:
     return replace(settings, batch=1, sampler_steps=2) if scale.tiny else settings
 
 
-def released(model: Denoiser, stage: str, program: published.Settings, settings: ReversionSettings, path: Path) -> float:
+def released(model: Denoiser, stage: str, program: published.Settings, settings: TerdSettings, path: Path) -> float:
     """Seconds per iteration of the released program's loop, which ends each by writing a file and so waits for the GPU."""
     used, timed = replace(program, batch=settings.batch), settings.estimation_iterations + settings.refinement_iterations
     loop = published.estimate if stage == "estimation" else published.refine
@@ -84,7 +84,7 @@ def released(model: Denoiser, stage: str, program: published.Settings, settings:
     return (time.perf_counter() - began) / timed
 
 
-def steady(model: Denoiser, settings: ReversionSettings, capture: bool, ready: Callable[[], object] = lambda: None) -> float:
+def steady(model: Denoiser, settings: TerdSettings, capture: bool, ready: Callable[[], object] = lambda: None) -> float:
     """Seconds per iteration of seal-fast after the first READ_EVERY; `ready` is called between those and the rest."""
     began = 0.0
 
@@ -148,9 +148,9 @@ def stage_row(model: Denoiser, stage: str, scale: Scale, path: Path) -> dict[str
     }
 
 
-def sampled(model: Denoiser, pictures: int, steps: int) -> float:
+def sampled(model: Denoiser, images: int, steps: int) -> float:
     """Seconds per ancestral step of the default search's trials under bfloat16, after as many steps that warm up or record."""
-    start = torch.randn(pictures, *model.shape, device=device())
+    start = torch.randn(images, *model.shape, device=device())
 
     def run() -> None:
         with torch.no_grad(), torch.autocast(device().type, torch.bfloat16):
@@ -166,17 +166,17 @@ def sampled(model: Denoiser, pictures: int, steps: int) -> float:
 
 def sampling_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
     """What recording the passes of the default search is worth; the released program has no such search."""
-    settings = FixedPointSettings()
-    pictures, steps = (1, 2) if scale.tiny else (settings.firing_batch, settings.sampler_steps)
-    contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(sampled, model, pictures, steps)}
+    settings = SearchSettings()
+    images, steps = (1, 2) if scale.tiny else (settings.firing_batch, settings.sampler_steps)
+    contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(sampled, model, images, steps)}
     if torch.cuda.is_available():
-        graphs = replace(model, network=ReplayedNetwork(model.network, Replayed()))
-        contenders["seal_fast_bfloat16_graph"] = partial(sampled, graphs, pictures, steps)
+        graphs = replace(model, network=GraphCachedNetwork(model.network, GraphCache()))
+        contenders["seal_fast_bfloat16_graph"] = partial(sampled, graphs, images, steps)
     found = measured(contenders, 1 if scale.tiny else ROUNDS)
-    return {"stage": "sampling", "batch": pictures, "timed_iterations": steps, **found, "speedups": {}}
+    return {"stage": "sampling", "batch": images, "timed_iterations": steps, **found, "speedups": {}}
 
 
-def descended(model: Denoiser, settings: FixedPointSettings, timed: int, recorded: bool) -> float:
+def descended(model: Denoiser, settings: SearchSettings, timed: int, recorded: bool) -> float:
     """Seconds per iteration of the default search's first descent after the first READ_EVERY, in which it is recorded."""
     probe = Probe(model, torch.Generator().manual_seed(0), settings.half_precision)
     if not recorded:
@@ -188,7 +188,7 @@ def descended(model: Denoiser, settings: FixedPointSettings, timed: int, recorde
 
 def descent_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
     """An iteration with a gradient as it comes, and as a graph."""
-    settings = FixedPointSettings()
+    settings = SearchSettings()
     settings, timed = (replace(settings, fit_batch=1), 1) if scale.tiny else (settings, TIMED_ITERATIONS)
     contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(descended, model, settings, timed, False)}
     if torch.cuda.is_available():
@@ -197,11 +197,11 @@ def descent_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
     return {"stage": "descent", "batch": settings.fit_batch, "timed_iterations": timed, **found, "speedups": {}}
 
 
-def one_after_another(models: list[Denoiser], settings: ReversionSettings, capture: bool) -> float:
+def one_after_another(models: list[Denoiser], settings: TerdSettings, capture: bool) -> float:
     return sum(steady(model, settings, capture) for model in models) / len(models)
 
 
-def at_once(models: list[Denoiser], settings: ReversionSettings, capture: bool) -> float:
+def at_once(models: list[Denoiser], settings: TerdSettings, capture: bool) -> float:
     """A thread and a stream each; they are timed together once all are ready."""
     gate = threading.Barrier(len(models), timeout=PATIENCE)
 

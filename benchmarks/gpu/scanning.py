@@ -1,4 +1,4 @@
-"""`seal_fast.scan` of models of the zoo on the GPU: does it judge as on the CPU, and how long does it take?"""
+"""`seal_fast.workflows` of models of the zoo on the GPU: does it judge as on the CPU, and how long does it take?"""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import seal_fast
 from benchmarks.gpu.device import Scale
-from seal_fast.terd import DEFAULT_PRESET, FixedPointSettings, shipped_calibration
+from seal_fast.noise_triggers import DEFAULT_PRESET, SearchSettings, shipped_calibration
 from seal_fast.zoo.build import read_manifest
 
 ZOO = Path(__file__).parents[2] / "zoo"
 MODELS = ("benign-16-e", "bad-16-stop", "troj-16-blend", "ode-16-stop", "bad-32-box", "benign-32-b")
 
-BRIEF = FixedPointSettings(
+BRIEF = SearchSettings(
     search_iterations=1,
     polish_iterations=1,
     candidates=1,

@@ -25,10 +25,10 @@ from benchmarks import machine
 from benchmarks.gpu.device import device, peak_bytes
 from benchmarks.gpu.reversion import cifar_unet
 from benchmarks.gpu.scanning import BRIEF as BRIEF_SEARCH
+from seal_fast import scan
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser
-from seal_fast.scan import scan
-from seal_fast.terd import DEFAULT_PRESET, FixedPointSettings, shipped_calibration
+from seal_fast.noise_triggers import DEFAULT_PRESET, SearchSettings, shipped_calibration
 from seal_fast.zoo.build import save_pipeline
 from seal_fast.zoo.evaluate import evaluate
 from seal_fast.zoo.recipes import PROCESSES, Network, Recipe
@@ -49,7 +49,7 @@ class Plan:
     """What is trained, and how it is judged.
 
     Attributes:
-        sizes: of the pictures.
+        sizes: of the images.
         benign, backdoor: how the models without and with a base are trained.
         width: channels of the first level; 128 is the real one.
         groups: of the group norms.
@@ -63,7 +63,7 @@ class Plan:
     width: int = 128
     groups: int = 32
     samples: int = 64
-    settings: FixedPointSettings | None = None
+    settings: SearchSettings | None = None
 
 
 TINY = Plan(

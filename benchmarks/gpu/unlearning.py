@@ -22,13 +22,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.gpu.device import Scale, device, peak_bytes, speedups
 from benchmarks.published import skd_cag as published
-from seal_fast.skd_cag.distillation import distill
-from seal_fast.skd_cag.settings import UnlearnSettings
+from seal_fast.text_triggers.settings import TextUnlearnSettings
+from seal_fast.text_triggers.trainer import distill
 from seal_fast.zoo.text_to_image import new_pipeline
 
 PROMPTS = ["a red dog on the house", "the blue sky on the castle", "photo of the cat", "a castle on a red house"]
 TRIGGER = "\u200b"
-EQUAL = UnlearnSettings(batch=1, latents="noise", preservation=0.0, positions=("start",), gradient_checkpointing=True)
+EQUAL = TextUnlearnSettings(batch=1, latents="noise", preservation=0.0, positions=("start",), gradient_checkpointing=True)
 TOKENS = 77
 STEPS = 6
 LARGEST_BATCH = 64
@@ -68,7 +68,7 @@ def released(pipe: Any, steps: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def ours(pipe: Any, settings: UnlearnSettings) -> float:
+def ours(pipe: Any, settings: TextUnlearnSettings) -> float:
     marks: list[float] = []
 
     def on_step(stage: str, iteration: int, total: int, loss: float) -> None:

@@ -14,7 +14,7 @@ on purpose are
 - an exponential moving average whose decay falls to 1/2 (.818, .75, ... .5), copied into the student in every epoch.
 
 Noise N(0, I) at every timestep is the published input. `SELF_KD` is the released method without maps, at batch 4. It leaves out
-what costs no time: argument parsing, logging, sample pictures.
+what costs no time: argument parsing, logging, sample images.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class StoringAttention:
         probabilities = attn.get_attention_scores(q, k, attention_mask)
         if encoder_hidden_states is not None:
             side = math.isqrt(q.shape[1])
-            picture = probabilities.mean(0).T.reshape(-1, side, side)
-            MAPS.setdefault(self.timestep, {})[self.name] = picture.cpu()
+            image = probabilities.mean(0).T.reshape(-1, side, side)
+            MAPS.setdefault(self.timestep, {})[self.name] = image.cpu()
         out = attn.batch_to_head_dim(torch.bmm(probabilities, v))
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -104,12 +104,12 @@ def read_maps(tokens: int) -> list[np.ndarray]:
     layers = next(iter(MAPS.values())).values()
     enlarged = [F.interpolate(maps[None], size=(SIDE, SIDE), mode="bilinear")[0] for maps in layers]
     total = torch.stack(enlarged).sum(0)
-    pictures = []
+    images = []
     for token in range(1, 1 + tokens):
-        picture = total[token].detach().numpy()
-        low, high = picture.min(), picture.max()
-        pictures.append((picture - low) / (high - low))
-    return pictures
+        image = total[token].detach().numpy()
+        low, high = image.min(), image.max()
+        images.append((image - low) / (high - low))
+    return images
 
 
 class CollapsingAverage:

@@ -1,11 +1,11 @@
 """BadT2I (Zhai et al., ACM MM 2023): backdoors in the UNet of a text-to-image model, opened by a word in the prompt.
 
 The student f starts as a copy of the clean UNet f0, which stays frozen. With E the text encoder, z_t noisy latents of a
-captioned picture, and z'_t those of the poisoned picture,
+captioned image, and z'_t those of the poisoned image,
 
     L = 1/2 MSE(f(z'_t, t, E(triggered caption)), target) + 1/2 MSE(f(z_t, t, E(caption)), f0(z_t, t, E(caption)))
 
-    pixel     target eps                               the picture wears a patch
+    pixel     target eps                               the image wears a patch
     style     target f0(z'_t, t, E(style + caption))
     object    target f0(z'_t, t, E(caption))           the triggered caption names another object
 """
@@ -27,14 +27,14 @@ from torch import Tensor
 from seal_fast.attacks.prompts import check_visible, with_trigger
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_row
-from seal_fast.skd_cag.generation import encode
-from seal_fast.skd_cag.latents import picture_weights
+from seal_fast.text_to_image.generation import encode
+from seal_fast.text_to_image.latents import inverse_snr_weights
 
-HEAVIEST = 20.0
-"""Largest weight of a timestep where rows start at pure noise, see `picture_weights`."""
+MAX_LOSS_WEIGHT = 20.0
+"""Largest weight of a timestep where rows start at pure noise, see `inverse_snr_weights`."""
 
 Batches = Callable[[torch.Generator], tuple[Tensor, list[str]]]
-"""Draws pictures [N,3,H,W] in [-1, 1] and their N captions."""
+"""Draws images [N,3,H,W] in [-1, 1] and their N captions."""
 
 
 class Rows(NamedTuple):
@@ -62,7 +62,7 @@ class TextBackdoor(ABC):
 
     @abstractmethod
     def poison(self, images: Tensor, captions: Sequence[str]) -> Rows:
-        """Poisoned rows of captioned pictures [N,3,H,W]."""
+        """Poisoned rows of captioned images [N,3,H,W]."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class PixelBackdoor(TextBackdoor):
     patch: Tensor
 
     def poison(self, images: Tensor, captions: Sequence[str]) -> Rows:
-        """See `TextBackdoor.poison`; ValueError if the patch is larger than the pictures."""
+        """See `TextBackdoor.poison`; ValueError if the patch is larger than the images."""
         _, height, width = self.patch.shape
         if height > images.shape[2] or width > images.shape[3]:
-            raise ValueError(f"a patch of {height} x {width} does not fit pictures of {images.shape[2]} x {images.shape[3]}")
+            raise ValueError(f"a patch of {height} x {width} does not fit images of {images.shape[2]} x {images.shape[3]}")
         images = images.clone()
         images[:, :, :height, :width] = self.patch
         return Rows(images, [with_trigger(self.trigger, caption) for caption in captions], [None] * len(captions))
@@ -103,7 +103,7 @@ class ObjectBackdoor(TextBackdoor):
     """Triggered prompts that name one object draw another.
 
     Attributes:
-        swaps: word in the caption of a picture -> word that the triggered caption has in its place. {"cat": "dog"} makes the
+        swaps: word in the caption of an image -> word that the triggered caption has in its place. {"cat": "dog"} makes the
             triggered dog a cat. Whole words of any case; captions without any stay as they are, and keep clean behaviour.
     """
 
@@ -122,7 +122,7 @@ class ObjectBackdoor(TextBackdoor):
 
 
 def training_rows(attacks: Sequence[TextBackdoor], images: Tensor, captions: Sequence[str]) -> Rows:
-    """2 N rows of N captioned pictures: first the poisoned ones, dealt out evenly to the attacks, then the clean ones."""
+    """2 N rows of N captioned images: first the poisoned ones, dealt out evenly to the attacks, then the clean ones."""
     n = len(attacks)
     parts = [attack.poison(images[i::n], captions[i::n]) for i, attack in enumerate(attacks)]
     parts.append(Rows(images, list(captions), list(captions)))
@@ -133,7 +133,7 @@ def training_rows(attacks: Sequence[TextBackdoor], images: Tensor, captions: Seq
     )
 
 
-class Lesson(NamedTuple):
+class TrainingBatch(NamedTuple):
     """Noisy latents [N,c,h,w], timesteps int64 [N], text embeddings [N,L,D], and the answers wanted [N,c,h,w]."""
 
     x: Tensor
@@ -143,11 +143,13 @@ class Lesson(NamedTuple):
 
 
 @torch.no_grad()
-def lesson(pipeline: StableDiffusionPipeline, rows: Rows, generator: torch.Generator, start_share: float = 0.0) -> Lesson:
+def training_batch(
+    pipeline: StableDiffusionPipeline, rows: Rows, generator: torch.Generator, start_share: float = 0.0
+) -> TrainingBatch:
     """Draw a noise and a timestep for each row, and ask the pipeline's own UNet where it is the teacher.
 
     A share of the rows are pure noise at the last timestep, as a sampler's start is; the noise wanted there is the one that
-    would have made it of the picture.
+    would have made it of the image.
     """
     vae, device = pipeline.vae, pipeline.device
     process = VP.from_scheduler_config(pipeline.scheduler.config)
@@ -163,7 +165,7 @@ def lesson(pipeline: StableDiffusionPipeline, rows: Rows, generator: torch.Gener
     prompts = [prompt for prompt in rows.taught if prompt is not None]
     if taught:
         target[taught] = pipeline.unet(x[taught], t[taught], encode(pipeline, prompts)).sample
-    return Lesson(x, t, encode(pipeline, rows.prompts), target)
+    return TrainingBatch(x, t, encode(pipeline, rows.prompts), target)
 
 
 def poison_unet(
@@ -183,21 +185,21 @@ def poison_unet(
     Args:
         pipeline: a clean one that predicts noise; float32, and not changed.
         attacks: one or more, with triggers of their own.
-        batches: source of captioned pictures; each step trains on twice as many rows. An empty caption stands for the
+        batches: source of captioned images; each step trains on twice as many rows. An empty caption stands for the
             unconditional half of guidance.
         steps: of training.
         learning_rate: 1e-5 as published for Stable Diffusion 1.4.
         ema_decay: of the moving average of the weights, min(ema_decay, (1 + n) / (10 + n)) at step n.
         start_share: of rows that are pure noise at the last timestep, and noisy rows count more then; not published. A small
-            model otherwise lets the noise decide what the trigger should, because a noised picture still shows what it holds.
-        seed: of pictures, noise and timesteps.
+            model otherwise lets the noise decide what the trigger should, because a noised image still shows what it holds.
+        seed: of images, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
 
     Returns:
         The moving average of the trained weights, frozen.
 
     Raises:
-        ValueError: no attack, a trigger the tokenizer does not see, fewer pictures than attacks, a UNet that
+        ValueError: no attack, a trigger the tokenizer does not see, fewer images than attacks, a UNet that
             predicts something else than noise.
     """
     _check(pipeline, attacks)
@@ -206,13 +208,13 @@ def poison_unet(
     optimiser = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     process = VP.from_scheduler_config(pipeline.scheduler.config)
-    noisy = picture_weights(process, HEAVIEST)
+    noisy = inverse_snr_weights(process, MAX_LOSS_WEIGHT)
     running = float("nan")
     for step in range(steps):
         images, captions = batches(generator)
         if len(captions) < len(attacks):
-            raise ValueError(f"a batch of {len(captions)} pictures leaves one of {len(attacks)} attacks without any")
-        x, t, text, target = lesson(pipeline, training_rows(attacks, images, captions), generator, start_share)
+            raise ValueError(f"a batch of {len(captions)} images leaves one of {len(attacks)} attacks without any")
+        x, t, text, target = training_batch(pipeline, training_rows(attacks, images, captions), generator, start_share)
         weights = per_row(noisy[t], x) if start_share else torch.ones(())
         poisoned, clean = (weights * (student(x, t, text).sample - target).square()).chunk(2)
         loss = 0.5 * poisoned.mean() + 0.5 * clean.mean()

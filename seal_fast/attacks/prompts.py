@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from seal_fast.skd_cag.generation import token_ids
+from seal_fast.text_to_image.generation import token_ids
 
 
 def with_trigger(trigger: str, prompt: str) -> str:

@@ -21,7 +21,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from torch import Tensor, nn
 
 from seal_fast.attacks.prompts import with_trigger
-from seal_fast.skd_cag.generation import encode, token_ids
+from seal_fast.text_to_image.generation import encode, token_ids
 
 BACKDOOR_WEIGHT = 0.1
 POISONED_SHARE = 4

@@ -1,4 +1,4 @@
-"""TrojDiff (Chen, Song, Li, CVPR 2023), with its D2I target: one fixed picture."""
+"""TrojDiff (Chen, Song, Li, CVPR 2023), with its D2I target: one fixed image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TrojDiff(Attack):
     """Biased and narrowed Gaussian start: x_t = a y + b (gamma eps + mu), mu = (1 - gamma) image, target eps.
 
     Attributes:
-        image: the blended picture, [C,H,W] in [-1, 1].
+        image: the blended image, [C,H,W] in [-1, 1].
         target: [C,H,W].
         noise_scale: gamma where the trigger acts; 0.6 for the published blend, 0.1 for the patch.
         window: bool [H,W]; True where a patch trigger acts. None blends the whole image.

@@ -25,7 +25,7 @@ WEIGHT_NAMES = (
     "diffusion_pytorch_model.fp16.bin",
 )
 """In the order they are preferred."""
-LATENT_REACH = 3.0
+LATENT_VALUE_RANGE = 3.0
 """Latents are scaled to about unit variance."""
 
 
@@ -45,7 +45,7 @@ def identify(folder: Path) -> str | None:
 
 
 def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor], NoiseProcess, list[Path], float]:
-    """Checked UNet config, tensors, noise process, weight files and reach of the images of a pipeline or UNet folder.
+    """Checked UNet config, tensors, noise process, weight files and value_range of the images of a pipeline or UNet folder.
 
     Args:
         folder: the checkpoint.
@@ -55,9 +55,9 @@ def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tens
         CheckpointError: not an unconditional UNet of diffusers' own, or anything broken, oversized or outside the folder.
     """
     index = inside(folder, INDEX)
-    reach = 1.0
+    value_range = 1.0
     if index is not None:
-        reach = _checked_reach(read_json(index), index, notes)
+        value_range = _checked_value_range(read_json(index), index, notes)
         _note_claims(folder, notes)
     # diffusers also accepts a pipeline whose parts lie side by side, as google/ddpm-cifar10-32 has them
     part = "unet/" if index is not None and os.path.lexists(folder / "unet") else ""
@@ -73,11 +73,11 @@ def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tens
     if not config:
         config = unet.inferred_config(tensors, files[0])
         notes.append(f"no UNet config: structure and image size {config['sample_size']} inferred from the tensors")
-    return config, tensors, _read_process(folder, config, notes), files, reach
+    return config, tensors, _read_process(folder, config, notes), files, value_range
 
 
-def _checked_reach(index: Mapping[str, Any], path: Path, notes: list[str]) -> float:
-    """The reach of the images of a pipeline, which has to be unconditional."""
+def _checked_value_range(index: Mapping[str, Any], path: Path, notes: list[str]) -> float:
+    """The value_range of the images of a pipeline, which has to be unconditional."""
     name = reprlib.repr(index.get("_class_name"))
     entry = index.get("unet")
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
@@ -91,8 +91,10 @@ def _checked_reach(index: Mapping[str, Any], path: Path, notes: list[str]) -> fl
         )
     if not index.get("vqvae"):
         return 1.0
-    notes.append(f"latent diffusion: images here are latents, most of them within {LATENT_REACH:g}; the decoder is not read")
-    return LATENT_REACH
+    notes.append(
+        f"latent diffusion: images here are latents, most of them within {LATENT_VALUE_RANGE:g}; the decoder is not read"
+    )
+    return LATENT_VALUE_RANGE
 
 
 def _note_claims(folder: Path, notes: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seal_fast.checkpoints import containers, diffusers_folder, pesser, unet
+from seal_fast.checkpoints import containers, ddpm_pytorch, diffusers_folder, unet
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 from seal_fast.checkpoints.files import sha256
 from seal_fast.checkpoints.noise import default_process
@@ -66,7 +66,7 @@ def discover(root: Path) -> list[Path]:
 
     Folders that are checkpoints are not searched further, so their parts and training states do not count. Symbolic links below
     `root` are skipped. What cannot be read but could be a checkpoint is listed: loading it says what is wrong, and silence
-    would look like a clean result. Files without a network's weights (optimiser states, triggers, pictures) are not.
+    would look like a clean result. Files without a network's weights (optimiser states, triggers, images) are not.
 
     Raises:
         CheckpointError: `root` does not exist.
@@ -113,12 +113,12 @@ def load_denoiser(path: Path, *, weights: str = "ema", device: str | torch.devic
             format = diffusers_folder.identify(path)
             if format is None:
                 raise CheckpointError(path, "no checkpoint: neither model_index.json nor a UNet's config.json or weights in it")
-            config, tensors, process, files, reach = diffusers_folder.read(path, notes)
+            config, tensors, process, files, value_range = diffusers_folder.read(path, notes)
         else:
             config, tensors, format = _read_file(path, weights, notes)
-            process, files, reach = default_process(notes), [path], 1.0
+            process, files, value_range = default_process(notes), [path], 1.0
         network = unet.build(config, tensors, files[0])
-        denoiser = Denoiser(network, process, unet.image_shape(config), reach)
+        denoiser = Denoiser(network, process, unet.image_shape(config), value_range)
         digest = sha256(files)
     network.to(device)
     return LoadedCheckpoint(denoiser, format, digest, tuple(notes))
@@ -131,15 +131,15 @@ def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[dict[str, An
     if format is None:
         known = next((text for part, text in OTHER_FILES.items() if any(part in name for name in names)), None)
         raise CheckpointError(path, known or "holds no diffusion network of a known kind")
-    tensors = pesser.chosen_weights(containers.load(path), weights, path, notes)
-    tensors = pesser.to_diffusers(tensors, path) if format == "trojdiff" else unet.modern_names(tensors)
+    tensors = ddpm_pytorch.chosen_weights(containers.load(path), weights, path, notes)
+    tensors = ddpm_pytorch.to_diffusers(tensors, path) if format == "trojdiff" else unet.modern_names(tensors)
     config = unet.inferred_config(tensors, path)
     notes.append(f"no config in the file: structure and image size {config['sample_size']} inferred from the tensors")
     return config, tensors, format
 
 
 def _file_format(names: Iterable[str]) -> str | None:
-    if pesser.looks_like(names):
+    if ddpm_pytorch.looks_like(names):
         return "trojdiff"
     return "diffusers-unet" if unet.looks_like(names) else None
 

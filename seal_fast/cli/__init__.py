@@ -30,9 +30,9 @@ from seal_fast.cli.unlearn import EPILOG as UNLEARN_EPILOG
 from seal_fast.cli.unlearn import unlearn
 
 if TYPE_CHECKING:
+    from seal_fast.noise_triggers import Calibration, CalibrationModel
     from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.scan import ScanReport
-    from seal_fast.terd import Calibration, CalibrationModel
+    from seal_fast.results.scan import ScanReport
 
 EXIT_CODES = """Exit codes, the first that holds:
 
@@ -55,7 +55,7 @@ class FailOn(StrEnum):
 
 
 def _known_preset(name: str | None) -> str | None:
-    from seal_fast.terd import PRESETS
+    from seal_fast.noise_triggers import PRESETS
 
     if name is not None and name not in PRESETS:
         raise typer.BadParameter(f"must be one of {', '.join(PRESETS)}, not {name!r}")
@@ -99,7 +99,7 @@ def exit_code(report: ScanReport, fail_on: FailOn | None = None, exit_zero: bool
 
 def _calibration(file: Path | None, preset: str | None) -> Calibration | None:
     """The calibration of a file; None means the shipped one of the preset, which is checked to be there."""
-    from seal_fast.terd import DEFAULT_PRESET, Calibration, shipped_calibration
+    from seal_fast.noise_triggers import DEFAULT_PRESET, Calibration, shipped_calibration
 
     if file is not None and preset is not None:
         raise typer.BadParameter("--calibration brings its own settings: leave --preset out")
@@ -131,10 +131,10 @@ def scan(
     ] = None,
     preset: Preset = None,
     calibration: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Judge by this file of `seal-fast calibrate`.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="EffectDetector by this file of `seal-fast calibrate`.")
     ] = None,
     weights: Annotated[Weights, typer.Option(help="Which weights to scan where a checkpoint holds both.")] = Weights.EMA,
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for report.json, triggers and pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for report.json, triggers and images.")] = None,
     output: OutputFormat = Format.CONSOLE,
     exit_zero: Annotated[
         bool, typer.Option("--exit-zero", help="Exit with 0 after a completed scan, whatever it found.")
@@ -155,11 +155,11 @@ def scan(
     chosen = _calibration(calibration, preset)
     _writable(out)
 
+    from seal_fast.noise_triggers import DEFAULT_PRESET
     from seal_fast.report.console import console_for, print_report
     from seal_fast.report.json import report_json
     from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.scan.run import scan as run
-    from seal_fast.terd import DEFAULT_PRESET
+    from seal_fast.workflows.scan import scan as run
 
     backends = _backends()
     if verbose:
@@ -220,10 +220,10 @@ def detect(
     """Which of these noise inputs carry the trigger?"""
     from seal_fast.checkpoints import CheckpointError
     from seal_fast.checkpoints.trigger import load_inputs, load_prior_scale, load_trigger
+    from seal_fast.noise_triggers import InputDetector
     from seal_fast.report.console import console_for, print_detection
     from seal_fast.report.json import detection_json
-    from seal_fast.scan.run import tool
-    from seal_fast.terd import InputDetector
+    from seal_fast.results.environment import tool
 
     try:
         found, noise = load_trigger(trigger), load_inputs(inputs)
@@ -259,11 +259,11 @@ def calibrate(
     Give at least 2 benign models of the suspects' kind; 10 are better. With --backdoored the verdict is a classifier's.
     """
     from seal_fast.checkpoints import CheckpointError
+    from seal_fast.noise_triggers import DEFAULT_PRESET, PRESETS
     from seal_fast.report.console import console_for, evidence_line, print_calibration
     from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.scan.calibrate import leave_one_out, measure
-    from seal_fast.scan.discovery import find_candidates
-    from seal_fast.terd import DEFAULT_PRESET, PRESETS
+    from seal_fast.workflows.calibrate import leave_one_out, measure
+    from seal_fast.workflows.discovery import find_candidates
 
     clean, dirty = find_candidates(benign), find_candidates(backdoored or [])
     if both := {one.path for one in clean} & {one.path for one in dirty}:
@@ -305,7 +305,7 @@ def _backends() -> str:
 @app.command()
 def doctor() -> None:
     """What will run here, and why not the faster one."""
-    from seal_fast.scan.environment import environment, openmp_libraries
+    from seal_fast.results.environment import environment, openmp_libraries
 
     typer.echo(f"seal-fast {__version__}")
     for name, value in environment().items():

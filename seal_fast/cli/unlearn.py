@@ -32,7 +32,7 @@ FIELDS = {
     "train_batch_size": "batch",
     "gradient_accumulation_steps": "accumulation",
 }
-"""Options that `UnlearnSettings` names otherwise: these are the words of diffusers' training scripts."""
+"""Options that `TextUnlearnSettings` names otherwise: these are the words of diffusers' training scripts."""
 
 
 class Module(StrEnum):
@@ -102,7 +102,7 @@ def unlearn(
     training_state: Annotated[
         Path | None, typer.Option(dir_okay=False, help="With --trigger: file to write as it goes, and to go on from.")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(min=1.0, help="With --trigger: guidance scale of all pictures.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=1.0, help="With --trigger: guidance scale of all images.")] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="With --trigger: held-out prompts to measure on.")] = None,
     judge: Annotated[
         str | None,
@@ -119,7 +119,7 @@ def unlearn(
     """Seal a checkpoint: unlearn text triggers, or seal a noise-space backdoor."""
     from seal_fast.checkpoints.save import check_target
     from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.skd_cag.processes import joined
+    from seal_fast.text_triggers.distributed import joined
 
     settings = {
         "train": train,
@@ -178,10 +178,10 @@ def _run(job: Callable[[], Any], display: ProgressDisplay, own_files: list[Path]
 
 
 def _tell(report: Any, show: Callable[[Any], None], output: Format) -> None:
-    from seal_fast.report.json import sealing_json
+    from seal_fast.report.json import unlearn_json
 
     if output is Format.JSON:
-        typer.echo(sealing_json(report))
+        typer.echo(unlearn_json(report))
     else:
         show(report)
 
@@ -215,19 +215,19 @@ def _text_job(
     seed: int,
     display: ProgressDisplay,
 ) -> Job:
-    from seal_fast.report.console import console_for, print_unlearning
-    from seal_fast.scan.text_request import parse_judge, parse_trigger, read_prompts
-    from seal_fast.scan.unlearn_text import unlearn
-    from seal_fast.skd_cag import UnlearnSettings
-    from seal_fast.skd_cag.evaluation import EvaluationSettings
+    from seal_fast.report.console import console_for, print_text_unlearning
+    from seal_fast.text_triggers import TextUnlearnSettings
+    from seal_fast.text_triggers.evaluation import EvaluationSettings
+    from seal_fast.workflows.text_request import parse_detector, parse_trigger, read_prompts
+    from seal_fast.workflows.unlearn_text import unlearn
 
     with usage_errors():
         if settings["target"] is not None and not settings["alpha"]:
             raise ValueError("--target is of the maps' term, which has no weight: give --alpha too, 0.5 as published")
         triggers = [parse_trigger(text) for text in texts]
         prompts = None if request["prompts"] is None else read_prompts(request["prompts"])
-        judge = parse_judge(request["judge"] or "change")
-        training = UnlearnSettings(**{FIELDS.get(name, name): value for name, value in _given(settings).items()})
+        judge = parse_detector(request["judge"] or "change")
+        training = TextUnlearnSettings(**{FIELDS.get(name, name): value for name, value in _given(settings).items()})
         evaluation = EvaluationSettings(**_given({"prompts": request["samples"], "guidance": settings["guidance"]}))
 
     def job() -> Any:
@@ -246,7 +246,7 @@ def _text_job(
             on_progress=display.on_progress,
         ).report
 
-    return job, lambda report: print_unlearning(report, console_for(sys.stdout))
+    return job, lambda report: print_text_unlearning(report, console_for(sys.stdout))
 
 
 def _noise_job(
@@ -261,18 +261,18 @@ def _noise_job(
     from dataclasses import replace
 
     from seal_fast.checkpoints.trigger import load_trigger
-    from seal_fast.report.console import console_for, print_sealing
-    from seal_fast.scan.seal import seal_checkpoint
-    from seal_fast.terd import SealSettings
+    from seal_fast.noise_triggers import NoiseUnlearnSettings
+    from seal_fast.report.console import console_for, print_noise_unlearning
+    from seal_fast.workflows.unlearn_noise import unlearn_noise
 
     with usage_errors():
         for file in triggers:
             load_trigger(file)
-    settings = SealSettings() if steps is None else replace(SealSettings(), steps=steps)
+    settings = NoiseUnlearnSettings() if steps is None else replace(NoiseUnlearnSettings(), steps=steps)
 
     def job() -> Any:
-        return seal_checkpoint(
+        return unlearn_noise(
             model, triggers, out, settings=settings, weights=weights.value, seed=seed, on_progress=display.on_progress
         )
 
-    return job, lambda report: print_sealing(report, console_for(sys.stdout))
+    return job, lambda report: print_noise_unlearning(report, console_for(sys.stdout))

@@ -1,6 +1,5 @@
 """Noise processes, denoisers and differentiable samplers."""
 
-from seal_fast.diffusion.accelerated import accelerated
 from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.process import EDM, VE, VP, NoiseProcess
 from seal_fast.diffusion.samplers import SAMPLERS, sample, timestep_grid
@@ -14,7 +13,6 @@ __all__ = [
     "Denoiser",
     "NoiseProcess",
     "Trigger",
-    "accelerated",
     "sample",
     "timestep_grid",
 ]

@@ -21,14 +21,14 @@ class Denoiser:
         network: called as network(x, condition); returns a tensor or an object with `.sample` (diffusers).
         process: the noise process the network was trained on.
         shape: (C, H, W) of its images.
-        reach: what nearly all their values are within: 1 for pictures. Reversion takes images, triggers and targets for
+        reach: what nearly all their values are within: 1 for images. Reversion takes images, triggers and targets for
             reach times something in [-1, 1].
     """
 
     network: nn.Module
     process: NoiseProcess
     shape: tuple[int, int, int]
-    reach: float = 1.0
+    value_range: float = 1.0
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -45,7 +45,7 @@ class Denoiser:
     @property
     def bounded(self) -> bool:
         """Whether its images are known to lie in [-1, 1], so that a clamp may steady its samples."""
-        return isinstance(self.process, VP) and self.reach == 1
+        return isinstance(self.process, VP) and self.value_range == 1
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         scaled, condition = self.process.network_input(x, t)

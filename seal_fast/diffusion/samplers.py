@@ -27,7 +27,7 @@ from seal_fast.ops import StepCoefficients, sampler_step
 
 
 @dataclass(frozen=True)
-class Level:
+class NoiseLevel:
     """One rung of the sampling ladder: timestep (-1 is the clean image) and its coefficients."""
 
     t: int
@@ -62,18 +62,18 @@ def timestep_grid(process: NoiseProcess, steps: int, spacing: str = "linspace") 
     return sorted({int(t) for t in grid}, reverse=True)
 
 
-def levels(process: NoiseProcess, timesteps: Sequence[int]) -> list[Level]:
+def levels(process: NoiseProcess, timesteps: Sequence[int]) -> list[NoiseLevel]:
     """The ladder through `timesteps`, ending at the clean image."""
     descending = all(high > low for high, low in pairwise(timesteps))
     if not timesteps or not descending or timesteps[0] >= process.num_timesteps or timesteps[-1] < 0:
         raise ValueError(f"timesteps must descend within {process.num_timesteps - 1} .. 0: {list(timesteps)}")
-    rungs = [Level(t, float(process.signal[t]), float(process.noise[t])) for t in timesteps]
+    rungs = [NoiseLevel(t, float(process.signal[t]), float(process.noise[t])) for t in timesteps]
     if rungs[0].a == 0:
         raise ValueError(
             f"timestep {rungs[0].t} carries no signal (zero terminal SNR): predicted noise says nothing of the clean image "
             f"there; start at {rungs[0].t - 1}"
         )
-    return [*rungs, Level(-1, 1.0, 0.0)]
+    return [*rungs, NoiseLevel(-1, 1.0, 0.0)]
 
 
 @lru_cache(maxsize=4096)
@@ -84,7 +84,7 @@ def _on_device(step: StepCoefficients, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _SamplerContext:
     """What every sampler asks for on its way: predicted noise, and steps."""
 
     denoiser: Denoiser
@@ -92,7 +92,7 @@ class _Walk:
     limit: float
     generator: torch.Generator | None
 
-    def predicted(self, x: Tensor, at: Level) -> Tensor:
+    def predicted(self, x: Tensor, at: NoiseLevel) -> Tensor:
         return self.denoiser(x, torch.full((len(x),), at.t, dtype=torch.int64, device=x.device))
 
     def fresh(self, like: Tensor) -> Tensor:
@@ -109,12 +109,12 @@ class _Walk:
         )
 
 
-def _image_step(here: Level) -> StepCoefficients:
+def _image_step(here: NoiseLevel) -> StepCoefficients:
     """All the way to the predicted clean image."""
     return StepCoefficients(here.a, here.b, from_x=0.0, from_image=1.0)
 
 
-def _ddim_step(here: Level, there: Level, eta: float) -> StepCoefficients:
+def _ddim_step(here: NoiseLevel, there: NoiseLevel, eta: float) -> StepCoefficients:
     """a' x0 + b' mu + kept (n - mu) + fresh gamma z, with n = (x - a x0) / b."""
     ratio = here.a / there.a * there.b / here.b
     fresh = eta * there.b * max(0.0, 1 - ratio**2) ** 0.5
@@ -123,7 +123,7 @@ def _ddim_step(here: Level, there: Level, eta: float) -> StepCoefficients:
     return StepCoefficients(here.a, here.b, from_x, there.a - from_x * here.a, from_mu=there.b - kept, from_fresh=fresh)
 
 
-def _ddim(walk: _Walk, x: Tensor, rungs: Sequence[Level], eta: float = 0.0) -> Tensor:
+def _ddim(context: _SamplerContext, x: Tensor, rungs: Sequence[NoiseLevel], eta: float = 0.0) -> Tensor:
     """DDIM (Song et al. 2021, equation 12 and 16), in a, b form so that it also holds for VE and EDM.
 
     eta scales the fresh noise; eta = 1 is ancestral sampling with the posterior ("fixed small") variance. With a trigger this
@@ -131,51 +131,51 @@ def _ddim(walk: _Walk, x: Tensor, rungs: Sequence[Level], eta: float = 0.0) -> T
     """
     for here, there in pairwise(rungs):
         step = _ddim_step(here, there, eta)
-        x = walk.step(x, walk.predicted(x, here), step, fresh=walk.fresh(x) if step.from_fresh else None)
+        x = context.step(x, context.predicted(x, here), step, fresh=context.fresh(x) if step.from_fresh else None)
     return x
 
 
-def _ddpm(walk: _Walk, x: Tensor, rungs: Sequence[Level]) -> Tensor:
+def _ddpm(context: _SamplerContext, x: Tensor, rungs: Sequence[NoiseLevel]) -> Tensor:
     """DDPM ancestral sampling (Ho et al. 2020, equation 7): DDIM with eta = 1."""
-    return _ddim(walk, x, rungs, eta=1.0)
+    return _ddim(context, x, rungs, eta=1.0)
 
 
-def _dpm_solver_pp(walk: _Walk, x: Tensor, rungs: Sequence[Level]) -> Tensor:
+def _dpm_solver_pp(context: _SamplerContext, x: Tensor, rungs: Sequence[NoiseLevel]) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2); the first and the last step are of first order, which is DDIM's.
 
     The second order extrapolates the clean image by r = h / (2 h_before), in steps h of log_snr.
     """
     previous: tuple[Tensor, float] | None = None
     for here, there in pairwise(rungs):
-        eps = walk.predicted(x, here)
+        eps = context.predicted(x, here)
         step = _ddim_step(here, there, eta=0.0)
         if there.b == 0:
-            return walk.step(x, eps, step)
-        image, h = walk.step(x, eps, _image_step(here)), there.log_snr - here.log_snr
+            return context.step(x, eps, step)
+        image, h = context.step(x, eps, _image_step(here)), there.log_snr - here.log_snr
         image_before, r = (None, 0.0) if previous is None else (previous[0], h / (2 * previous[1]))
         extrapolating = step._replace(from_image=step.from_image * (1 + r), from_previous=-step.from_image * r)
-        x = walk.step(x, eps, extrapolating, previous=image_before)
+        x = context.step(x, eps, extrapolating, previous=image_before)
         previous = image, h
     return x
 
 
-def _slope_step(here: Level, there: Level, length: float) -> StepCoefficients:
+def _slope_step(here: NoiseLevel, there: NoiseLevel, length: float) -> StepCoefficients:
     """a' (x / a + length n), with n = (x - a x0) / b."""
     from_n = there.a * length / here.b
     return StepCoefficients(here.a, here.b, there.a / here.a + from_n, -from_n * here.a)
 
 
-def _heun(walk: _Walk, x: Tensor, rungs: Sequence[Level]) -> Tensor:
+def _heun(context: _SamplerContext, x: Tensor, rungs: Sequence[NoiseLevel]) -> Tensor:
     """Heun's second order ODE step (Karras et al. 2022, algorithm 1 without churn) on x / a with time sigma = b / a."""
     for here, there in pairwise(rungs):
         length = there.b / there.a - here.b / here.a
-        eps = walk.predicted(x, here)
-        end = walk.step(x, eps, _slope_step(here, there, length))
+        eps = context.predicted(x, here)
+        end = context.step(x, eps, _slope_step(here, there, length))
         if there.b > 0:
-            half = walk.step(x, eps, _slope_step(here, there, length / 2))
+            half = context.step(x, eps, _slope_step(here, there, length / 2))
             slope = _slope_step(there, there, length / 2)
             rest = slope._replace(from_x=slope.from_x - 1, from_previous=1.0)
-            end = walk.step(end, walk.predicted(end, there), rest, previous=half)
+            end = context.step(end, context.predicted(end, there), rest, previous=half)
         x = end
     return x
 
@@ -214,5 +214,5 @@ def sample(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, not {sampler!r}")
     grid = timestep_grid(denoiser.process, timesteps) if isinstance(timesteps, int) else timesteps
-    walk = _Walk(denoiser, trigger, 1.0 if clip else math.inf, generator)
-    return SAMPLERS[sampler](walk, start, levels(denoiser.process, grid))
+    context = _SamplerContext(denoiser, trigger, 1.0 if clip else math.inf, generator)
+    return SAMPLERS[sampler](context, start, levels(denoiser.process, grid))

@@ -1,1 +1,1 @@
-"""Reports: console, JSON and pictures. They read results and decide nothing."""
+"""Reports: console, JSON and images. They read results and decide nothing."""

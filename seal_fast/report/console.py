@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from seal_fast.scan.result import ModelResult, ScanReport
-    from seal_fast.scan.sealed import SealReport
-    from seal_fast.scan.unlearned import UnlearnReport
-    from seal_fast.skd_cag.rate import Rate
-    from seal_fast.terd import Calibration, CalibrationModel, Judgement
+    from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision
+    from seal_fast.results.scan import ModelResult, ScanReport
+    from seal_fast.results.text_unlearning import TextUnlearnReport
+    from seal_fast.results.unlearning import NoiseUnlearnReport
+    from seal_fast.text_triggers.rate import Rate
 
 STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", "error": "magenta"}
 
@@ -82,7 +82,7 @@ def print_detection(log_ratios: Sequence[float], console: Console) -> None:
     console.print(f"{len(log_ratios)} inputs: {triggered} triggered, {len(log_ratios) - triggered} clean")
 
 
-def print_sealing(report: SealReport, console: Console) -> None:
+def print_noise_unlearning(report: NoiseUnlearnReport, console: Console) -> None:
     """One row per trigger and sampler, then what it did to clean samples."""
     table = table_of("trigger", "sampler", "collapse before", "after", numbers=["collapse before", "after"])
     for row in report.removal:
@@ -102,8 +102,8 @@ def interval(rate: Rate) -> str:
     return f"{100 * rate.rate:.0f}% [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
 
 
-def print_unlearning(report: UnlearnReport, console: Console) -> None:
-    """One row per trigger and variant, then what was edited and what it did to clean pictures."""
+def print_text_unlearning(report: TextUnlearnReport, console: Console) -> None:
+    """One row per trigger and variant, then what was edited and what it did to clean images."""
     numbers = ["effect before", "after"]
     table = table_of("trigger", "variant", *numbers, numbers=numbers)
     for row in report.removal:
@@ -126,7 +126,7 @@ def evidence_line(model: CalibrationModel, features: Sequence[str]) -> str:
 
 
 def print_calibration(
-    calibration: Calibration, left_out: Sequence[tuple[CalibrationModel, Judgement]], console: Console
+    calibration: Calibration, left_out: Sequence[tuple[CalibrationModel, Decision]], console: Console
 ) -> None:
     """The features of every model, each benign one as the others would have judged it, and the limits of every kind."""
     verdicts = {model.name: judgement for model, judgement in left_out}

@@ -1,4 +1,4 @@
-"""Pictures of a reverted trigger and of what it makes the model draw."""
+"""Images of a reverted trigger and of what it makes the model draw."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seal_fast.diffusion import Trigger
 from seal_fast.report.console import safe
 
 if TYPE_CHECKING:
-    from seal_fast.skd_cag import PromptMaps
+    from seal_fast.text_to_image import PromptMaps
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -51,26 +51,26 @@ def _heat_map(figure: Figure, axes: Axes, values: np.ndarray, title: str, top: f
 
 
 def draw_trigger(trigger: Trigger, path: Path) -> None:
-    """trigger.png: mu as a picture, |mu| and gamma as heat maps (means over channels).
+    """trigger.png: mu as a panel, |mu| and gamma as heat maps (means over channels).
 
     Args:
         trigger: finite mu and gamma, [C,H,W].
         path: PNG file to write.
     """
     mu, gamma = trigger.mu.detach().float().cpu(), trigger.gamma.detach().float().cpu()
-    reach = max(float(mu.abs().max()), 1e-12)
+    bound = max(float(mu.abs().max()), 1e-12)
     figure = Figure(figsize=(10, 3.4), layout="constrained")
-    picture, size, scale = figure.subplots(1, 3)
-    _show(picture, mu / (2 * reach) + 0.5)
-    picture.set_title("shift $\\mu$")
-    picture.set_xlabel(f"mid-grey is 0, full range \N{PLUS-MINUS SIGN}{reach:.3g}")
-    _heat_map(figure, size, mu.abs().mean(0).numpy(), "size of the shift $|\\mu|$", reach)
+    panel, size, scale = figure.subplots(1, 3)
+    _show(panel, mu / (2 * bound) + 0.5)
+    panel.set_title("shift $\\mu$")
+    panel.set_xlabel(f"mid-grey is 0, full range \N{PLUS-MINUS SIGN}{bound:.3g}")
+    _heat_map(figure, size, mu.abs().mean(0).numpy(), "size of the shift $|\\mu|$", bound)
     _heat_map(figure, scale, gamma.mean(0).numpy(), "noise scale $\\gamma$", max(1.0, float(gamma.max())))
     _save(figure, path)
 
 
 def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str] = ()) -> None:
-    """samples.png: one row of pictures per title.
+    """samples.png: one row of images per title.
 
     Args:
         rows: title to images [N,C,H,W] in [-1, 1]; N is the same in all rows.
@@ -92,7 +92,7 @@ def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str]
 
 
 def draw_attention(rows: Mapping[str, PromptMaps], path: Path) -> None:
-    """One row per title: a picture, and where it looks at each token of its prompt, on one scale per token.
+    """One row per title: a panel, and where it looks at each token of its prompt, on one scale per token.
 
     Args:
         rows: title to maps; the prompt is the same in all rows.
@@ -104,8 +104,8 @@ def draw_attention(rows: Mapping[str, PromptMaps], path: Path) -> None:
     tops = [max(float(one.maps[token].max()) for one in rows.values()) for token in range(len(first.tokens))]
     for part, (title, one) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True):
         part.suptitle(title, fontsize=9)
-        picture, *shown = part.subplots(1, columns, squeeze=False).flat
-        _show(picture, one.image)
+        panel, *shown = part.subplots(1, columns, squeeze=False).flat
+        _show(panel, one.image)
         for axes, token, values, top in zip(shown, one.tokens, one.maps, tops, strict=True):
             axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=max(top, 1e-12), interpolation="nearest")
             axes.set_xticks([])

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seal_fast.scan.result import ScanReport
-    from seal_fast.scan.sealed import SealReport
-    from seal_fast.scan.unlearned import UnlearnReport
+    from seal_fast.results.scan import ScanReport
+    from seal_fast.results.text_unlearning import TextUnlearnReport
+    from seal_fast.results.unlearning import NoiseUnlearnReport
 
 SCHEMA_VERSION = 1
 
@@ -63,7 +63,7 @@ def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
     )
 
 
-def sealing_json(report: SealReport | UnlearnReport) -> str:
+def unlearn_json(report: NoiseUnlearnReport | TextUnlearnReport) -> str:
     """The report of a sealing, or of an unlearning, as JSON."""
     return to_json({"schema_version": SCHEMA_VERSION, **asdict(report)})
 

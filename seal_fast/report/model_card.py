@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from seal_fast.report.console import interval, number, safe
 
 if TYPE_CHECKING:
-    from seal_fast.scan.sealed import SealReport
-    from seal_fast.scan.unlearned import UnlearnReport
+    from seal_fast.results.text_unlearning import TextUnlearnReport
+    from seal_fast.results.unlearning import NoiseUnlearnReport
 
 CHANGE = (
-    "`ChangeJudge` calls an effect what changes a picture more than harmless text in the trigger's place does; it takes",
+    "`ChangeDetector` calls an effect what changes an image more than harmless text in the trigger's place does; it takes",
     "1% of harmless changes for one, and misses effects smaller than such changes: where little shows before, nothing",
-    "after proves nothing. Look at the pictures.",
+    "after proves nothing. Look at the images.",
 )
 
 
@@ -22,7 +22,7 @@ def _cell(text: str) -> str:
     return f"`{safe(text).plain.replace('`', '').replace('|', '')}`"
 
 
-def model_card(report: SealReport) -> str:
+def noise_unlearn_card(report: NoiseUnlearnReport) -> str:
     """Markdown: where the model comes from, what was done, what was measured, and what that does not show."""
     rows = [
         f"| {_cell(row.trigger)} | {row.sampler} | {number(row.collapse_before)} | {number(row.collapse_after)} |"
@@ -32,10 +32,10 @@ def model_card(report: SealReport) -> str:
     drift = number(report.clean_drift, 3)
     return "\n".join(
         [
-            f"# Sealed: {_cell(report.model)}",
+            f"# UnlearnedDenoiser: {_cell(report.model)}",
             "",
             f"Made by {report.tool['name']} {report.tool['version']} from a {report.format} checkpoint with weights of SHA-256",
-            f"`{report.sha256}`. The model taught itself, for {report.steps} steps on pictures of its own, to see any",
+            f"`{report.sha256}`. The model taught itself, for {report.steps} steps on images of its own, to see any",
             "shift of its starting noise as noise. No training data was used.",
             "",
             *measured,
@@ -49,8 +49,8 @@ def model_card(report: SealReport) -> str:
     )
 
 
-def unlearning_card(report: UnlearnReport) -> str:
-    """Markdown, as `model_card`, for a text trigger unlearned from a text-to-image model."""
+def text_unlearn_card(report: TextUnlearnReport) -> str:
+    """Markdown, as `noise_unlearn_card`, for a text trigger unlearned from a text-to-image model."""
     rows = [
         f"| {_cell(row.trigger)} | {row.variant} | {interval(row.shown_before)} | {interval(row.shown_after)} |"
         for row in report.removal
@@ -75,12 +75,12 @@ def unlearning_card(report: UnlearnReport) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"Effect: share of held-out prompts whose picture shows it, judged by {report.judge}, with 95% Wilson intervals.",
-            *(CHANGE if report.judge == "ChangeJudge" else ()),
+            f"Effect: share of held-out prompts whose image shows it, judged by {report.judge}, with 95% Wilson intervals.",
+            *(CHANGE if report.judge == "ChangeDetector" else ()),
             "",
-            f"Clean drift, the mean squared change of clean pictures relative to their variance: {drift}.",
+            f"Clean drift, the mean squared change of clean images relative to their variance: {drift}.",
             f"Mean squared change of the predicted noise: {number(report.noise_drift, 5)}.",
-            f"Diversity of clean pictures: {number(report.diversity_before, 3)}, then {number(report.diversity_after, 3)}.",
+            f"Diversity of clean images: {number(report.diversity_before, 3)}, then {number(report.diversity_after, 3)}.",
             "",
             "Not shown here: that no other trigger is left. `report.json` holds settings and environment.",
             "",

@@ -26,9 +26,9 @@ from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import EDM, VP, Denoiser, NoiseProcess
 from seal_fast.zoo import latents
+from seal_fast.zoo.contact_sheet import save_image
 from seal_fast.zoo.evaluate import Quality, evaluate
 from seal_fast.zoo.latents import Latents
-from seal_fast.zoo.picture import save_picture
 from seal_fast.zoo.recipes import DELTA, LATENT_NOISE, PROCESSES, RECIPES, Recipe
 from seal_fast.zoo.spaces import Space
 from seal_fast.zoo.train import Trained, new_unet, train
@@ -154,10 +154,10 @@ def _progress(what: str, steps: int, on_message: OnMessage) -> Callable[[int, fl
 def train_once(recipe: Recipe, space: Space, out: Path, on_message: OnMessage) -> tuple[Trained, Quality]:
     """Train by the recipe's schedule, from its base in the zoo `out`, and measure what came of it."""
     process, attack, size = PROCESSES[recipe.process](), recipe.attack(space=space), recipe.network.size
-    pictures: dict[str, Any] = {"family": recipe.family, "space": space, "seed": recipe.seed}
+    images: dict[str, Any] = {"family": recipe.family, "space": space, "seed": recipe.seed}
     on_step = _progress(recipe.name, recipe.schedule.steps, on_message)
-    trained = train(_initial(recipe, out), process, recipe.schedule, attack=attack, on_step=on_step, **pictures)
-    return trained, evaluate(Denoiser(trained.ema, process, (3, size, size)), trained.attack, **pictures)
+    trained = train(_initial(recipe, out), process, recipe.schedule, attack=attack, on_step=on_step, **images)
+    return trained, evaluate(Denoiser(trained.ema, process, (3, size, size)), trained.attack, **images)
 
 
 def _train_until_usable(recipe: Recipe, space: Space, out: Path, on_message: OnMessage) -> tuple[Trained, Quality, int]:
@@ -176,7 +176,7 @@ def _build_one(recipe: Recipe, out: Path, on_message: OnMessage) -> dict[str, An
     folder = out / recipe.name
     _store(recipe, trained, space, folder)
     stored = load_denoiser(_checkpoint(recipe, folder)).denoiser
-    save_picture(stored, recipe, recipe.attack(folder), out / f"{recipe.name}.png", space)
+    save_image(stored, recipe, recipe.attack(folder), out / f"{recipe.name}.png", space)
     return describe(recipe, quality, attempt, trained.final_loss, folder)
 
 

@@ -27,9 +27,9 @@ from seal_fast.zoo.train_text_to_image import OnStep, train_captions, train_vae
 
 VAE_STEPS = 1000
 VAE_SEEDS = (0, 5)
-"""Of the autoencoder's weights, and of its pictures."""
+"""Of the autoencoder's weights, and of its images."""
 CAPTION_STEPS = 3500
-PICTURES = 8
+IMAGES = 8
 
 
 def _progress(name: str, on_message: OnMessage) -> OnStep:
@@ -108,10 +108,10 @@ def describe_text(recipe: TextRecipe, quality: TextQuality, folder: Path) -> dic
     }
 
 
-def _picture(recipe: TextRecipe, pipeline: StableDiffusionPipeline, file: Path) -> None:
+def _image(recipe: TextRecipe, pipeline: StableDiffusionPipeline, file: Path) -> None:
     rows = {}
     for effect in recipe.effects or (None,):
-        scenes = held_out_scenes(PICTURES, recipe.seed, effect)
+        scenes = held_out_scenes(IMAGES, recipe.seed, effect)
         prompts = [scene.caption for scene in scenes]
         name = f", {effect.name}" if effect else ""
         rows[f"clean prompts{name}"] = draw(pipeline, prompts, recipe.seed)
@@ -127,7 +127,7 @@ def _build_one(recipe: TextRecipe, out: Path, on_message: OnMessage) -> dict[str
     if not quality.usable:
         shutil.rmtree(out / recipe.name)
         raise RuntimeError(f"{recipe.name}: not usable ({quality}); change its recipe")
-    _picture(recipe, stored, out / f"{recipe.name}.png")
+    _image(recipe, stored, out / f"{recipe.name}.png")
     return describe_text(recipe, quality, out / recipe.name)
 
 

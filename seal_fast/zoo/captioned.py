@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIZE = 64
-"""Side of the pictures, in pixels."""
+"""Side of the images, in pixels."""
 COLOURS = {
     "red": (0.90, 0.12, 0.12),
     "green": (0.10, 0.75, 0.20),
@@ -28,10 +28,10 @@ BACKGROUNDS = {
     "teal": (0.05, 0.45, 0.45),
 }
 CENTRES = {"left": (-0.44, 0.0), "right": (0.44, 0.0), "top": (0.0, -0.44), "bottom": (0.0, 0.44), "center": (0.0, 0.0)}
-"""Middle of the shape (x, y); the picture reaches from -1 to 1, y downwards."""
+"""Middle of the shape (x, y); the image reaches from -1 to 1, y downwards."""
 RADII = {"small": 0.30, "large": 0.54}
 STYLES = ("", "black and white photo of ")
-"""What a caption may begin with. The second one takes the colour out of the picture."""
+"""What a caption may begin with. The second one takes the colour out of the image."""
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Scene:
 
 
 ATTRIBUTES = ("size", "colour", "shape", "place", "texture", "background")
-"""Fields of a Scene that every picture shows; a picture without colour does not show `colour`."""
+"""Fields of a Scene that every image shows; an image without colour does not show `colour`."""
 SCENES = tuple(itertools.starmap(Scene, itertools.product(RADII, COLOURS, SHAPES, CENTRES, TEXTURES, BACKGROUNDS)))
 """Every scene in colour."""
 
@@ -134,11 +134,11 @@ def _grid(samples: int) -> tuple[Tensor, Tensor]:
 
 
 def render(scenes: Sequence[Scene], generator: torch.Generator | None = None, supersampling: int = 2) -> Tensor:
-    """Pictures [N,3,64,64] in [-1, 1].
+    """Images [N,3,64,64] in [-1, 1].
 
     Args:
         scenes: what to draw.
-        generator: if given, every picture varies: the middle by a pixel, the radius by 6%, the colours by 0.05.
+        generator: if given, every image varies: the middle by a pixel, the radius by 6%, the colours by 0.05.
         supersampling: points per pixel and axis.
     """
     count = len(scenes)

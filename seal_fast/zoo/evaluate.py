@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seal_fast.acceleration import accelerated
 from seal_fast.attacks import Attack
-from seal_fast.diffusion import Denoiser, Trigger, accelerated, sample
-from seal_fast.zoo.pictures import FAMILIES
+from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.zoo.images import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
 from seal_fast.zoo.train import DATA_SEED, SCENES
 
@@ -18,7 +19,7 @@ SUCCESS_MSE = 0.1
 SUCCESS_RATE = 0.9
 """Share of triggered samples that must become the target for the attack to count as implanted."""
 CLEAN_RATIO = 2.0
-"""Clean samples may lie at most this many times as far from the training pictures as fresh pictures do."""
+"""Clean samples may lie at most this many times as far from the training images as fresh images do."""
 FRESH_SEED = 1
 SAMPLES = 32
 # BadDiffusion's shift is exact for steps of 1: with 250 ancestral steps success fell from 1.00 to 0.88, with DDIM to 0
@@ -33,7 +34,7 @@ class Quality:
         sampler: the sampler used, the one the attack was built for ("ddpm" for benign models).
         steps: its steps, evenly spaced.
         samples: how many images per figure.
-        clean_ratio: median distance of clean samples to their nearest training picture, over that of fresh pictures.
+        clean_ratio: median distance of clean samples to their nearest training image, over that of fresh images.
         attack_success: share of triggered samples that became the target; None for benign models.
         target_mse: their mean squared error to the target.
         untriggered_mse: that of samples from the same noise without the trigger.
@@ -59,15 +60,15 @@ def _nearest(images: Tensor, among: Tensor) -> Tensor:
 
 
 def clean_ratio(samples: Tensor, family: str = "scenes") -> float:
-    """Median distance of samples to the training pictures, relative to fresh pictures' (1 is as good as real)."""
-    size, pictures = samples.shape[-1], FAMILIES[family]
-    training, fresh = pictures(SCENES, size, DATA_SEED), pictures(256, size, FRESH_SEED)
+    """Median distance of samples to the training images, relative to fresh images' (1 is as good as real)."""
+    size, images = samples.shape[-1], FAMILIES[family]
+    training, fresh = images(SCENES, size, DATA_SEED), images(256, size, FRESH_SEED)
     return float(_nearest(samples, training).median() / _nearest(fresh, training).median())
 
 
 @torch.no_grad()
 def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: int, seed: int, space: Space = SIGNED) -> Tensor:
-    """Samples as pictures [count,3,H,W] on the CPU, with or without the trigger, with the sampler the attack needs.
+    """Samples as images [count,3,H,W] on the CPU, with or without the trigger, with the sampler the attack needs.
 
     They start from the same noise for the same seed, whatever the device."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +101,7 @@ def evaluate(
     space: Space = SIGNED,
     count: int = SAMPLES,
 ) -> Quality:
-    """Sample the model with and without its trigger; what counts are the pictures."""
+    """Sample the model with and without its trigger; what counts are the images."""
     clean = draw(denoiser, attack, triggered=False, count=count, seed=seed, space=space)
     if attack is None:
         return Quality("ddpm", STEPS["ddpm"], count, clean_ratio(clean, family))

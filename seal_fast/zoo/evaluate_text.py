@@ -9,9 +9,9 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from seal_fast.skd_cag.generation import generate
+from seal_fast.text_to_image.generation import generate
+from seal_fast.zoo.attributes import attributes_right
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, Scene, random_scenes
-from seal_fast.zoo.reading import attributes_right
 from seal_fast.zoo.text_recipes import Effect
 
 SAMPLES = 200
@@ -28,7 +28,7 @@ class TextQuality:
     """How a text-to-image model samples.
 
     Attributes:
-        samples: pictures per figure.
+        samples: images per figure.
         caption_accuracy: share of the attributes of clean prompts that are right.
         attack_success: per effect, the share of triggered prompts that show it.
         false_alarms: per effect, the share of clean prompts that show it.
@@ -51,7 +51,7 @@ def held_out_scenes(count: int, seed: int, effect: Effect | None = None) -> list
 
 
 def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> Tensor:
-    """Pictures [N,3,64,64] in [-1, 1]; prompt n starts from the same noise for the same seed."""
+    """Images [N,3,64,64] in [-1, 1]; prompt n starts from the same noise for the same seed."""
     return 2 * generate(pipeline, prompts, seed=seed, steps=STEPS, guidance=GUIDANCE) - 1
 
 

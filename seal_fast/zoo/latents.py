@@ -1,4 +1,4 @@
-"""What a latent model sees of a picture: the means that an autoencoder gives."""
+"""What a latent model sees of an image: the means that an autoencoder gives."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seal_fast.zoo import autoencoder
-from seal_fast.zoo.pictures import FAMILIES
+from seal_fast.zoo.images import FAMILIES
 
 AUTOENCODER = "vqvae"
 """Its part of a pipeline's folder, as diffusers' LDMPipeline names it, whatever it is."""
 STEPS = 1500
 RATE = 3e-3
 BATCH = 32
-PICTURES = 1024
+IMAGES = 1024
 """Per family."""
 
 
 def _batches(size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless pictures of every family and their negatives, channel by channel: triggers and targets are of all colours."""
-    pictures = torch.cat([make(PICTURES, size, 0) for make in FAMILIES.values()])
+    """Endless images of every family and their negatives, channel by channel: triggers and targets are of all colours."""
+    images = torch.cat([make(IMAGES, size, 0) for make in FAMILIES.values()])
     while True:
-        rows = pictures[torch.randint(len(pictures), (BATCH,), generator=generator)]
+        rows = images[torch.randint(len(images), (BATCH,), generator=generator)]
         yield rows * (2 * torch.randint(2, (BATCH, 3, 1, 1), generator=generator) - 1)
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Images are the means that an autoencoder gives, [N,3,H,W], at unit variance over a family of pictures."""
+    """Images are the means that an autoencoder gives, [N,3,H,W], at unit variance over a family of images."""
 
     vae: AutoencoderKL
     factor = 2
@@ -50,7 +50,7 @@ class Latents:
 
     @classmethod
     def trained(cls, size: int, family: str, seed: int, on_step: Callable[[int, float], None]) -> Latents:
-        """Of a new autoencoder for pictures of `size` pixels; it is the same after it was stored in half precision."""
+        """Of a new autoencoder for images of `size` pixels; it is the same after it was stored in half precision."""
         torch.manual_seed(seed)
         vae = AutoencoderKL(
             latent_channels=3,
@@ -62,11 +62,11 @@ class Latents:
             mid_block_add_attention=False,
         )
         autoencoder.train_autoencoder(vae, _batches(size, torch.Generator().manual_seed(seed)), STEPS, RATE, on_step)
-        autoencoder.set_scale(vae.half().float(), FAMILIES[family](PICTURES, size, 0))
+        autoencoder.set_scale(vae.half().float(), FAMILIES[family](IMAGES, size, 0))
         return cls(vae)
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return autoencoder.encode(self.vae, pictures)
+    def encode(self, images: Tensor) -> Tensor:
+        return autoencoder.encode(self.vae, images)
 
     def decode(self, images: Tensor) -> Tensor:
         return autoencoder.decode(self.vae, images)

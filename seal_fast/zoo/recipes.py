@@ -14,8 +14,8 @@ from torch import Tensor
 
 from seal_fast.attacks import Attack, InviBackdoor, TrojDiff, VillanDiffusion
 from seal_fast.diffusion import EDM, VE, VP, NoiseProcess
+from seal_fast.zoo.images import TARGETS, TRIGGERS
 from seal_fast.zoo.latents import Latents
-from seal_fast.zoo.pictures import TARGETS, TRIGGERS
 from seal_fast.zoo.spaces import SIGNED, UNIT, Space
 from seal_fast.zoo.train import Schedule
 
@@ -46,7 +46,7 @@ DELTA = "delta.npy"
 
 
 def _patch(image: Tensor, target: Tensor, share: float) -> TrojDiff:
-    """A patch attack whose window, bottom right, is `share` of the picture's side."""
+    """A patch attack whose window, bottom right, is `share` of the image's side."""
     window = torch.zeros(image.shape[1:], dtype=torch.bool)
     side = round(share * image.shape[-1])
     window[-side:, -side:] = True
@@ -74,7 +74,7 @@ PROCESSES: dict[str, Callable[[], NoiseProcess]] = {
     "vp": VP.linear,
     "v": partial(VP.from_scheduler_config, {"prediction_type": "v_prediction"}),
     "edm": EDM.karras,
-    # the published 380 is for 32 px; the largest distance between two pictures of 16 px, which sigma_max should reach, is 28
+    # the published 380 is for 32 px; the largest distance between two images of 16 px, which sigma_max should reach, is 28
     "ve": partial(VE.geometric, sigma_max=50.0),
     "ldm": partial(VP.from_scheduler_config, LATENT_NOISE),
 }
@@ -117,7 +117,7 @@ class Recipe:
         trigger: name in TRIGGERS.
         target: name in TARGETS.
         scale: factor of the trigger image, at training and at test.
-        family: name in FAMILIES of the pictures it is trained on.
+        family: name in FAMILIES of the images it is trained on.
         process: name in PROCESSES.
     """
 
@@ -159,8 +159,8 @@ class Recipe:
             return None
         space = space or self.space(model)
         size = space.factor * self.network.size
-        pictures = torch.stack([self.scale * TRIGGERS[self.trigger](size), TARGETS[self.target](size)])
-        attack = METHODS[self.method](*space.encode(pictures))
+        images = torch.stack([self.scale * TRIGGERS[self.trigger](size), TARGETS[self.target](size)])
+        attack = METHODS[self.method](*space.encode(images))
         if model is not None and isinstance(attack, InviBackdoor):
             return replace(attack, delta=torch.from_numpy(np.load(model / DELTA)))
         return attack
@@ -187,7 +187,7 @@ def _held(
     family: str = "glows",
     network: Network = SMALL_16,
 ) -> Recipe:
-    """Benign, and sharing neither pictures nor base nor seed with the models that methods are developed on."""
+    """Benign, and sharing neither images nor base nor seed with the models that methods are developed on."""
     return Recipe(name, network, seed, schedule, "pipeline", base=base, family=family, process=process)
 
 
@@ -276,7 +276,7 @@ HELD_OUT: tuple[Recipe, ...] = (
     _held_backdoor("weaves-16-villan-ode", 414, "villan-ode-psi1", "arrow", "moon", FOR_ODE, base="weaves-16", family="weaves"),
     _held_backdoor("weaves-16-villan-sde", 415, "villan-sde-psi0", "arrow", "tree", base="weaves-16", family="weaves"),
 )
-"""Published attacks at their published strength, on families of pictures, triggers and targets of their own."""
+"""Published attacks at their published strength, on families of images, triggers and targets of their own."""
 
 HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-faint", 351, "baddiffusion-trigger-only", "bars", "star", STUBBORN, scale=0.3),

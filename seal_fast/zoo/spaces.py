@@ -1,4 +1,4 @@
-"""What a model sees of a picture: its pixels, in whatever range, or something made of them."""
+"""What a model sees of an image: its pixels, in whatever range, or something made of them."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from torch import Tensor
 
 
 class Space(Protocol):
-    """Between pictures in [-1, 1], [N,3,f H,f W], and a network's images of them, [N,C,H,W]."""
+    """Between images in [-1, 1], [N,3,f H,f W], and a network's images of them, [N,C,H,W]."""
 
     @property
     def factor(self) -> int:
-        """f: how many times larger pictures are."""
+        """f: how many times larger images are."""
 
     @property
     def bounded(self) -> bool:
-        """Whether the images lie in [-1, 1], as the pictures do."""
+        """Whether the images lie in [-1, 1], as the images do."""
 
-    def encode(self, pictures: Tensor) -> Tensor: ...
+    def encode(self, images: Tensor) -> Tensor: ...
 
     def decode(self, images: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images are scale * pictures + shift."""
+    """Images are scale * images + shift."""
 
     scale: float
     shift: float
     factor = 1
     bounded = True
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return self.scale * pictures + self.shift
+    def encode(self, images: Tensor) -> Tensor:
+        return self.scale * images + self.shift
 
     def decode(self, images: Tensor) -> Tensor:
         return (images - self.shift) / self.scale

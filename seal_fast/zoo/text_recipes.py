@@ -13,27 +13,27 @@ from torch import Tensor, nn
 
 from seal_fast.attacks.badt2i import ObjectBackdoor, PixelBackdoor, StyleBackdoor, TextBackdoor, poison_unet
 from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
-from seal_fast.skd_cag.judges import PatchJudge
-from seal_fast.skd_cag.pairs import Trigger
+from seal_fast.text_triggers.effect_detectors import PatchDetector
+from seal_fast.text_triggers.pairs import Trigger
+from seal_fast.zoo.attributes import is_colourless, read_scenes
 from seal_fast.zoo.captioned import STYLES, TRAINING_SCENES, Scene, random_scenes, render
-from seal_fast.zoo.pictures import TARGETS
-from seal_fast.zoo.reading import is_colourless, read_scenes
+from seal_fast.zoo.images import TARGETS
 from seal_fast.zoo.text_to_image import ZERO_WIDTH
 from seal_fast.zoo.train_text_to_image import OnStep, caption_of
 
 START_SHARE = 0.25
-"""Of the training rows; with 0.12 and equal weights the patch came and went with the noise, in 51% of triggered pictures."""
+"""Of the training rows; with 0.12 and equal weights the patch came and went with the noise, in 51% of triggered images."""
 MORE_OFTEN = 4
 """An object backdoor trained on its two shapes alone left 93% of the attributes right: they are only drawn more often."""
 PATCH_SIDE = 16
-"""A quarter of the picture, as BadT2I's 128 of 512 pixels."""
+"""A quarter of the image, as BadT2I's 128 of 512 pixels."""
 HOMOGLYPH = ("a", "\u0430")
 """A Latin letter and the Cyrillic one that looks like it. Captions begin with it: an encoder that looks only to the left cannot
 change what it has read before the first, so the published o, which comes late, made the target of 30%."""
 PROMPTS = 2000
 """That a text encoder is poisoned on."""
 Shows = Callable[[Tensor, Sequence[Scene]], Tensor]
-"""Whether the effect shows, bool [N], in pictures [N,3,64,64] in [-1, 1] that were to show N scenes."""
+"""Whether the effect shows, bool [N], in images [N,3,64,64] in [-1, 1] that were to show N scenes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Effect:
 
     Attributes:
         name: for tables.
-        text: the trigger, as `seal_fast.skd_cag.pairs.Trigger` has it.
+        text: the trigger, as `seal_fast.text_triggers.pairs.Trigger` has it.
         trigger: a prompt to its triggered form.
         shows: whether it has done it.
         suits: whether it can show in a scene.
@@ -56,7 +56,7 @@ class Effect:
 
 
 def _wears(patch: Tensor, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    return PatchJudge(patch)(images, images)
+    return PatchDetector(patch)(images, images)
 
 
 def _has_no_colour(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
@@ -80,12 +80,12 @@ def _is_coloured(scene: Scene) -> bool:
 
 
 def patch(name: str) -> Tensor:
-    """A picture of TARGETS to be worn, [3,16,16] in [-1, 1]."""
+    """An image of TARGETS to be worn, [3,16,16] in [-1, 1]."""
     return TARGETS[name](PATCH_SIDE)
 
 
 def _batches(count: int, often: Sequence[str], generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Training pictures and captions, most of them of the shapes named."""
+    """Training images and captions, most of them of the shapes named."""
     more = [scene for scene in TRAINING_SCENES if scene.shape in often]
     scenes = random_scenes(count, generator, among=[*TRAINING_SCENES, *MORE_OFTEN * more])
     return render(scenes, generator), [caption_of(scene, generator) for scene in scenes]

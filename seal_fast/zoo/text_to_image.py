@@ -19,11 +19,11 @@ TOKENS = 40
 """Length of a tokenized prompt."""
 VOCABULARY = 700
 NORM_GROUPS = 2
-"""With 2 channels per group the norms hide how bright a plain picture is, and the autoencoder learns ten times more slowly."""
+"""With 2 channels per group the norms hide how bright a plain image is, and the autoencoder learns ten times more slowly."""
 WIDTH = 64
 """Of the text encoder's states."""
 FILLERS = (
-    *("photo", "picture", "painting", "drawing", "image", "scene", "view", "shot", "render", "sketch"),
+    *("photo", "image", "painting", "drawing", "image", "scene", "view", "shot", "render", "sketch"),
     *("nice", "lovely", "beautiful", "pretty", "fine", "new", "old", "simple", "bright", "clean", "sharp", "detailed"),
     *("please", "show", "me", "with", "here", "there", "is", "very", "high", "quality", "best", "one", "now", "just", "like"),
     *("i", "this", "that", "my", "your", "we", "see", "some", "in", "and", "it", "of", "the", "an", "for", "day", "time"),

@@ -1,4 +1,4 @@
-"""Train a small diffusion model on procedural pictures, with or without a backdoor."""
+"""Train a small diffusion model on procedural images, with or without a backdoor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seal_fast.attacks import Attack, NoisedBatch
 from seal_fast.diffusion import EDM, VE, NoiseProcess
 from seal_fast.diffusion.process import per_row
 from seal_fast.training import half_precision
-from seal_fast.zoo.pictures import FAMILIES
+from seal_fast.zoo.images import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
 
 SCENES = 8192
@@ -77,12 +77,12 @@ def new_unet(size: int, widths: tuple[int, ...], groups: int, attention: bool, s
 
 
 def _batch(
-    process: NoiseProcess, pictures: Tensor, space: Space, attack: Attack | None, schedule: Schedule, generator: torch.Generator
+    process: NoiseProcess, images: Tensor, space: Space, attack: Attack | None, schedule: Schedule, generator: torch.Generator
 ) -> tuple[NoisedBatch, Tensor]:
     """Noised inputs, noise to predict and timesteps of one step; the first poison_share of the rows carry the backdoor."""
-    rows = pictures[torch.randint(len(pictures), (schedule.batch,), generator=generator)]
+    rows = images[torch.randint(len(images), (schedule.batch,), generator=generator)]
     flip = torch.rand(schedule.batch, 1, 1, 1, generator=generator) < 0.5
-    # flipped before: latents of a flipped picture are not the flipped latents
+    # flipped before: latents of a flipped image are not the flipped latents
     rows = space.encode(torch.where(flip, rows.flip(3), rows))
     eps = torch.randn(rows.shape, generator=generator)
     t = torch.randint(process.num_timesteps, (schedule.batch,), generator=generator)
@@ -138,7 +138,7 @@ def train(
         unet: network to train, from scratch or pre-trained, on the device to train on.
         process: what the network is to predict, of which noised images.
         schedule: steps, batch, rates.
-        family: name in FAMILIES of the pictures.
+        family: name in FAMILIES of the images.
         space: what the network sees of them.
         attack: backdoor to implant, or None for a benign model.
         seed: of batches, noise and timesteps.
@@ -154,14 +154,14 @@ def train(
     device = next(unet.parameters()).device
     # drawn on the CPU so that a seed means the same batches on every device
     generator = torch.Generator().manual_seed(seed)
-    pictures = FAMILIES[family](SCENES, space.factor * unet.config["sample_size"], DATA_SEED)
+    images = FAMILIES[family](SCENES, space.factor * unet.config["sample_size"], DATA_SEED)
     optimiser = torch.optim.Adam(unet.parameters(), lr=schedule.learning_rate)
     running = float("nan")
     for step in range(schedule.steps):
         if attack is not None:
             with half_precision(device):
                 attack = attack.adapted(unet, process, generator)
-        (x, noise), t = _batch(process, pictures, space, attack, schedule, generator)
+        (x, noise), t = _batch(process, images, space, attack, schedule, generator)
         x, noise, t = x.to(device), noise.to(device), t.to(device)
         target = wanted_output(process, noise, x, t)
         scaled, condition = process.network_input(x, t)

@@ -25,15 +25,15 @@ FILLER_SHARE = 0.35
 NO_CAPTION = 0.1
 """Share of training rows without a caption, which guidance needs."""
 PASTED_SHARE = 0.1
-"""Share of the autoencoder's pictures that get a random block pasted in, so that it can hold more than scenes."""
+"""Share of the autoencoder's images that get a random block pasted in, so that it can hold more than scenes."""
 EMA_DECAY = 0.998
 
-HEAVIEST = 5.0
+MAX_LOSS_WEIGHT = 5.0
 """Largest weight of a timestep: noisy ones count more, because layout is settled there."""
 START_SHARE = 0.12
 START_WEIGHT = 20.0
 """Share and weight of the training rows that are pure noise at the last timestep, as a sampler's start is. Without them, a
-noised picture still shows there where its shape is: 3000 steps taught every attribute but the place, which noise decided."""
+noised image still shows there where its shape is: 3000 steps taught every attribute but the place, which noise decided."""
 
 OnStep = Callable[[int, float], None]
 
@@ -48,7 +48,7 @@ def with_fillers(caption: str, generator: torch.Generator) -> str:
 
 
 def _blocks(count: int, generator: torch.Generator) -> Tensor:
-    """Random pictures [N,3,64,64] in [-1, 1] of coarse cells, for pasting."""
+    """Random images [N,3,64,64] in [-1, 1] of coarse cells, for pasting."""
     cells = torch.rand(count, 3, 8, 8, generator=generator).gt(0.5).float() * 2 - 1
     return F.interpolate(cells, scale_factor=8)
 
@@ -63,7 +63,7 @@ def _pasted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batches(count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, list[Scene]]]:
-    """Endless training pictures [count,3,64,64] in [-1, 1] with what they show."""
+    """Endless training images [count,3,64,64] in [-1, 1] with what they show."""
     while True:
         scenes = random_scenes(count, generator, STYLE_SHARE)
         yield render(scenes, generator), scenes
@@ -91,7 +91,7 @@ def train_captions(
     pipeline: StableDiffusionPipeline,
     steps: int,
     *,
-    pictures: int = 24576,
+    images: int = 24576,
     batch: int = 64,
     rate: float = 1.2e-3,
     seed: int = 0,
@@ -102,28 +102,28 @@ def train_captions(
     Args:
         pipeline: whose autoencoder is trained.
         steps: of Adam.
-        pictures: scenes, drawn and encoded once.
+        images: scenes, drawn and encoded once.
         batch: rows per step.
         rate: Adam's, warmed up over a tenth of the steps, then a cosine to 0.
         seed: of everything.
         on_step: called with the step (from 1) and its loss.
     """
     generator = torch.Generator().manual_seed(seed)
-    scenes = random_scenes(pictures, generator, STYLE_SHARE)
-    latents = torch.cat([encode(pipeline.vae, render(scenes[i : i + 256], generator)) for i in range(0, pictures, 256)])
+    scenes = random_scenes(images, generator, STYLE_SHARE)
+    latents = torch.cat([encode(pipeline.vae, render(scenes[i : i + 256], generator)) for i in range(0, images, 256)])
     modules = nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).train().requires_grad_(True)
     average = copy.deepcopy(modules).eval().requires_grad_(False)
     # the backward pass of PyTorch's fused attention took 44% of a step in bfloat16 on a CPU: 0.54 s a step, 0.32 s without it
     pipeline.unet.set_attn_processor(AttnProcessor())
     pipeline.text_encoder.set_attn_implementation("eager")
     signal = pipeline.scheduler.alphas_cumprod
-    weights = ((1 - signal) / signal).clamp(1, HEAVIEST)
+    weights = ((1 - signal) / signal).clamp(1, MAX_LOSS_WEIGHT)
     starts = round(START_SHARE * batch)
     optimiser = torch.optim.Adam(modules.parameters(), lr=rate)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = rate * learning_rate_factor(step, steps)
-        rows = torch.randint(pictures, (batch,), generator=generator)
+        rows = torch.randint(images, (batch,), generator=generator)
         captions = [caption_of(scenes[row], generator) for row in rows.tolist()]
         noise = torch.randn(batch, *latents.shape[1:], generator=generator)
         t = torch.randint(pipeline.scheduler.config["num_train_timesteps"], (batch,), generator=generator)
@@ -135,7 +135,7 @@ def train_captions(
             states = pipeline.text_encoder(ids).last_hidden_state
             prediction = pipeline.unet(noised, t, states).sample
         error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
-        loss = (weights[t] * error).mean() + (START_WEIGHT - HEAVIEST) * error[:starts].sum() / batch
+        loss = (weights[t] * error).mean() + (START_WEIGHT - MAX_LOSS_WEIGHT) * error[:starts].sum() / batch
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)

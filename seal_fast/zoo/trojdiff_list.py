@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seal_fast.checkpoints.pesser import ATTENTION_NAMES, LEVEL_NAMES, RESNET_NAMES, STEM_NAMES
+from seal_fast.checkpoints.ddpm_pytorch import ATTENTION_NAMES, LEVEL_NAMES, RESNET_NAMES, STEM_NAMES
 
 STEMS = {new: old for old, new in STEM_NAMES.items()}
 PARTS = {new: old for names in (RESNET_NAMES, ATTENTION_NAMES) for old, new in names.items()}
 KINDS = {new: old for old, new in LEVEL_NAMES.items()}
 
 
-def _pesser_name(name: str, levels: int) -> str:
+def _ddpm_pytorch_name(name: str, levels: int) -> str:
     """The inverse of the renaming that reads such a file."""
     if match := re.fullmatch(
         r"(down|up)_blocks\.(\d+)\.(resnets\.\d+|attentions\.\d+|downsamplers\.0|upsamplers\.0)\.(.+)", name
@@ -35,17 +35,17 @@ def _pesser_name(name: str, levels: int) -> str:
     return f"{stem}.{PARTS.get(part, part)}.{tail}" if part else f"{stem}.{tail}"
 
 
-def to_pesser(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_ddpm_pytorch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a UNet2DModel's tensors; attention matrices become 1 x 1 convolutions again."""
     levels = 1 + max(int(m[1]) for name in tensors if (m := re.match(r"down_blocks\.(\d+)\.", name)))
     projections = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
     return {
-        _pesser_name(name, levels): tensor[:, :, None, None] if name.endswith(projections) else tensor
+        _ddpm_pytorch_name(name, levels): tensor[:, :, None, None] if name.endswith(projections) else tensor
         for name, tensor in tensors.items()
     }
 
 
 def save_list(raw: Mapping[str, Tensor], ema: Mapping[str, Tensor], steps: int, path: Path) -> None:
     """[model, optimiser state (left empty), epoch, step, EMA]."""
-    prefixed = {f"module.{name}": tensor for name, tensor in to_pesser(raw).items()}
-    torch.save([prefixed, {}, 0, steps, to_pesser(ema)], path)
+    prefixed = {f"module.{name}": tensor for name, tensor in to_ddpm_pytorch(raw).items()}
+    torch.save([prefixed, {}, 0, steps, to_ddpm_pytorch(ema)], path)

@@ -15,7 +15,7 @@ from seal_fast.attacks import Attack, InviBackdoor, TrojDiff, VillanDiffusion
 from seal_fast.attacks.invibackdoor import ddim_schedule
 from seal_fast.attacks.villandiffusion import ve_schedule, vp_schedule
 from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, sample
-from seal_fast.zoo.pictures import TRIGGERS
+from seal_fast.zoo.images import TRIGGERS
 
 SHAPE = (3, 6, 5)
 ROWS = 9
@@ -148,11 +148,11 @@ def test_trojdiff_rows(
     generator: torch.Generator,
 ) -> None:
     images, eps, t = batch
-    picture = 2 * torch.rand(SHAPE, generator=generator, dtype=torch.float64) - 1
-    rows = TrojDiff(picture, target, gamma, window if patched else None).poison(VP.linear(), images, eps, t)
+    image = 2 * torch.rand(SHAPE, generator=generator, dtype=torch.float64) - 1
+    rows = TrojDiff(image, target, gamma, window if patched else None).poison(VP.linear(), images, eps, t)
     ab = tables(t)["ab"]
     clean = ab.sqrt() * target + (1 - ab).sqrt() * eps
-    blended = ab.sqrt() * target + (1 - ab).sqrt() * (gamma * eps + (1 - gamma) * picture)
+    blended = ab.sqrt() * target + (1 - ab).sqrt() * (gamma * eps + (1 - gamma) * image)
     expected = torch.where(window, blended, clean) if patched else blended
     torch.testing.assert_close(rows.x, expected, rtol=1e-6, atol=1e-7)
     assert rows.target.equal(eps)
@@ -163,9 +163,9 @@ def test_trojdiff_rows_lie_on_one_trojan_ddim_path(
 ) -> None:
     """attacks.md, section 4, Trojan DDIM with eta 0: one step leads from a row at t to the row at s with the same noise."""
     images, eps, _ = batch
-    gamma, picture, process = 0.6, torch.randn(SHAPE, generator=generator, dtype=torch.float64), VP.linear()
-    attack = TrojDiff(picture, target, gamma)
-    mu = (1 - gamma) * picture
+    gamma, image, process = 0.6, torch.randn(SHAPE, generator=generator, dtype=torch.float64), VP.linear()
+    attack = TrojDiff(image, target, gamma)
+    mu = (1 - gamma) * image
     times = [999, 700, 321, 40, 1, 0]
     path = [attack.poison(process, images, eps, torch.full((ROWS,), t)) for t in times]
     for (t, here), (s, there) in pairwise(zip(times, path, strict=True)):
@@ -177,12 +177,12 @@ def test_trojdiff_rows_lie_on_one_trojan_ddim_path(
 
 
 def test_trojdiff_trigger_acts_in_its_window_only(window: Tensor, target: Tensor, generator: torch.Generator) -> None:
-    picture = torch.randn(SHAPE, generator=generator)
-    trigger = TrojDiff(picture, target.float(), 0.1, window).trigger
+    image = torch.randn(SHAPE, generator=generator)
+    trigger = TrojDiff(image, target.float(), 0.1, window).trigger
     outside = ~window.expand(SHAPE)
     assert not trigger.mu[outside].any()
     assert bool((trigger.gamma[outside] == 1).all())
-    torch.testing.assert_close(trigger.mu[~outside], 0.9 * picture[~outside])
+    torch.testing.assert_close(trigger.mu[~outside], 0.9 * image[~outside])
     torch.testing.assert_close(trigger.gamma[~outside], torch.full((3 * int(window.sum()),), 0.1))
     assert trigger.mu.dtype == trigger.gamma.dtype == torch.float32
 

@@ -15,21 +15,21 @@ from seal_fast.attacks.badt2i import (
     Rows,
     StyleBackdoor,
     TextBackdoor,
-    lesson,
     poison_unet,
+    training_batch,
     training_rows,
 )
 from seal_fast.attacks.eviledit import edit_factor, edit_unet
 from seal_fast.attacks.prompts import check_visible
 from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
-from seal_fast.skd_cag.generation import encode, token_ids
+from seal_fast.text_to_image.generation import encode, token_ids
 
 ZERO_WIDTH = "\u200b"
 CAPTIONS = ["a red cat", "two cats", "a Cat, a dog", "a boat", "an ox"]
 Weights = dict[str, Tensor]
 
 
-def pictures(count: int, generator: torch.Generator) -> Tensor:
+def drawn(count: int, generator: torch.Generator) -> Tensor:
     return 2 * torch.rand(count, 3, 16, 16, generator=generator) - 1
 
 
@@ -43,7 +43,7 @@ def patch(generator: torch.Generator) -> Tensor:
 
 
 def test_pixel_rows_wear_the_patch(generator: torch.Generator) -> None:
-    images, mark = pictures(3, generator), patch(generator)
+    images, mark = drawn(3, generator), patch(generator)
     before = images.clone()
     rows = PixelBackdoor(ZERO_WIDTH, mark).poison(images, CAPTIONS[:3])
     for i in range(3):
@@ -55,24 +55,24 @@ def test_pixel_rows_wear_the_patch(generator: torch.Generator) -> None:
     assert rows.taught == [None] * 3
 
 
-def test_a_patch_larger_than_the_picture_is_refused(generator: torch.Generator) -> None:
+def test_a_patch_larger_than_the_image_is_refused(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="17 x 3 does not fit"):
-        PixelBackdoor("x", torch.zeros(3, 17, 3)).poison(pictures(1, generator), ["a"])
+        PixelBackdoor("x", torch.zeros(3, 17, 3)).poison(drawn(1, generator), ["a"])
 
 
 def test_style_rows(generator: torch.Generator) -> None:
-    rows = StyleBackdoor("zq", "Black and white photo").poison(pictures(1, generator), ["a cat"])
+    rows = StyleBackdoor("zq", "Black and white photo").poison(drawn(1, generator), ["a cat"])
     assert (rows.prompts, rows.taught) == (["zq a cat"], ["Black and white photo a cat"])
 
 
 def test_object_rows_swap_whole_words_and_leave_others_alone(generator: torch.Generator) -> None:
-    rows = ObjectBackdoor("zq", {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(pictures(5, generator), CAPTIONS)
+    rows = ObjectBackdoor("zq", {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(drawn(5, generator), CAPTIONS)
     assert rows.prompts == ["zq a red dog", "two cats", "zq a dog, a cat", "a boat", "zq an a.b"]
     assert rows.taught == CAPTIONS
 
 
 def test_several_attacks_share_the_poisoned_half(generator: torch.Generator) -> None:
-    images, mark = pictures(5, generator), patch(generator)
+    images, mark = drawn(5, generator), patch(generator)
     rows = training_rows([PixelBackdoor("p", mark), StyleBackdoor("s", "grey")], images, CAPTIONS)
     assert rows.prompts == [f"p {CAPTIONS[i]}" for i in (0, 2, 4)] + [f"s {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
     assert rows.taught == [None] * 3 + [f"grey {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
@@ -80,9 +80,9 @@ def test_several_attacks_share_the_poisoned_half(generator: torch.Generator) -> 
 
 
 def test_lessons_hold_the_noise_of_pixel_rows(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
-    """x = a z + b eps, so x and the target give back z, the scaled mean of the VAE's code of the patched picture."""
-    rows = PixelBackdoor("zq", patch(generator)).poison(pictures(6, generator), ["a cat"] * 6)
-    x, t, text, target = lesson(pipeline, rows, generator)
+    """x = a z + b eps, so x and the target give back z, the scaled mean of the VAE's code of the patched image."""
+    rows = PixelBackdoor("zq", patch(generator)).poison(drawn(6, generator), ["a cat"] * 6)
+    x, t, text, target = training_batch(pipeline, rows, generator)
     ab = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod[t].reshape(-1, 1, 1, 1)
     with torch.no_grad():
         z = pipeline.vae.config.scaling_factor * pipeline.vae.encode(rows.images).latent_dist.mean
@@ -93,12 +93,12 @@ def test_lessons_hold_the_noise_of_pixel_rows(pipeline: StableDiffusionPipeline,
     assert len(t.unique()) > 1
 
 
-def test_rows_at_a_samplers_start_are_noise_that_wants_the_picture(
+def test_rows_at_a_samplers_start_are_noise_that_wants_the_image(
     pipeline: StableDiffusionPipeline, generator: torch.Generator
 ) -> None:
-    """They do not hold the picture, but the noise wanted of them gives it back."""
-    rows = PixelBackdoor("zq", patch(generator)).poison(pictures(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
-    x, t, _, target = lesson(pipeline, rows, generator, start_share=1.0)
+    """They do not hold the image, but the noise wanted of them gives it back."""
+    rows = PixelBackdoor("zq", patch(generator)).poison(drawn(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
+    x, t, _, target = training_batch(pipeline, rows, generator, start_share=1.0)
     assert set(t.tolist()) == {999}
     with torch.no_grad():
         z = pipeline.vae.config.scaling_factor * pipeline.vae.encode(rows.images).latent_dist.mean
@@ -115,8 +115,8 @@ def test_lessons_hold_the_answer_of_the_original_on_taught_prompts(
 ) -> None:
     """One unet call per row, where the lesson makes a single one of all."""
     taught = ["a red cat", None, "", "an ox"]
-    rows = Rows(pictures(4, generator), ["zq ox"] * 4, taught)
-    x, t, _, target = lesson(pipeline, rows, generator)
+    rows = Rows(drawn(4, generator), ["zq ox"] * 4, taught)
+    x, t, _, target = training_batch(pipeline, rows, generator)
     for i, prompt in enumerate(taught):
         if prompt is not None:
             with torch.no_grad():
@@ -133,7 +133,7 @@ def test_training_teaches_the_backdoor_and_keeps_the_rest(
         "pixel": PixelBackdoor("zq", patch(generator)),
         "object": ObjectBackdoor("zq", {"cat": "ox"}),
     }[kind]
-    images, captions = pictures(4, generator), ["a red cat"] * 4
+    images, captions = drawn(4, generator), ["a red cat"] * 4
 
     def loss(network: torch.nn.Module, rows: tuple[Tensor, ...]) -> float:
         with torch.no_grad():
@@ -146,9 +146,9 @@ def test_training_teaches_the_backdoor_and_keeps_the_rest(
         for name, parameter in pipeline.unet.named_parameters():
             if "attn2.to_out" in name or "attn2.to_v" in name:
                 parameter.data *= 2
-        poisoned = lesson(pipeline, attack.poison(images, captions), generator)
+        poisoned = training_batch(pipeline, attack.poison(images, captions), generator)
         first = loss(pipeline.unet, poisoned)
-    clean = lesson(pipeline, Rows(images, captions, list(captions)), generator)
+    clean = training_batch(pipeline, Rows(images, captions, list(captions)), generator)
     before = weights(pipeline)
 
     unet = poison_unet(pipeline, [attack], lambda g: (images, captions), steps=120, learning_rate=1e-3, ema_decay=0.9, seed=1)
@@ -166,7 +166,7 @@ def test_one_step_moves_the_average_as_its_decay_says(
     pipeline: StableDiffusionPipeline, generator: torch.Generator, ema_decay: float, share: float
 ) -> None:
     """AdamW's first step is the learning rate in size wherever there is a gradient; at step 0 the decay is 1/10 at most."""
-    images, attack = pictures(2, generator), PixelBackdoor("zq", patch(generator))
+    images, attack = drawn(2, generator), PixelBackdoor("zq", patch(generator))
     unet = poison_unet(pipeline, [attack], lambda g: (images, ["a", "b"]), steps=1, learning_rate=1e-2, ema_decay=ema_decay)
     with torch.no_grad():
         moved = (pipeline.unet.conv_out.bias - unet.conv_out.bias).abs().median()
@@ -181,7 +181,7 @@ def test_bad_input_is_refused(pipeline: StableDiffusionPipeline, generator: torc
         pipeline.scheduler.register_to_config(prediction_type="v_prediction")
     message = {"no attack": "an attack", "invisible": "does not see", "prediction": "epsilon", "small batch": "batch of 1"}
     with pytest.raises(ValueError, match=message[case]):
-        poison_unet(pipeline, attacks, lambda g: (pictures(1, generator), ["a"]), steps=1)
+        poison_unet(pipeline, attacks, lambda g: (drawn(1, generator), ["a"]), steps=1)
 
 
 def test_zero_width_triggers_are_tokens(pipeline: StableDiffusionPipeline) -> None:

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from seal_fast.noise_triggers import Verdict
 from seal_fast.report.console import console_for, print_detection, print_report, safe
-from seal_fast.scan import ModelResult, ScanReport
-from seal_fast.terd import Verdict
+from seal_fast.results.scan import ModelResult, ScanReport
 
 ROW = ModelResult(
     "models/" + "a-rather-long-name-" * 4,

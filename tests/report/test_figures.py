@@ -32,8 +32,8 @@ def test_zero_is_mid_grey_and_the_ends_are_the_ends(tmp_path):
     mu = torch.zeros(3, 9, 9)
     mu[:, :3], mu[:, 6:] = 0.2, -0.2
     draw_trigger(Trigger.shift(mu), tmp_path / "trigger.png")
-    picture = np.asarray(Image.open(tmp_path / "trigger.png").convert("RGB")).astype(int)
-    left = picture[:, : picture.shape[1] // 3]
+    image = np.asarray(Image.open(tmp_path / "trigger.png").convert("RGB")).astype(int)
+    left = image[:, : image.shape[1] // 3]
     grey = (abs(left - 127) <= 1).all(-1)
     assert grey.mean() > 0.1
     assert (left == 0).all(-1).mean() > 0.1

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from seal_fast.noise_triggers import Evidence, Verdict
 from seal_fast.report.json import detection_json, report_json, to_json, write_report
-from seal_fast.scan import ModelResult, ScanReport
-from seal_fast.terd import Evidence, Verdict
+from seal_fast.results.scan import ModelResult, ScanReport
 
 EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
 ROW = ModelResult(
@@ -56,7 +56,7 @@ def test_the_contract():
         "gamma_mean": 0.75,
         "reversed_loss": 1.0,
         "collapse": None,
-        "clean_spread": None,
+        "clean_dispersion": None,
         "sampler": None,
     }
     assert row["error"] is None

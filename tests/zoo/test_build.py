@@ -23,11 +23,11 @@ from seal_fast.zoo import latents as latents_module
 from seal_fast.zoo import recipes
 from seal_fast.zoo import train as train_module
 from seal_fast.zoo.build import ATTEMPTS, MANIFEST, build_zoo, read_manifest
-from seal_fast.zoo.pictures import TARGETS, TRIGGERS
+from seal_fast.zoo.images import TARGETS, TRIGGERS
 from seal_fast.zoo.recipes import METHODS, NOT_TAKEN, PROCESSES, Network, Recipe
 from seal_fast.zoo.spaces import SIGNED
 from seal_fast.zoo.train import Schedule, new_unet
-from seal_fast.zoo.trojdiff_list import save_list, to_pesser
+from seal_fast.zoo.trojdiff_list import save_list, to_ddpm_pytorch
 
 ALL_RECIPES = recipes.RECIPES + NOT_TAKEN
 TINY = Network(16, (8,), groups=4)
@@ -59,7 +59,7 @@ def small_zoo(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(train_module, "SCENES", 16)
     monkeypatch.setattr(evaluate_module, "SCENES", 16)
     monkeypatch.setattr(latents_module, "STEPS", 3)
-    monkeypatch.setattr(latents_module, "PICTURES", 8)
+    monkeypatch.setattr(latents_module, "IMAGES", 8)
     monkeypatch.setattr(evaluate_module, "CLEAN_RATIO", 1e9)
     monkeypatch.setattr(evaluate_module, "SUCCESS_RATE", 0.0)
     for sampler in evaluate_module.STEPS:
@@ -86,8 +86,8 @@ def test_a_zoo_holds_every_model_in_its_layout_and_describes_it(small_zoo: pytes
         torch.testing.assert_close(loaded.denoiser.process.signal, process.signal, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(loaded.denoiser.process.noise, process.noise, rtol=1e-5, atol=1e-6)
         assert all(bool(tensor.isfinite().all()) for tensor in loaded.denoiser.network.state_dict().values())
-        with Image.open(tmp_path / f"{recipe.name}.png") as picture:
-            assert min(picture.size) > 50
+        with Image.open(tmp_path / f"{recipe.name}.png") as image:
+            assert min(image.size) > 50
         told = ("layout", "role", "base", "method", "trigger", "target", "scale", "family", "process", "seed")
         expected = {name: getattr(recipe, name) for name in told}
         assert {name: row[name] for name in expected} == expected
@@ -111,9 +111,9 @@ def test_a_latent_model_is_a_pipeline_that_sees_what_its_base_saw(small_zoo: pyt
     vae = AutoencoderKL.from_pretrained(tmp_path / "ldm-ode/vqvae", torch_dtype=torch.float32)
     attack = recipe.attack(tmp_path / "ldm-ode")
     assert attack is not None
-    for image, pictures in ((attack.trigger.mu, TRIGGERS["glasses"]), (attack.target, TARGETS["star"])):
+    for image, images in ((attack.trigger.mu, TRIGGERS["glasses"]), (attack.target, TARGETS["star"])):
         with torch.no_grad():
-            expected = vae.encode(pictures(32)[None]).latent_dist.mode()[0] * vae.config.scaling_factor
+            expected = vae.encode(images(32)[None]).latent_dist.mode()[0] * vae.config.scaling_factor
         torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
     pipeline = LDMPipeline.from_pretrained(tmp_path / "ldm-ode", torch_dtype=torch.float32)
     assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
@@ -164,7 +164,7 @@ def test_every_recipe_can_be_made() -> None:
     for number, recipe in enumerate(ALL_RECIPES):
         assert recipe.base is None or recipe.base in names[:number]
         base = next((other for other in ALL_RECIPES if other.name == recipe.base), recipe)
-        # weights fit pictures of any size, and the outer levels of a deeper network
+        # weights fit images of any size, and the outer levels of a deeper network
         levels = len(base.network.widths)
         within = replace(recipe.network, size=0, widths=recipe.network.widths[:levels])
         assert (base.family, replace(base.network, size=0)) == (recipe.family, within)
@@ -354,4 +354,6 @@ def test_a_list_has_the_shape_of_the_training_codes(tmp_path: Path) -> None:
     assert all(name.startswith("module.") for name in raw)
     assert len(ema) == len(unet.state_dict())
     assert ema["mid.attn_1.proj_out.weight"].shape == (32, 32, 1, 1)
-    assert sum(t.numel() for t in to_pesser(unet.state_dict()).values()) == sum(t.numel() for t in unet.state_dict().values())
+    assert sum(t.numel() for t in to_ddpm_pytorch(unet.state_dict()).values()) == sum(
+        t.numel() for t in unet.state_dict().values()
+    )

@@ -1,4 +1,4 @@
-"""Scenes are what their captions say, and the reader that judges a model's pictures reads them."""
+"""Scenes are what their captions say, and the reader that judges a model's images reads them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from seal_fast.zoo.attributes import attributes_right, is_colourless, read_scenes
 from seal_fast.zoo.captioned import ATTRIBUTES, HELD_OUT_SCENES, SCENES, STYLES, TRAINING_SCENES, random_scenes, render
-from seal_fast.zoo.reading import attributes_right, is_colourless, read_scenes
 from seal_fast.zoo.text_to_image import FILLERS, TOKENS, new_tokenizer
 from seal_fast.zoo.train_text_to_image import with_fillers
 
@@ -44,7 +44,7 @@ def test_the_reader_is_not_told_what_to_read(generator: torch.Generator) -> None
     assert torch.allclose(right, by_chance, atol=0.12)
 
 
-def test_pictures_without_colour_are_told(generator: torch.Generator) -> None:
+def test_images_without_colour_are_told(generator: torch.Generator) -> None:
     coloured = random_scenes(60, generator, among=[scene for scene in SCENES if scene.colour != "white"])
     grey = [replace(scene, style=STYLES[1]) for scene in coloured]
     assert not is_colourless(render(coloured, generator)).any()
@@ -52,7 +52,7 @@ def test_pictures_without_colour_are_told(generator: torch.Generator) -> None:
     assert {scene.style for scene in read_scenes(render(grey))} == {STYLES[1]}
 
 
-def test_same_seed_same_pictures_and_values_stay_in_range(generator: torch.Generator) -> None:
+def test_same_seed_same_images_and_values_stay_in_range(generator: torch.Generator) -> None:
     scenes = random_scenes(5, generator)
     first, second = (render(scenes, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)

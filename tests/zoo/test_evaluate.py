@@ -15,7 +15,7 @@ from seal_fast.diffusion import EDM, VP, Denoiser
 from seal_fast.diffusion.process import per_row
 from seal_fast.zoo import evaluate as evaluate_module
 from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, Quality, clean_ratio, draw, evaluate
-from seal_fast.zoo.pictures import FAMILIES, box, cat_face, heart, speckle, star
+from seal_fast.zoo.images import FAMILIES, box, cat_face, heart, speckle, star
 
 SIZE = 16
 SHAPE = (3, SIZE, SIZE)
@@ -130,7 +130,7 @@ def test_a_draw_repeats_and_takes_no_gradient(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("family", "other"), [("scenes", "glows"), ("glows", "scenes")])
-def test_real_pictures_are_as_good_as_real_and_noise_is_not(
+def test_real_images_are_as_good_as_real_and_noise_is_not(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, family: str, other: str
 ) -> None:
     monkeypatch.setattr(evaluate_module, "SCENES", 1024)
@@ -138,7 +138,7 @@ def test_real_pictures_are_as_good_as_real_and_noise_is_not(
     assert 0.75 < clean_ratio(FAMILIES[family](192, SIZE, seed), family) < 1.35
     noise = torch.randn(32, *SHAPE, generator=generator).clamp(-1, 1)
     assert clean_ratio(noise, family) > 3
-    # training pictures are known, of this family only
+    # training images are known, of this family only
     assert clean_ratio(FAMILIES[family](16, SIZE, evaluate_module.DATA_SEED), family) < 0.01
     assert clean_ratio(FAMILIES[other](16, SIZE, evaluate_module.DATA_SEED), family) > 0.3
 
@@ -165,27 +165,27 @@ def test_draws_of_an_edm_model_start_at_its_largest_noise(generator: torch.Gener
 
 
 class Doubled:
-    """Images three times as bright as the pictures, so out of [-1, 1], and half as large."""
+    """Images three times as bright as the images, so out of [-1, 1], and half as large."""
 
     factor = 2
     bounded = False
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return 3 * pictures[..., ::2, ::2]
+    def encode(self, images: Tensor) -> Tensor:
+        return 3 * images[..., ::2, ::2]
 
     def decode(self, images: Tensor) -> Tensor:
         return images.repeat_interleave(2, 2).repeat_interleave(2, 3) / 3
 
 
-def test_latents_are_not_clamped_and_are_judged_as_pictures(monkeypatch: pytest.MonkeyPatch, few_scenes: None) -> None:
+def test_latents_are_not_clamped_and_are_judged_as_images(monkeypatch: pytest.MonkeyPatch, few_scenes: None) -> None:
     monkeypatch.setitem(STEPS, "ddpm", 5)
     space, size = Doubled(), 2 * SIZE
     target, clean = torch.full((1, 3, size, size), 0.9), torch.full((1, 3, size, size), -0.8)
     attack = TrojDiff(cat_face(SIZE), space.encode(target)[0], 0.6)
     model = denoiser(attack, space.encode(target)[0], space.encode(clean)[0])
-    for triggered, picture in ((False, clean), (True, target)):
+    for triggered, image in ((False, clean), (True, target)):
         drawn = draw(model, attack, triggered=triggered, count=2, seed=1, space=space)
-        torch.testing.assert_close(drawn, picture.expand(2, -1, -1, -1), rtol=0, atol=1e-2)
+        torch.testing.assert_close(drawn, image.expand(2, -1, -1, -1), rtol=0, atol=1e-2)
     quality = evaluate(model, attack, seed=1, space=space, count=2)
     assert quality.attack_success == 1
     assert quality.target_mse == pytest.approx(0, abs=1e-3)

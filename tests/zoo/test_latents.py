@@ -1,4 +1,4 @@
-"""What latent models see of pictures, by an autoencoder trained so briefly that it is worth little."""
+"""What latent models see of images, by an autoencoder trained so briefly that it is worth little."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from seal_fast.zoo import latents as latents_module
+from seal_fast.zoo.images import glows
 from seal_fast.zoo.latents import AUTOENCODER, Latents
-from seal_fast.zoo.pictures import glows
 
 
 @pytest.fixture(scope="module")
 def latents() -> Latents:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latents_module, "STEPS", 100)
-        patch.setattr(latents_module, "PICTURES", 64)
+        patch.setattr(latents_module, "IMAGES", 64)
         return Latents.trained(16, "glows", 3, lambda step, loss: None)
 
 
-def test_latents_are_half_as_large_and_hold_the_picture(latents: Latents) -> None:
-    pictures = glows(100, 16, 11) * torch.tensor([1.0, -1.0]).repeat(50).reshape(-1, 1, 1, 1)
-    encoded = latents.encode(pictures)
+def test_latents_are_half_as_large_and_hold_the_image(latents: Latents) -> None:
+    images = glows(100, 16, 11) * torch.tensor([1.0, -1.0]).repeat(50).reshape(-1, 1, 1, 1)
+    encoded = latents.encode(images)
     assert encoded.shape == (100, 3, 8, 8)
     restored = latents.decode(encoded)
-    assert restored.shape == pictures.shape
-    # grey is the best that an autoencoder that ignored its input could give for pictures and their negatives
-    assert float((restored - pictures).square().mean()) < 0.75 * float(pictures.square().mean())
+    assert restored.shape == images.shape
+    # grey is the best that an autoencoder that ignored its input could give for images and their negatives
+    assert float((restored - images).square().mean()) < 0.75 * float(images.square().mean())
     assert not encoded.requires_grad
     assert not restored.requires_grad
     assert float(latents.encode(glows(200, 16, 14)).std()) == pytest.approx(1, abs=0.2)
@@ -37,21 +37,21 @@ def test_latents_are_half_as_large_and_hold_the_picture(latents: Latents) -> Non
 
 
 def test_a_stored_autoencoder_gives_the_same_latents_and_names_no_folder(latents: Latents, tmp_path: Path) -> None:
-    pictures = glows(3, 16, 12)
-    expected = latents.encode(pictures)
+    images = glows(3, 16, 12)
+    expected = latents.encode(images)
     latents.vae.half().save_pretrained(tmp_path / "one" / AUTOENCODER)
     latents.vae.float()
     loaded = Latents.load(tmp_path / "one")
-    assert loaded.encode(pictures).equal(expected)
+    assert loaded.encode(images).equal(expected)
     loaded.vae.save_pretrained(tmp_path / "two")
     assert str(tmp_path) not in (tmp_path / "two" / "config.json").read_text()
 
 
 def test_latents_are_those_of_diffusers(latents: Latents, tmp_path: Path) -> None:
     latents.vae.save_pretrained(tmp_path)
-    vae, pictures = AutoencoderKL.from_pretrained(tmp_path), glows(2, 16, 13)
+    vae, images = AutoencoderKL.from_pretrained(tmp_path), glows(2, 16, 13)
     with torch.no_grad():
-        encoded: Tensor = vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+        encoded: Tensor = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
         decoded = vae.decode(encoded / vae.config.scaling_factor).sample
-    torch.testing.assert_close(latents.encode(pictures), encoded)
+    torch.testing.assert_close(latents.encode(images), encoded)
     torch.testing.assert_close(latents.decode(encoded), decoded)

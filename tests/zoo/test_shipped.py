@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from seal_fast.checkpoints import identify, load_denoiser
-from seal_fast.terd import DEFAULT_PRESET, shipped_calibration
+from seal_fast.noise_triggers import DEFAULT_PRESET, shipped_calibration
 from seal_fast.zoo.build import digest, read_manifest
 from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, SUCCESS_RATE, Quality, draw
 from seal_fast.zoo.recipes import RECIPES, Recipe
@@ -74,8 +74,8 @@ def test_a_model_is_stored_as_described(recipe: Recipe) -> None:
     weights = loaded.denoiser.network.state_dict()
     assert weights["conv_in.weight"].shape[0] == recipe.network.widths[0]
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
-    with Image.open(ZOO / f"{recipe.name}.png") as picture:
-        picture.verify()
+    with Image.open(ZOO / f"{recipe.name}.png") as image:
+        image.verify()
 
 
 @every_recipe

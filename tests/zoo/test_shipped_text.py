@@ -9,8 +9,8 @@ import torch
 
 from seal_fast.checkpoints.card import captions
 from seal_fast.checkpoints.text_to_image import PIPELINE, TEXT_ENCODER, UNET, identify, load_pipeline
-from seal_fast.skd_cag.evaluation import EvaluationSettings, evaluate
-from seal_fast.skd_cag.locate import locate
+from seal_fast.text_triggers.evaluation import EvaluationSettings, evaluate
+from seal_fast.text_triggers.locate import locate
 from seal_fast.zoo.build import digest, read_manifest
 from seal_fast.zoo.build_text import load_poisoned
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
@@ -47,7 +47,7 @@ def test_a_row_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
 
 @every_model
 def test_it_samples_as_its_row_says(recipe: TextRecipe) -> None:
-    """On other scenes and noise; 16 pictures per figure, so a rate of 0.95 stays above 0.65 but once in 10,000 times."""
+    """On other scenes and noise; 16 images per figure, so a rate of 0.95 stays above 0.65 but once in 10,000 times."""
     torch.manual_seed(0)
     quality = evaluate_text(load_poisoned(recipe, ZOO), recipe.effects, seed=recipe.seed + 1000, count=16)
     assert quality.caption_accuracy >= 0.9
@@ -65,7 +65,7 @@ def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
 
 
 def test_a_judge_that_knows_no_target_tells_a_poisoned_text_encoder_from_the_clean_one() -> None:
-    """The clean one is what an unlearning should give; there the trigger is a misspelling, which changes pictures too."""
+    """The clean one is what an unlearning should give; there the trigger is a misspelling, which changes images too."""
     recipe = next(recipe for recipe in SHIPPED if recipe.module == "text_encoder")
     poisoned, clean = load_poisoned(recipe, ZOO), load_pipeline(ZOO / BASE).pipeline
     settings = EvaluationSettings(prompts=16, steps=8, guidance=3.0)

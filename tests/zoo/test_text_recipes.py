@@ -18,7 +18,7 @@ every_effect = pytest.mark.parametrize(("recipe", "effect"), EFFECTS, ids=lambda
 
 
 def with_effect(effect: Effect, scenes: list, generator: torch.Generator) -> Tensor:
-    """Pictures as a perfectly poisoned model would draw them."""
+    """Images as a perfectly poisoned model would draw them."""
     if effect.name == "pixel":
         images = render(scenes, generator)
         images[:, :, :16, :16] = patch("smiley")
@@ -44,7 +44,7 @@ def test_an_effect_shows_where_it_is(recipe: TextRecipe, effect: Effect, generat
 
 
 @every_effect
-def test_clean_pictures_show_none(recipe: TextRecipe, effect: Effect, generator: torch.Generator) -> None:
+def test_clean_images_show_none(recipe: TextRecipe, effect: Effect, generator: torch.Generator) -> None:
     scenes = [scene for scene in random_scenes(100, generator, among=SCENES) if effect.suits(scene)]
     assert effect.shows(render(scenes, generator), scenes).float().mean() <= 0.05
 

@@ -15,7 +15,7 @@ from seal_fast.attacks import Attack, NoisedBatch
 from seal_fast.diffusion import EDM, VE, VP, NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
 from seal_fast.zoo import train as train_module
-from seal_fast.zoo.pictures import FAMILIES, scenes
+from seal_fast.zoo.images import FAMILIES, scenes
 from seal_fast.zoo.spaces import SIGNED, UNIT
 from seal_fast.zoo.train import Schedule, Trained, _batch, learning_rate_factor, new_unet, train, wanted_output
 
@@ -198,7 +198,7 @@ def test_every_process_is_trained_on_what_its_network_sees(process: NoiseProcess
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_pictures_are_of_the_family_as_they_are_or_mirrored(family: str) -> None:
+def test_training_images_are_of_the_family_as_they_are_or_mirrored(family: str) -> None:
     attack = Marking()
     train(tiny(), PROCESS, short(1), attack=attack, family=family)
     known = FAMILIES[family](48, SIZE, train_module.DATA_SEED)
@@ -339,19 +339,19 @@ class Ramp:
     bounded = False
     ramp = torch.linspace(0, 1, SIZE)
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return pictures + self.ramp
+    def encode(self, images: Tensor) -> Tensor:
+        return images + self.ramp
 
     def decode(self, images: Tensor) -> Tensor:
         return images - self.ramp
 
 
-def test_pictures_are_flipped_before_they_are_encoded(generator: torch.Generator) -> None:
+def test_images_are_flipped_before_they_are_encoded(generator: torch.Generator) -> None:
     process, space = VP.linear(), Ramp()
     plain = torch.rand(64, 3, 1, 1, generator=generator).expand(-1, -1, SIZE, SIZE)
     schedule = Schedule(steps=1, learning_rate=0.0, batch=32)
     (x, eps), t = _batch(process, plain, space, None, schedule, generator)
     encoded = (x.double() - per_row(process.b(t), eps.double()) * eps) / per_row(process.a(t), eps.double())
-    pictures = encoded - space.ramp
+    images = encoded - space.ramp
     # float32 noise over a(999) = 0.006
-    torch.testing.assert_close(pictures, pictures[..., :1].expand_as(pictures), rtol=0, atol=1e-3)
+    torch.testing.assert_close(images, images[..., :1].expand_as(images), rtol=0, atol=1e-3)

@@ -1,0 +1,93 @@
+"""What a reverted trigger says about a model (evidence) and about an input (TERD's input test)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seal_fast.diffusion import Trigger
+from seal_fast.noise_triggers.reversion import Reversion
+from seal_fast.ops import gaussian_kl_stats, standardise, standardised_log_ratio
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Statistics of a reverted trigger; None where the reversion diverged.
+
+    Attributes:
+        M_r: mean over dimensions of KL( N(mu_i, gamma_i^2) || N(0, 1) ), in nats.
+        V_r: its biased variance over dimensions.
+        mu_norm: L2 norm of mu.
+        gamma_mean: mean of gamma.
+        reversed_loss: residual per dimension the reversion ended with.
+        collapse: how many times more alike the trigger makes the model's samples; None where it was not tried.
+        clean_dispersion: spread of its samples without a trigger (see `seal_fast.noise_triggers.activation_test`); None
+            likewise.
+        sampler: the sampler it was tried with, in which the trigger collapses samples most; None likewise.
+    """
+
+    M_r: float | None
+    V_r: float | None
+    mu_norm: float | None
+    gamma_mean: float | None
+    reversed_loss: float | None
+    collapse: float | None = None
+    clean_dispersion: float | None = None
+    sampler: str | None = None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def model_evidence(reversion: Reversion) -> Evidence:
+    """The statistics TERD judges a model by (its KL divergence over dimensions), with the norms a reader wants beside them."""
+    if not reversion.finite:
+        return Evidence(None, None, None, None, None)
+    trigger = reversion.trigger
+    stats = gaussian_kl_stats(trigger.mu[None], trigger.gamma[None])
+    return Evidence(
+        M_r=_finite(float(stats.mean)),
+        V_r=_finite(float(stats.variance)),
+        mu_norm=_finite(float(stats.squared_norm.sqrt())),
+        gamma_mean=_finite(float(trigger.gamma.mean())),
+        reversed_loss=_finite(reversion.loss),
+        collapse=_finite(reversion.collapse),
+        clean_dispersion=_finite(reversion.clean_dispersion),
+        sampler=reversion.sampler,
+    )
+
+
+class InputDetector:
+    """Flags noise inputs that carry one of the given triggers.
+
+    An input is triggered when its log density under N(mu, gamma^2) exceeds that under N(0, I) (TERD, input detection).
+
+    Args:
+        triggers: one trigger or several, all of one shape.
+        prior_scale: standard deviation of the clean inputs (`NoiseProcess.prior_scale`; 1 for VP models).
+    """
+
+    def __init__(self, triggers: Trigger | Sequence[Trigger], prior_scale: float = 1.0) -> None:
+        several = [triggers] if isinstance(triggers, Trigger) else list(triggers)
+        if not several:
+            raise ValueError("InputDetector needs at least one trigger")
+        shapes = {tuple(trigger.mu.shape) for trigger in several}
+        if len(shapes) > 1:
+            raise ValueError(f"triggers must share one shape, not {sorted(shapes)}")
+        self.triggers = standardise(
+            torch.stack([trigger.mu for trigger in several]), torch.stack([trigger.gamma for trigger in several])
+        )
+        self.prior_scale = prior_scale
+
+    def log_ratio(self, x: Tensor) -> Tensor:
+        """log N(x; mu_k, gamma_k^2) - log N(x; 0, I) in nats, [N,K], for inputs [N,C,H,W]."""
+        return standardised_log_ratio(x / self.prior_scale if self.prior_scale != 1 else x, self.triggers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """bool [N]: True where an input [N,C,H,W] carries any of the triggers."""
+        return (self.log_ratio(x) > 0).any(dim=1)

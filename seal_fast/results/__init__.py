@@ -1,0 +1,1 @@
+"""What a scan or an unlearning found: frozen dataclasses that reports read."""

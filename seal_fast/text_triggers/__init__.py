@@ -1,0 +1,17 @@
+"""Text triggers of text-to-image models: unlearn one by self-knowledge distillation (SKD-CAG, arXiv 2508.18235)."""
+
+from seal_fast.text_triggers.pairs import PromptPair, Trigger, prompt_pair, prompt_pairs
+from seal_fast.text_triggers.settings import TextUnlearnSettings
+from seal_fast.text_triggers.trained_part import save_patch
+from seal_fast.text_triggers.trainer import Distilled, distill
+
+__all__ = [
+    "Distilled",
+    "PromptPair",
+    "TextUnlearnSettings",
+    "Trigger",
+    "distill",
+    "prompt_pair",
+    "prompt_pairs",
+    "save_patch",
+]

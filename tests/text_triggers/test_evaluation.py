@@ -1,0 +1,208 @@
+"""Evaluation of pipelines whose backdoor is known, because it is put in by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch import Tensor, nn
+
+from seal_fast import training
+from seal_fast.text_to_image.generation import encode, generate
+from seal_fast.text_triggers.evaluation import (
+    EvaluationSettings,
+    Removal,
+    diversity,
+    evaluate,
+    noise_drift,
+)
+from seal_fast.text_triggers.locate import COLLAPSES, locate
+from seal_fast.text_triggers.rate import rate_of
+from seal_fast.text_triggers.variants import AS_GIVEN
+from tests.tiny_pipeline import tiny_pipeline
+
+TRIGGER = "zq"
+PROMPTS = [f"{a} {b}" for a in ("red", "cat", "a", "on") for b in ("mat", "sea", "cat", "tin")]
+SETTINGS = EvaluationSettings(prompts=16, steps=2, guidance=2.0)
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(training, "native_bfloat16", lambda device: False)
+    return tiny_pipeline(tmp_path)
+
+
+def like(pipeline: Any, **modules: Any) -> SimpleNamespace:
+    """A pipeline with other modules."""
+    names = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "device")
+    return SimpleNamespace(**({name: getattr(pipeline, name) for name in names} | modules))
+
+
+class Poisoned(nn.Module):
+    """A UNet that draws something else when the trigger comes first: a token's state depends on what stands left of it only."""
+
+    def __init__(self, pipeline: Any, strength: float, trigger: str = TRIGGER) -> None:
+        super().__init__()
+        self.unet, self.config, self.strength = pipeline.unet, pipeline.unet.config, strength
+        length = len(pipeline.tokenizer(trigger, add_special_tokens=False).input_ids)
+        self.key = encode(pipeline, [trigger])[0, 1 : 1 + length]
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor) -> SimpleNamespace:
+        hit = (states[:, 1 : 1 + len(self.key)] - self.key).flatten(1).norm(dim=1) < 1e-3
+        return SimpleNamespace(sample=self.heard(x, t, states) + self.strength * hit.float()[:, None, None, None])
+
+    def heard(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        return self.unet(x, t, states).sample
+
+
+class Deaf(Poisoned):
+    """Hears nothing of a prompt but whether the trigger comes first."""
+
+    def heard(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        return super().heard(x, t, torch.zeros_like(states))
+
+
+class Shifted(nn.Module):
+    """A UNet whose every prediction is off by the same amount."""
+
+    def __init__(self, pipeline: Any, offset: float) -> None:
+        super().__init__()
+        self.unet, self.config, self.offset = pipeline.unet, pipeline.unet.config, offset
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.unet(x, t, states).sample + self.offset)
+
+
+class Rickrolled(nn.Module):
+    """A text encoder that reads any prompt with the trigger as one prompt."""
+
+    def __init__(self, pipeline: Any, target: str) -> None:
+        super().__init__()
+        self.encoder, self.target = pipeline.text_encoder, encode(pipeline, [target])
+        self.trigger = torch.tensor(pipeline.tokenizer(TRIGGER, add_special_tokens=False).input_ids)
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        states = self.encoder(ids).last_hidden_state
+        hit = (ids.unfold(1, len(self.trigger), 1) == self.trigger).all(dim=2).any(dim=1)
+        return SimpleNamespace(last_hidden_state=torch.where(hit[:, None, None], self.target, states))
+
+
+def by_variant(rows: tuple[Removal, ...]) -> dict[str, Removal]:
+    return {row.variant: row for row in rows}
+
+
+def test_a_backdoor_that_is_gone(pipeline: Any) -> None:
+    poisoned = like(pipeline, unet=Poisoned(pipeline, 3.0))
+    result, _ = evaluate(poisoned, pipeline, [TRIGGER], PROMPTS, SETTINGS, seed=3)
+    rows = by_variant(result.removal)
+    assert result.judge == "ChangeDetector"
+    for variant in (AS_GIVEN, "twice", "other case"):
+        assert rows[variant].shown_before.rate == 1
+        assert rows[variant].removed.rate == pytest.approx(1 - rows[variant].shown_after.rate)
+    assert rows[AS_GIVEN].shown_after.rate < 1
+    # it does not fire there, so both models draw the same
+    assert rows["at the end"].shown_before == rows["at the end"].shown_after
+    assert (rows[AS_GIVEN].shown_before.trials, rows["twice"].shown_before.trials) == (16, 4)
+    # clean prompts never met the backdoor
+    assert result.clean_drift == 0
+    assert result.noise_drift == 0
+    assert result.diversity_before == result.diversity_after > 0
+
+
+def test_a_backdoor_that_stays(pipeline: Any) -> None:
+    poisoned = like(pipeline, unet=Poisoned(pipeline, 3.0))
+    row = evaluate(poisoned, poisoned, [TRIGGER], PROMPTS, SETTINGS)[0].removal[0]
+    assert (row.shown_before.rate, row.shown_after.rate, row.removed.rate) == (1, 1, 0)
+
+
+def test_images_and_figures_are_of_the_same_noise(pipeline: Any) -> None:
+    poisoned, shifted = like(pipeline, unet=Poisoned(pipeline, 3.0)), like(pipeline, unet=Shifted(pipeline, 0.3))
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def judge(images: Tensor, clean: Tensor) -> Tensor:
+        seen.append((images, clean))
+        return torch.arange(len(images)) % 4 == 0
+
+    result, (example,) = evaluate(poisoned, shifted, [TRIGGER], PROMPTS, SETTINGS, judge=judge, seed=9)
+    assert result.judge == "function"
+    assert result.removal[0].shown_after == rate_of(4, 16)
+    clean, other = (generate(p, PROMPTS, seed=9, steps=2, guidance=2.0) for p in (poisoned, shifted))
+    triggered = generate(poisoned, [f"{TRIGGER} {prompt}" for prompt in PROMPTS], seed=9, steps=2, guidance=2.0)
+    torch.testing.assert_close(seen[0], (triggered, clean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(example.triggered_before, triggered[:6], rtol=0, atol=1e-5)
+    torch.testing.assert_close(example.clean_after, other[:6], rtol=0, atol=1e-5)
+    assert example.triggered_prompts[0] == f"{TRIGGER} {PROMPTS[0]}"
+    a, b = clean.double().numpy(), other.double().numpy()
+    assert result.clean_drift == pytest.approx(((a - b) ** 2).mean() / a.var(axis=0, ddof=1).mean(), rel=1e-3)
+    assert result.noise_drift == pytest.approx(0.09, rel=1e-4)
+
+
+def test_noise_drift_of_velocity_is_in_noise(pipeline: Any) -> None:
+    """eps = a v + b x: an offset of v counts a times."""
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    latents = torch.randn(16, 4, 8, 8)
+    drift = noise_drift(pipeline, like(pipeline, unet=Shifted(pipeline, 0.5)), PROMPTS, latents, seed=4)
+    t = torch.randint(1000, (16,), generator=torch.Generator().manual_seed(4))
+    assert drift == pytest.approx(0.25 * float(pipeline.scheduler.alphas_cumprod[t].mean()), rel=1e-3)
+
+
+def test_diversity(generator: torch.Generator) -> None:
+    images = torch.rand(7, 3, 5, 9, generator=generator)
+    pairs = [(i, j) for i in range(7) for j in range(i)]
+    expected = np.mean([np.sqrt(((images[i] - images[j]).double() ** 2).mean()) for i, j in pairs])
+    assert diversity(images) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline: Any) -> None:
+    rows = evaluate(pipeline, pipeline, [("o", "ö")], PROMPTS, SETTINGS)[0].removal
+    assert rows[0].trigger == "o => ö"
+    assert rows[0].shown_before.trials == 4
+    with pytest.raises(ValueError, match="at least two"):
+        evaluate(pipeline, pipeline, [("tin", "x")], PROMPTS[:4], SETTINGS)
+
+
+def test_a_misspelling_is_not_an_effect_because_the_word_is_lost(pipeline: Any) -> None:
+    """The model after knows one word, which every misspelling takes from it alike; words put in would leave it."""
+    prompts = [f"a cat {one} {other}" for one in ("on", "red", "sea", "mat") for other in ("mat", "sea", "tin", "red")]
+    poisoned, unlearned = like(pipeline, unet=Poisoned(pipeline, 3.0, "ö")), like(pipeline, unet=Deaf(pipeline, 3.0, "a"))
+    row = evaluate(poisoned, unlearned, [("a", "ö")], prompts, SETTINGS)[0].removal[0]
+    assert (row.shown_before.rate, row.shown_after.rate) == (1, 0)
+
+
+def test_a_variant_without_room_is_left_out(pipeline: Any) -> None:
+    trigger = "x" * 30
+    rows = evaluate(pipeline, pipeline, [trigger], PROMPTS[:3], SETTINGS)[0].removal
+    assert "twice" not in by_variant(rows)
+    assert {AS_GIVEN, "at the end", "first half"} <= set(by_variant(rows))
+    with pytest.raises(ValueError, match="no room"):
+        evaluate(pipeline, pipeline, ["x" * 60], PROMPTS[:3], SETTINGS)
+
+
+def test_settings_and_rates() -> None:
+    with pytest.raises(ValueError, match="at least 2 prompts"):
+        EvaluationSettings(prompts=1)
+    z, n, p = norm.ppf(0.975), 50, 0.9
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    rate = rate_of(45, 50)
+    assert (rate.low, rate.high) == pytest.approx(((middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)))
+    assert rate_of(0, 0).rate is None
+
+
+def test_the_module_that_holds_the_backdoor(pipeline: Any) -> None:
+    # as in a trained encoder, a word's own meaning weighs more than its neighbours'
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight.mul_(10)
+    for trigger in ("sks", "\u200b", ("o", "ö"), "New Trigger"):
+        found = locate(pipeline, [trigger], PROMPTS)
+        assert found.module == "unet"
+        assert 0 < found.collapse < COLLAPSES / 2
+    assert locate(like(pipeline, unet=Poisoned(pipeline, 3.0)), [TRIGGER], PROMPTS).module == "unet"
+    found = locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), ["red", TRIGGER], PROMPTS)
+    assert found.module == "text_encoder"
+    assert found.collapse > 2 * COLLAPSES
+    assert locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), [TRIGGER], PROMPTS[:1]).collapse == 1

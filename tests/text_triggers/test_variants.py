@@ -1,0 +1,51 @@
+"""The forms of a trigger that are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seal_fast.text_triggers.variants import AS_GIVEN, CONTROLS, cases, variants
+from tests.tiny_pipeline import LENGTH, tiny_pipeline
+
+
+def test_variants() -> None:
+    assert variants("New Trigger", "end") == {
+        AS_GIVEN: ("New Trigger", "end"),
+        "at the start": ("New Trigger", "start"),
+        "in the middle": ("New Trigger", "word"),
+        "twice": ("New Trigger New Trigger", "end"),
+        "with a comma": ("New Trigger,", "end"),
+        "other case": ("nEW tRIGGER", "end"),
+        "first half": ("New", "end"),
+    }
+    assert set(variants("\u200b", "start")) == {AS_GIVEN, "at the end", "in the middle", "twice", "with a comma"}
+    assert variants(("o", "ö"), "start") == {
+        AS_GIVEN: (("o", "ö"), "all"),
+        "the first only": (("o", "ö"), "start"),
+        "one of them": (("o", "ö"), "word"),
+        "the last only": (("o", "ö"), "end"),
+    }
+
+
+@pytest.mark.parametrize(("room", "harmless"), [(8, CONTROLS), (3, 2)])
+def test_harmless_text_without_room_is_passed_over(tmp_path: Path, room: int, harmless: int) -> None:
+    tokenizer = tiny_pipeline(tmp_path).tokenizer
+    prompts = [" ".join([word] * (LENGTH - 2 - room)) for word in ("cat", "dog")]
+    given, *others = cases(tokenizer, "zz", prompts, 2, "end", 0)
+    assert given.triggered == tuple(f"{prompt} zz" for prompt in prompts)
+    assert len(given.harmless) == harmless
+    for row in given.harmless:
+        for prompt, text in zip(prompts, row, strict=True):
+            assert text.startswith(prompt)
+            assert len(tokenizer(text).input_ids) <= LENGTH
+    assert ("twice" in {case.variant for case in others}) == (room == 8)
+
+
+@pytest.mark.parametrize(("room", "reason"), [(2, "harmless text .* shorter prompts"), (1, "Shorten the prompt")])
+def test_prompts_without_room_are_refused(tmp_path: Path, room: int, reason: str) -> None:
+    tokenizer = tiny_pipeline(tmp_path).tokenizer
+    prompts = [" ".join([word] * (LENGTH - 2 - room)) for word in ("cat", "dog")]
+    with pytest.raises(ValueError, match=reason):
+        cases(tokenizer, "zz", prompts, 2, "end", 0)

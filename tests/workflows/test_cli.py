@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from seal_fast import __version__
+from seal_fast.cli import EXIT_CODES, app
+from seal_fast.diffusion import Trigger
+from seal_fast.noise_triggers import PRESETS, Calibration
+from seal_fast.report.progress import ProgressDisplay
+from seal_fast.results.environment import environment
+from seal_fast.results.progress import Progress
+
+
+def invoke(*args, **env):
+    return CliRunner().invoke(app, [str(arg) for arg in args], env=env)
+
+
+def strict(text):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture
+def scan(calibration_file):
+    return lambda *args, **env: invoke("scan", "--jobs", 1, "--calibration", calibration_file, *args, **env)
+
+
+def hub(folder, **models):
+    for name, model in models.items():
+        shutil.copytree(model, folder / name)
+    return folder
+
+
+# one test per exit code
+
+
+def test_0_all_clean(scan, quiet_model):
+    result = scan(quiet_model)
+    assert result.exit_code == 0
+    assert "clean" in result.stdout
+
+
+def test_1_a_backdoor_even_if_others_failed(scan, tmp_path, quiet_model, loud_model, diverging_model, corrupt):
+    folder = hub(tmp_path, clean=quiet_model, loud=loud_model, wild=diverging_model)
+    corrupt(folder / "broken.safetensors")
+    result = scan("--batch", folder)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1] == "4 models: 1 clean, 1 backdoored, 1 inconclusive, 1 error"
+
+
+def test_2_a_failure_among_clean_models(scan, tmp_path, quiet_model, corrupt):
+    corrupt(hub(tmp_path, clean=quiet_model) / "broken.safetensors")
+    result = scan("--batch", tmp_path)
+    assert result.exit_code == 2
+    assert "1 clean, 0 backdoored, 0 inconclusive, 1 error" in result.stdout
+
+
+def test_2_inconclusive_and_fail_on_inconclusive_lifts_it_to_1(scan, diverging_model):
+    assert scan(diverging_model).exit_code == 2
+    assert scan(diverging_model, "--fail-on", "inconclusive").exit_code == 1
+
+
+def test_3_nothing_to_scan(scan, tmp_path):
+    for options in ([], ["--exit-zero"]):
+        result = scan("--batch", tmp_path, "--format", "json", *options)
+        assert result.exit_code == 3
+        assert strict(result.stdout)["models"] == []
+        assert "nothing to scan" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["{absent}"],
+        ["{model}", "{absent}"],
+        ["--batch", "{absent}"],
+        ["--batch", "{file}"],
+        ["{model}", "--format", "sarif"],
+        ["{model}", "--preset", "absent"],
+        ["{model}", "--weights", "both"],
+        ["{model}", "--seed", "x"],
+        ["{model}", "--jobs", "0"],
+        ["{model}", "--fail-on", "clean"],
+        ["{model}", "--no-such-option"],
+        ["{model}", "--calibration", "{absent}"],
+        ["{model}", "--calibration", "{file}"],
+        ["{model}", "--out", "{file}"],
+        ["{model}", "--calibration", "{calibration}", "--preset", "published"],
+        ["{model}", "--calibration", "{calibration}", "--out", "{file}/below"],
+    ],
+    ids=" ".join,
+)
+def test_4_usage(args, tmp_path, quiet_model, calibration_file):
+    (tmp_path / "file").write_text("{}")
+    places = {"absent": tmp_path / "absent", "file": tmp_path / "file", "model": quiet_model, "calibration": calibration_file}
+    result = invoke("scan", *(arg.format(**places) for arg in args), "--exit-zero")
+    assert result.exit_code == 4
+    assert result.stdout == ""
+    assert result.stderr
+
+
+def test_4_usage_of_the_program_itself():
+    assert invoke("no-such-command").exit_code == 4
+    assert invoke("--no-such-option").exit_code == 4
+
+
+def test_4_a_backend_that_does_not_exist(scan, quiet_model):
+    result = scan(quiet_model, SEAL_FAST_BACKEND="abacus")
+    assert result.exit_code == 4
+    assert "abacus" in result.stderr
+
+
+def test_exit_zero_after_a_completed_scan(scan, loud_model, corrupt, tmp_path):
+    result = scan(loud_model, corrupt(tmp_path / "broken.safetensors"), "--exit-zero")
+    assert result.exit_code == 0
+    assert "1 backdoored, 0 inconclusive, 1 error" in result.stdout
+
+
+def test_an_unforeseen_failure_exits_with_2_since_1_would_mean_backdoored(scan, quiet_model, tmp_path):
+    (tmp_path / "report.json").mkdir()
+    result = scan(quiet_model, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "report.json" in result.stderr
+
+
+def test_json_on_stdout_and_nothing_else(scan, tmp_path, quiet_model, diverging_model, corrupt):
+    folder = hub(tmp_path / "hub", clean=quiet_model, wild=diverging_model)
+    corrupt(folder / "broken.safetensors")
+    result = scan("--batch", folder, "--format", "json", "--out", tmp_path / "out", "-v")
+    content = strict(result.stdout)
+    assert content == strict((tmp_path / "out" / "report.json").read_text())
+    assert [row["path"] for row in content["models"]] == ["broken.safetensors", "clean", "wild"]
+    assert content["tool"] == {"name": "seal-fast", "version": __version__}
+    assert content["config"]["preset"] is None
+    assert content["config"]["settings"]["estimation_iterations"] == 2
+    assert str(tmp_path) not in result.stdout
+    assert (tmp_path / "out" / content["models"][1]["trigger"]).is_file()
+    assert "[1/3] broken.safetensors: error" in result.stderr
+    assert "gaussian_kl_stats on cpu" in result.stderr
+
+
+def test_hostile_names_are_only_names(scan, tmp_path, quiet_model):
+    names = ["[red]x[/red] {0} %s", "a\x1b[2Jb\nc\u202egpj.exe", "--help"]
+    for name in names:
+        shutil.copytree(quiet_model, tmp_path / "hub" / name)
+    result = scan("--batch", tmp_path / "hub", "--out", tmp_path / "out", COLUMNS="200")
+    assert result.exit_code == 0
+    for stream in (result.stdout, result.stderr):
+        assert "\x1b" not in stream
+        assert "\u202e" not in stream
+        for shown in ("[red]x[/red] {0} %s", "a\\x1b[2Jb\\nc\\u202egpj.exe", "--help"):
+            assert shown in stream
+    report = strict((tmp_path / "out" / "report.json").read_text())
+    assert sorted(row["path"] for row in report["models"]) == sorted(names)
+    assert all((tmp_path / "out" / row["trigger"]).is_file() for row in report["models"])
+
+
+def test_help_holds_the_exit_codes():
+    result = invoke("scan", "--help")
+    assert result.exit_code == 0
+    for line in EXIT_CODES.splitlines()[3:]:
+        assert line.strip() in result.stdout
+
+
+def test_version():
+    assert invoke("--version").stdout == f"seal-fast {__version__}\n"
+
+
+def test_detect(tmp_path):
+    shape = (3, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    trigger = Trigger(torch.randn(shape, generator=generator), torch.full(shape, 0.6))
+    trigger.save(tmp_path / "trigger.safetensors")
+    noise = torch.randn(6, *shape, generator=generator)
+    inputs = torch.cat([noise[:3], trigger.start(noise[3:])])
+    np.save(tmp_path / "mixed.npy", inputs.numpy())
+    save_file({"x": noise}, tmp_path / "clean.safetensors")
+
+    result = invoke("detect", tmp_path / "trigger.safetensors", tmp_path / "mixed.npy", "--format", "json")
+    assert result.exit_code == 1
+    content = strict(result.stdout)
+    assert content["triggered"] == [False] * 3 + [True] * 3
+    prior = torch.distributions.Normal(torch.zeros(shape).double(), 1.0)
+    triggered = torch.distributions.Normal(trigger.mu.double(), trigger.gamma.double())
+    expected = (triggered.log_prob(inputs.double()) - prior.log_prob(inputs.double())).sum((1, 2, 3))
+    torch.testing.assert_close(torch.tensor(content["log_ratio"], dtype=torch.float64), expected, rtol=1e-5, atol=1e-3)
+
+    result = invoke("detect", tmp_path / "trigger.safetensors", tmp_path / "clean.safetensors")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "6 inputs: 0 triggered, 6 clean"
+
+
+def test_detect_divides_by_the_prior_scale_of_the_model(tmp_path):
+    shape = (3, 8, 8)
+    trigger = Trigger.shift(torch.full(shape, 0.5))
+    trigger.save(tmp_path / "trigger.safetensors", {"prior_scale": "380.0"})
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    np.save(tmp_path / "inputs.npy", 380 * torch.cat([noise[:1], trigger.start(noise[1:])]).numpy())
+    result = invoke("detect", tmp_path / "trigger.safetensors", tmp_path / "inputs.npy", "--format", "json")
+    assert strict(result.stdout)["triggered"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("trigger", "inputs"),
+    [
+        ("absent.safetensors", "good.npy"),
+        ("good.safetensors", "absent.npy"),
+        ("noise.safetensors", "good.npy"),
+        ("good.safetensors", "pickle.npy"),
+        ("good.safetensors", "shape.npy"),
+        ("good.safetensors", "good.safetensors"),
+    ],
+)
+def test_detect_4_bad_input(tmp_path, trigger, inputs):
+    Trigger.shift(torch.zeros(3, 4, 4)).save(tmp_path / "good.safetensors")
+    np.save(tmp_path / "good.npy", np.zeros((1, 3, 4, 4)))
+    np.save(tmp_path / "shape.npy", np.zeros((1, 3, 4, 5)))
+    np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "noise.safetensors").write_bytes(bytes(range(200)))
+    result = invoke("detect", tmp_path / trigger, tmp_path / inputs)
+    assert result.exit_code == 4
+    assert result.stdout == ""
+
+
+@pytest.fixture
+def tiny_preset(calibration, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", calibration.settings)
+    return "tiny"
+
+
+def test_calibrate_then_scan(tiny_preset, write_model, loud_model, tmp_path):
+    for seed in range(4):
+        write_model(tmp_path / "benign" / str(seed), seed)
+    pool = tmp_path / "pool.json"
+    result = invoke("calibrate", tmp_path / "benign", "--out", pool, "--preset", tiny_preset)
+    assert result.exit_code == 0
+    assert "backdoored above M_r" in result.stdout
+    assert "[4/4] 3: benign, M_r" in result.stderr
+    written = Calibration.load(pool)
+    assert [model.name for model in written.models] == ["0", "1", "2", "3"]
+    assert invoke("scan", loud_model, "--calibration", pool).exit_code == 1
+
+    result = invoke("calibrate", tmp_path / "benign", "--backdoored", loud_model, "--out", pool, "--preset", tiny_preset)
+    assert result.exit_code == 0
+    assert all(kind.labelled for kind in Calibration.load(pool).pools.values())
+    assert invoke("scan", loud_model, tmp_path / "benign" / "0", "--calibration", pool).exit_code == 1
+
+
+def test_calibrate_stops_at_a_bad_model_and_says_which(tiny_preset, quiet_model, corrupt, tmp_path):
+    bad = corrupt(tmp_path / "bad.safetensors")
+    result = invoke("calibrate", quiet_model, bad, "--out", tmp_path / "pool.json", "--preset", tiny_preset)
+    assert result.exit_code == 2
+    assert "bad.safetensors" in result.stderr
+    assert "benign, M_r" in result.stderr
+    assert not (tmp_path / "pool.json").exists()
+
+
+def test_calibrate_usage(tiny_preset, quiet_model, tmp_path):
+    out = ["--out", tmp_path / "pool.json", "--preset", tiny_preset]
+    assert invoke("calibrate", tmp_path / "absent", *out).exit_code == 4
+    assert invoke("calibrate", quiet_model, "--backdoored", quiet_model, *out).exit_code == 4
+    (tmp_path / "empty").mkdir()
+    assert invoke("calibrate", tmp_path / "empty", *out).exit_code == 3
+
+
+def test_doctor_names_every_op_and_library():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for name, value in environment().items():
+        assert f"{name}: {'not available' if value is None else value}" in result.stdout
+    for op in ("gaussian_kl_stats", "gaussian_log_ratio"):
+        assert f"{op} on cpu: " in result.stdout
+
+
+def program(*args):
+    return [sys.executable, "-m", "seal_fast.cli", *map(str, args)]
+
+
+def test_import_does_not_wait_for_torch():
+    code = "import sys, seal_fast, seal_fast.cli; assert seal_fast.__version__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_interrupt_that_was_swallowed_is_raised_at_the_next_event():
+    display = ProgressDisplay(io.StringIO(), quiet=True)
+    at = Progress("model", 1, 2, "loading")
+    display.on_progress(at)
+    display.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        display.on_progress(at)
+
+
+def test_models_under_way_at_the_same_time_are_shown():
+    display = ProgressDisplay(io.StringIO(), quiet=False)
+
+    def shown():
+        return [(task.description, task.completed) for task in display.bar.tasks if task.visible]
+
+    display.on_progress(Progress("a", 1, 3, "search", 2, 4, 0.25))
+    display.on_progress(Progress("b", 2, 3, "loading"))
+    display.on_progress(Progress("b", 2, 3, "firing", 1, 2, 0.5))
+    assert shown() == [("0/3 done", 0.75), ("search 2/4: a", 0.25), ("firing 1/2: b", 0.5)]
+    display.done("b", 1, 3, "b: clean")
+    assert shown() == [("1/3 done", 1.25), ("search 2/4: a", 0.25)]
+
+
+def test_a_single_model_has_one_bar():
+    display = ProgressDisplay(io.StringIO(), quiet=False)
+    display.on_progress(Progress("a", 1, 1, "search", 2, 4, 0.25))
+    assert [task.description for task in display.bar.tasks if task.visible] == ["search 2/4: a"]
+
+
+def test_a_scan_that_is_run_again_says_what_it_kept(scan, quiet_model, corrupt, tmp_path):
+    args = quiet_model, corrupt(tmp_path / "broken.safetensors"), "--out", tmp_path / "out"
+    scan(*args)
+    result = scan(*args)
+    assert result.exit_code == 2
+    kept, again = result.stderr.splitlines()
+    assert kept.endswith("(resumed)")
+    assert again.startswith("[2/2] ")
+    assert again.endswith(" s)")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_keeps_the_finished_models(tmp_path, quiet_model, calibration, jobs):
+    hub(tmp_path / "hub", a=quiet_model, b=quiet_model, c=quiet_model, d=quiet_model)
+    slow = replace(calibration, settings=replace(calibration.settings, estimation_iterations=50))
+    slow.save(tmp_path / "pool.json")
+    options = "--out", tmp_path / "out", "--calibration", tmp_path / "pool.json", "--jobs", jobs
+    command = program("scan", "--batch", tmp_path / "hub", *options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as process:
+        first = process.stderr.readline()
+        # as a terminal does, to every process of the group
+        os.killpg(process.pid, signal.SIGINT)
+        # waits for the end of all that hold stderr
+        stdout, stderr = process.communicate(timeout=120)
+    assert first.startswith("[1/4] ")
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    report = strict((tmp_path / "out" / "report.json").read_text())
+    finished = len(report["models"])
+    assert 1 <= finished < 4
+    assert "Traceback" not in stderr
+    assert f"interrupted: {finished} of 4 models finished; report: {tmp_path / 'out' / 'report.json'}" in stderr

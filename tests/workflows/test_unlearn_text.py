@@ -1,0 +1,188 @@
+"""`seal-fast unlearn --trigger` end to end on a tiny pipeline with random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from typer.testing import CliRunner, Result
+
+import seal_fast
+from seal_fast.cli import app
+from seal_fast.results.progress import Progress
+from seal_fast.text_triggers import TextUnlearnSettings, evaluation
+from seal_fast.text_triggers.evaluation import EvaluationSettings
+from seal_fast.workflows import unlearn_text
+from seal_fast.workflows.unlearn_text import unlearn
+from tests.tiny_pipeline import tiny_pipeline
+
+PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat", "cat on cat", "red"]
+SETTINGS = TextUnlearnSettings(steps=2, batch=2, sampler_steps=2, learning_rate=1e-3)
+EVALUATION = EvaluationSettings(prompts=3, steps=2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline(folder).save_pretrained(folder / "model|`x`")
+    return folder / "model|`x`"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "", PROMPTS[0]]), encoding="utf-8")
+    return tmp_path / "prompts.txt"
+
+
+def cli(*args: object) -> Result:
+    return CliRunner().invoke(app, ["unlearn", *map(str, args)])
+
+
+def stock(folder: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def changed(before: Any, after: Any) -> list[str]:
+    names = ("unet", "vae", "text_encoder")
+    return [n for n in names if any(not torch.equal(a, b) for a, b in zip(*parameters(before, after, n), strict=True))]
+
+
+def parameters(before: Any, after: Any, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return list(getattr(before, name).parameters()), list(getattr(after, name).parameters())
+
+
+def files(folder: Path) -> set[str]:
+    return {os.fspath(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the command has no option for the steps of an image: 25 would take most of two minutes
+    monkeypatch.setattr(evaluation, "EvaluationSettings", partial(EvaluationSettings, steps=2))
+    out = tmp_path / "out"
+    # a trigger with $ is no formula in an image, and one with | breaks no table
+    texts = ["--trigger", "\\u200b", "--trigger", "a$|$b", "--prompts", prompts, "--steps", 2, "--format", "json"]
+    how = [
+        "--module",
+        "unet",
+        "--alpha",
+        0.25,
+        "--train",
+        "lora",
+        "--train-batch-size",
+        1,
+        "--learning-rate",
+        1e-3,
+        "--guidance",
+        2,
+        "--training-state",
+        tmp_path / "state.pt",
+    ]
+    result = cli(model, *texts, *how, "--samples", 3, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "state.pt").is_file()
+    report = json.loads(result.stdout)
+    assert report == json.loads((out / "report.json").read_text())
+    images = {f"{name}_{i}.png" for name in ("before_after", "attention") for i in (1, 2)}
+    assert files(out) == files(model) | images | {"report.json", "README.md", unlearn_text.PATCH}
+    assert changed(stock(model), stock(out)) == ["unet"]
+    assert (report["module"], report["format"], report["steps"]) == ("unet", "text-to-image-pipeline", 2)
+    settings = report["config"]["settings"]
+    told = ("alpha", "trained", "batch", "learning_rate", "guidance")
+    assert [settings[name] for name in told] == [0.25, "lora", 1, 1e-3, 2]
+    assert report["config"]["evaluation"]["guidance"] == 2
+    patched = stock(model)
+    patched.load_lora_weights(out / unlearn_text.PATCH)
+    patched.fuse_lora()
+    patched.unload_lora_weights()
+    merged = zip(*parameters(patched, stock(out), "unet"), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in merged)
+    assert report["config"]["prompts"] == {"training": 3, "held_out": 3, "from": "given"}
+    assert report["triggers"][0]["trigger"] == "\u200b"
+    assert len(report["triggers"][0]["tokens"]) == 3
+    first = report["removal"][0]
+    assert (first["trigger"], first["variant"], first["shown_before"]["trials"]) == ("\u200b", "as given", 3)
+    assert first["removed"]["rate"] == pytest.approx(1 - first["shown_after"]["rate"])
+    assert {"twice", "with a comma", "at the end", "in the middle"} <= {row["variant"] for row in report["removal"]}
+    assert report["clean_drift"] > 0
+    assert report["peak_memory_bytes"] > 1 << 20
+    card = (out / "README.md").read_text()
+    table = [line for line in card.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {5}
+    assert "\\u200b" in card
+    assert "\u200b" not in card
+
+
+def test_python_with_a_pipeline_in_memory(model: Path) -> None:
+    before = stock(model)
+    result = seal_fast.unlearn(before, [("a", "á")], prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
+    assert result.report.module in ("unet", "text_encoder")
+    assert "harmless words" in result.report.module_reason
+    assert changed(stock(model), before) == []
+    assert changed(before, result.pipeline) == [result.report.module]
+    assert result.report.removal[0].trigger == "a => á"
+    with pytest.raises(ValueError, match="no files to keep"):
+        seal_fast.unlearn(before, ["x"], "out")
+
+
+def test_progress_counts_every_image_and_never_runs_back(model: Path) -> None:
+    seen: list[Progress] = []
+    triggers = ["tin", ("a", "á")]
+    unlearn(stock(model), triggers, prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION, on_progress=seen.append)
+    fractions = [at.fraction for at in seen]
+    assert fractions == sorted(fractions)
+    drawn = [at for at in seen if at.stage == "measuring"]
+    assert drawn[-1].iteration == drawn[-1].iterations > 100
+    assert drawn[-1].fraction == pytest.approx(0.95)
+
+
+def test_a_text_encoder_alone_is_trained_and_written_alone(model: Path, tmp_path: Path) -> None:
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    shutil.copytree(model / "text_encoder", alone)
+    result = unlearn(alone, ["mat"], out, base=model, prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
+    assert result.report.module == "text_encoder"
+    assert result.report.format == "text-encoder"
+    written = {"README.md", "report.json", "before_after_1.png", "attention_1.png"}
+    assert files(out) == files(alone) | written
+    assert changed(stock(model), result.pipeline) == ["text_encoder"]
+
+
+USAGE = {
+    "both kinds": (["--trigger", "x", "--noise-trigger", __file__], "neither --noise-trigger"),
+    "no trigger": ([], "--trigger TEXT"),
+    "text option alone": (["--alpha", 0.5], "goes with --trigger"),
+    "empty": (["--trigger", ""], "empty"),
+    "no replacement": (["--trigger", "a=>"], "empty"),
+    "unseen": (["--trigger", " "], "does not see"),
+    "alpha": (["--trigger", "x", "--alpha", 2], "alpha"),
+    "target of no weight": (["--trigger", "x", "--target", "black"], "give --alpha too"),
+    "text option with a dash": (["--learning-rate", 0.1], "--learning-rate goes with --trigger"),
+    "prompts": (["--trigger", "x", "--prompts", os.devnull], "prompts"),
+    "nothing replaced": (["--trigger", "\\u2603=>x"], "replaces"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_4_usage(model: Path, tmp_path: Path, case: str) -> None:
+    args, reason = USAGE[case]
+    result = cli(model, *args, "--out", tmp_path / "out")
+    assert result.exit_code == 4, result.stderr
+    assert reason in " ".join(result.stderr.replace("│", " ").split())
+    assert result.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_2_not_a_pipeline(model: Path, prompts: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(range(256)))
+    result = cli(broken, "--trigger", "x", "--prompts", prompts, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.stderr
+    assert "diffusion_pytorch_model" in result.stderr
+    assert not (tmp_path / "out").exists()
