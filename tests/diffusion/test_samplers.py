@@ -133,7 +133,7 @@ class Smooth(nn.Module):
 
 
 def trojan_reference(process: VP, network: nn.Module, x: Tensor, timesteps: list[int], trigger: Trigger, eta: float) -> Tensor:
-    """TrojDiff's published reverse steps for DDPM (eta = 1, posterior form with k_t) and DDIM (eta = 0), between any timesteps."""
+    """TrojDiff's published reverse steps between any timesteps: DDPM (eta = 1, posterior form with k_t) and DDIM (eta = 0)."""
     ab = process.signal**2
     g, mu = trigger.gamma, trigger.mu
     generator = torch.Generator().manual_seed(11)
