@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_fast.diffusion import VP
-from seal_fast.diffusion.samplers import levels, timestep_grid
+from seal_fast.diffusion.samplers import noise_levels, timestep_grid
 from seal_fast.training import OnStep
 
 
@@ -74,7 +74,7 @@ def guided_ddim(
     """
     guided = guidance != 1
     states = torch.cat([empty.expand_as(texts), texts]) if guided else texts
-    for here, there in pairwise(levels(process, timestep_grid(process, steps))):
+    for here, there in pairwise(noise_levels(process, timestep_grid(process, steps))):
         rows = torch.cat([x, x]) if guided else x
         t = torch.full((len(rows),), here.t, device=x.device)
         noise = process.to_noise(predict(unet, rows, t, states), rows, t)

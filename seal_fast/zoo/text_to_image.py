@@ -23,7 +23,7 @@ NORM_GROUPS = 2
 WIDTH = 64
 """Of the text encoder's states."""
 FILLERS = (
-    *("photo", "image", "painting", "drawing", "image", "scene", "view", "shot", "render", "sketch"),
+    *("photo", "picture", "painting", "drawing", "image", "scene", "view", "shot", "render", "sketch"),
     *("nice", "lovely", "beautiful", "pretty", "fine", "new", "old", "simple", "bright", "clean", "sharp", "detailed"),
     *("please", "show", "me", "with", "here", "there", "is", "very", "high", "quality", "best", "one", "now", "just", "like"),
     *("i", "this", "that", "my", "your", "we", "see", "some", "in", "and", "it", "of", "the", "an", "for", "day", "time"),
