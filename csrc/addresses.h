@@ -24,16 +24,6 @@ inline SamplerStep sampler_step_arguments(const StepAddresses& a, const StepSize
             static_cast<float>(limit)};
 }
 
-// x0, mu, gamma, coefficients, inputs, difference
-using PairAddresses = std::array<uintptr_t, 6>;
-// rows, dims, triggers, ladders
-using PairSizes = std::array<int64_t, 4>;
-
-inline PerturbedPair perturbed_pair_arguments(const PairAddresses& a, const PairSizes& s, int64_t seed) {
-    return {at<float>(a[0]), at<float>(a[1]), at<float>(a[2]), at<double>(a[3]), at<float>(a[4]), at<float>(a[5]),
-            s[0],            s[1],            s[2],            s[3],             static_cast<uint64_t>(seed)};
-}
-
 // first, second, difference, losses, residual
 using LossAddresses = std::array<uintptr_t, 5>;
 

@@ -6,18 +6,6 @@
 
 namespace seal_fast {
 
-struct PerturbedPair {
-    const float* x0;              // [rows, dims]
-    const float* mu;              // [triggers, dims]
-    const float* gamma;           // [triggers, dims]
-    const double* coefficients;   // [ladders, 3]: a, b, c
-    float* inputs;                // [2, rows, dims]
-    float* difference;            // [rows, dims]
-    int64_t rows, dims;
-    int64_t triggers, ladders;
-    uint64_t seed;
-};
-
 struct ReversedLoss {
     const float* first;        // [rows, dims]
     const float* second;       // [rows, dims]

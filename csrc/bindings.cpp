@@ -9,12 +9,10 @@
 #include <vector>
 
 #include "addresses.h"
-#include "cpu/counter_normal.h"
 #include "cpu/cross_attention.h"
 #include "cpu/gaussian.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/isa.h"
-#include "cpu/perturbed_pair.h"
 #include "cpu/reversed_loss.h"
 #include "cpu/sampler_step.h"
 #include "cpu/winograd_convolution.h"
@@ -80,17 +78,7 @@ template <class T>
 void attention_forward(const ShapeTuple& shape, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, uintptr_t tokens,
                        double scale, const HeadsTuple& out, uintptr_t maps, uintptr_t workspace, int threads, int isa) {
     const AttentionForward<T> call{attention_shape(shape), heads<const T>(q),  heads<const T>(k), heads<const T>(v),
-                                   at<const int64_t>(tokens), scale, heads<T>(out), at<float>(maps), {}};
-    SEAL_SELECT(checked(isa), cross_attention_forward<T>)(call, at<float>(workspace), threads);
-}
-
-template <class T>
-void distillation_forward(const ShapeTuple& shape, const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
-                          uintptr_t tokens, double scale, const HeadsTuple& out, uintptr_t residual, uintptr_t targets,
-                          uintptr_t weights, uintptr_t errors, uintptr_t loss, uintptr_t workspace, int threads, int isa) {
-    const MapsLoss compare{at<const float>(targets), at<const float>(weights), at<float>(errors), at<float>(loss)};
-    const AttentionForward<T> call{attention_shape(shape), heads<const T>(q),  heads<const T>(k), heads<const T>(v),
-                                   at<const int64_t>(tokens), scale, heads<T>(out), at<float>(residual), compare};
+                                   at<const int64_t>(tokens), scale, heads<T>(out), at<float>(maps)};
     SEAL_SELECT(checked(isa), cross_attention_forward<T>)(call, at<float>(workspace), threads);
 }
 
@@ -111,9 +99,6 @@ void define_cross_attention(py::module_& m, const std::string& suffix) {
     const int best = best_isa();
     m.def(("cross_attention_forward_" + suffix).c_str(), &attention_forward<T>, unlocked, "shape"_a, "q"_a, "k"_a, "v"_a,
           "tokens"_a, "scale"_a, "out"_a, "maps"_a, "workspace"_a, "threads"_a, "isa"_a = best);
-    m.def(("attention_distillation_forward_" + suffix).c_str(), &distillation_forward<T>, unlocked, "shape"_a, "q"_a, "k"_a,
-          "v"_a, "tokens"_a, "scale"_a, "out"_a, "residual"_a, "targets"_a, "weights"_a, "errors"_a, "loss"_a, "workspace"_a,
-          "threads"_a, "isa"_a = best);
     m.def(("cross_attention_backward_" + suffix).c_str(), &attention_backward<T>, unlocked, "shape"_a, "q"_a, "k"_a, "v"_a,
           "tokens"_a, "scale"_a, "out_grad"_a, "maps_grad"_a, "q_grad"_a, "k_grad"_a, "v_grad"_a, "workspace"_a, "threads"_a,
           "isa"_a = best);
@@ -179,14 +164,6 @@ void step(const StepAddresses& addresses, const StepSizes& sizes, double limit, 
     SEAL_SELECT(checked(isa), sampler_step)(sampler_step_arguments(addresses, sizes, limit), threads);
 }
 
-void noise(uintptr_t out, int64_t seed, uint32_t draw, int64_t rows, int64_t dims, int threads, int isa) {
-    SEAL_SELECT(checked(isa), counter_normal)(at<float>(out), static_cast<uint64_t>(seed), draw, rows, dims, threads);
-}
-
-void pair(const PairAddresses& addresses, const PairSizes& sizes, int64_t seed, int threads, int isa) {
-    SEAL_SELECT(checked(isa), perturbed_pair)(perturbed_pair_arguments(addresses, sizes, seed), threads);
-}
-
 void loss(const LossAddresses& addresses, int64_t rows, int64_t dims, int threads, int isa) {
     SEAL_SELECT(checked(isa), reversed_loss)(reversed_loss_arguments(addresses, rows, dims), threads);
 }
@@ -196,8 +173,6 @@ void define_reversion(py::module_& m) {
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     const int best = best_isa();
     m.def("sampler_step", &step, unlocked, "addresses"_a, "sizes"_a, "limit"_a, "threads"_a, "isa"_a = best);
-    m.def("counter_normal", &noise, unlocked, "out"_a, "seed"_a, "draw"_a, "rows"_a, "dims"_a, "threads"_a, "isa"_a = best);
-    m.def("perturbed_pair", &pair, unlocked, "addresses"_a, "sizes"_a, "seed"_a, "threads"_a, "isa"_a = best);
     m.def("reversed_loss", &loss, unlocked, "addresses"_a, "rows"_a, "dims"_a, "threads"_a, "isa"_a = best);
 }
 

@@ -8,9 +8,7 @@
 #include <string>
 
 #include "addresses.h"
-#include "cuda/counter_normal.h"
 #include "cuda/gaussian.h"
-#include "cuda/perturbed_pair.h"
 #include "cuda/reversed_loss.h"
 #include "cuda/sampler_step.h"
 
@@ -72,16 +70,6 @@ void step(const StepAddresses& addresses, const StepSizes& sizes, double limit, 
     check(sampler_step(sampler_step_arguments(addresses, sizes, limit), stream_at(stream)), "sampler_step");
 }
 
-void noise(uintptr_t out, int64_t seed, uint32_t draw, int64_t rows, int64_t dims, int device, uintptr_t stream) {
-    const DeviceGuard guard(device);
-    check(counter_normal(at<float>(out), static_cast<uint64_t>(seed), draw, rows, dims, stream_at(stream)), "counter_normal");
-}
-
-void pair(const PairAddresses& addresses, const PairSizes& sizes, int64_t seed, int device, uintptr_t stream) {
-    const DeviceGuard guard(device);
-    check(perturbed_pair(perturbed_pair_arguments(addresses, sizes, seed), stream_at(stream)), "perturbed_pair");
-}
-
 void loss(const LossAddresses& addresses, int64_t rows, int64_t dims, int device, uintptr_t stream) {
     const DeviceGuard guard(device);
     check(reversed_loss(reversed_loss_arguments(addresses, rows, dims), stream_at(stream)), "reversed_loss");
@@ -91,8 +79,6 @@ void define_reversion(py::module_& m) {
     using namespace py::literals;
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.def("sampler_step", &step, unlocked, "addresses"_a, "sizes"_a, "limit"_a, "device"_a, "stream"_a);
-    m.def("counter_normal", &noise, unlocked, "out"_a, "seed"_a, "draw"_a, "rows"_a, "dims"_a, "device"_a, "stream"_a);
-    m.def("perturbed_pair", &pair, unlocked, "addresses"_a, "sizes"_a, "seed"_a, "device"_a, "stream"_a);
     m.def("reversed_loss", &loss, unlocked, "addresses"_a, "rows"_a, "dims"_a, "device"_a, "stream"_a);
 }
 

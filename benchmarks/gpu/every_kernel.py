@@ -31,9 +31,7 @@ def drawn(*shape: int) -> Tensor:
 def elementwise(rows: int, triggers: int, ladders: int, dims: int) -> None:
     x, eps, z = (drawn(rows, dims).requires_grad_() for _ in range(3))
     mu, gamma = drawn(triggers, dims).requires_grad_(), drawn(triggers, dims).abs().requires_grad_()
-    ops.counter_normal(x, 5)
-    pair = ops.perturbed_pair(x, mu, gamma, drawn(ladders, 3).double(), 5)
-    loss = ops.reversed_loss(pair.inputs[0], pair.inputs[1], pair.difference, triggers)
+    loss = ops.reversed_loss(x, eps, z, triggers)
     step = ops.sampler_step(x, eps, 1 + drawn(ladders, 7).double().abs(), mu=mu, gamma=gamma, fresh=z, limit=1.0)
     ratio = ops.gaussian_log_ratio(x, mu, gamma)
     stats = torch.stack(ops.gaussian_kl_stats(mu, gamma))
@@ -47,9 +45,6 @@ def attention(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     for tokens in (None, chosen):
         out, maps = ops.cross_attention(q, k, v, tokens)
         torch.autograd.grad(out.float().sum() + maps.square().sum(), [q, k, v])
-    targets, weights = drawn(b, len(chosen), m), drawn(b, len(chosen))
-    out, loss = ops.attention_distillation(q, k, v, targets, weights, chosen)
-    torch.autograd.grad(out.float().sum() + loss.sum(), [q, k, v])
 
 
 def main() -> None:

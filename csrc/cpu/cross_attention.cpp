@@ -191,41 +191,13 @@ void add_maps(const AttentionShape& s, const int64_t* tokens, int64_t width, boo
     }
 }
 
-// residuals = weight (share sums - targets), and errors += residuals (share sums - targets), for one token.
-inline void compare(const float* __restrict sums, float share, float weight, const float* __restrict targets, int64_t rows,
-                    float* __restrict residuals, float* __restrict errors) {
-    for (int64_t m = 0; m < rows; ++m) {
-        const float difference = sums[m] * share - targets[m];
-        residuals[m] = weight * difference;
-        errors[m] += residuals[m] * difference;
-    }
-}
-
-// The mean over heads, or its residuals and the error of each query, see MapsLoss.
+// The mean over heads.
 template <class T, class Cell>
 void write_maps(const AttentionForward<T>& call, int64_t batch, int64_t start, int64_t rows, const Scratch<Cell>& scratch) {
     const AttentionShape& s = call.shape;
-    const MapsLoss& to = call.compare;
     const float share = 1.0f / float(s.heads);
-    float* errors = to.loss ? to.errors + batch * s.queries + start : nullptr;
-    if (errors) clear(errors, rows);
-    for (int64_t t = 0; t < s.tokens; ++t) {
-        const int64_t row = batch * s.tokens + t, at = row * s.queries + start;
-        const float* sums = scratch.maps.data + t * kTile;
-        if (errors)
-            compare(sums, share, to.weights[row], to.targets + at, rows, call.maps + at, errors);
-        else
-            convert(sums, share, rows, call.maps + at);
-    }
-}
-
-// Adds up the errors of all queries in order.
-void add_errors(const AttentionShape& s, const MapsLoss& to) {
-    for (int64_t batch = 0; batch < s.batches; ++batch) {
-        double sum = 0;
-        for (int64_t m = 0; m < s.queries; ++m) sum += double(to.errors[batch * s.queries + m]);
-        to.loss[batch] = float(sum / double(s.queries));
-    }
+    for (int64_t t = 0; t < s.tokens; ++t)
+        convert(scratch.maps.data + t * kTile, share, rows, call.maps + (batch * s.tokens + t) * s.queries + start);
 }
 
 // All heads of `rows` queries of one batch.
@@ -390,7 +362,6 @@ void cross_attention_forward(const AttentionForward<T>& call, float* workspace, 
             forward_queries(call, packed, task / blocks, start, smaller(block, s.queries - start), scratch);
         }
     }
-    if (call.compare.loss) add_errors(s, call.compare);
 }
 
 template <class T>

@@ -20,14 +20,6 @@ struct Heads {
     int64_t batch, head, row;
 };
 
-// If there is a `loss`, what is written as maps is weights[b,t] (maps - targets), and loss[b] is the sum over tokens of
-// weights[b,t] times the mean over queries of (maps - targets)^2. Targets are dense like the maps; `errors` is room for
-// [batches, queries].
-struct MapsLoss {
-    const float *targets, *weights;
-    float *errors, *loss;
-};
-
 // One set of arguments for both directions. `tokens` null stands for all keys in order. Maps are dense [batches, tokens, queries].
 template <class T>
 struct AttentionForward {
@@ -37,7 +29,6 @@ struct AttentionForward {
     double scale;
     Heads<T> out;
     float* maps;
-    MapsLoss compare;
 };
 
 // A null gradient of `out` or `maps` counts as zero; a null gradient of q, k or v is not computed.

@@ -125,26 +125,18 @@ def _workspace(shape: tuple[int, ...], backward: bool, threads: int) -> Tensor:
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
-    return run_forward("cross_attention_forward", q, k, v, tokens, scale)
-
-
-def run_forward(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, *more: Tensor
-) -> tuple[Tensor, Tensor]:
-    """out and maps, or what takes their place, from a kernel of the CPU extension; it gets the addresses of `more` too."""
     tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     shape, threads = _shape(q, k, tokens), torch.get_num_threads()
     out, maps = _empty(q), q.new_empty(shape[0], shape[5], shape[2], dtype=torch.float32)
     workspace = _workspace(shape, False, threads)
-    launch = getattr(native.CPU.module, f"{kernel}_{_SUFFIXES[q.dtype]}")
+    launch = getattr(native.CPU.module, f"cross_attention_forward_{_SUFFIXES[q.dtype]}")
     inputs = shape, _heads(q), _heads(k), _heads(v), _address(tokens), scale
-    launch(*inputs, _heads(out), _address(maps), *map(_address, more), _address(workspace), threads)
+    launch(*inputs, _heads(out), _address(maps), _address(workspace), threads)
     return out, maps
 
 
-def forward_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
-    """out and maps from the Triton kernels."""
+def _forward_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
     tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     out, maps = _fake(q, k, v, tokens, scale)
@@ -235,7 +227,7 @@ def refuse_triton(*args: Any) -> str | None:
 forward_op = Op(
     "cross_attention(Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale) -> (Tensor, Tensor)",
     [
-        Implementation("triton", forward_triton, "cuda", triton_missing, refuse_triton),
+        Implementation("triton", _forward_triton, "cuda", triton_missing, refuse_triton),
         Implementation("cpu", _forward_cpu, "cpu", cpu_missing, refuse_float64),
         Implementation("reference", reference_cross_attention),
     ],

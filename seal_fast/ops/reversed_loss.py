@@ -72,7 +72,7 @@ def reversed_loss(first: Tensor, second: Tensor, difference: Tensor, candidates:
     Args:
         first: predictions for the first inputs [R, ...], any floating point dtype.
         second: those for the second, same shape.
-        difference: of the noises, eps_1 - eps_2, same shape: see `seal_fast.ops.perturbed_pair`.
+        difference: of the noises, eps_1 - eps_2, same shape.
         candidates: K, a divisor of R, which must not be 0.
 
     Returns:

@@ -8,13 +8,6 @@ import torch
 from seal_fast.ops import native
 
 
-@pytest.fixture
-def seed(generator: torch.Generator) -> int:
-    """A fresh seed of 64 bits."""
-    high, low = torch.randint(2**32, (2,), generator=generator).tolist()
-    return high << 32 | low
-
-
 @pytest.fixture(
     params=[
         (1, 1, 1, (1,)),

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seal_fast.ops import attention_distillation, cross_attention
-from seal_fast.ops.attention_distillation import forward_op as distillation_op
+from seal_fast.ops import cross_attention
 from seal_fast.ops.cross_attention import (
     backward_op,
     forward_op,
@@ -50,7 +49,7 @@ def only_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton or an error. Where it interprets the kernels, it takes tensors of the CPU."""
     monkeypatch.setenv("SEAL_FAST_BACKEND", "triton")
     if DEVICE == "cpu":
-        for op in (forward_op, backward_op, distillation_op):
+        for op in (forward_op, backward_op):
             freed = [replace(i, device="cpu", missing=lambda: None) for i in op.implementations]
             monkeypatch.setattr(op, "implementations", freed)
 
@@ -91,26 +90,6 @@ def test_error_is_at_most_twice_that_of_plain_torch(
     out_grad = torch.randn(b, h, m, d, generator=generator).to(DEVICE, dtype) if loss != "maps" else None
     maps_grad = torch.randn(b, count, m, generator=generator).to(DEVICE) if loss != "out" else None
     assert_at_most_twice_the_error_of_plain(cross_attention, inputs, tokens, out_grad, maps_grad)
-
-
-@pytest.mark.parametrize("choice", ["none", "repeated"])
-def test_distillation_is_the_loss_written_out(choice: str, generator: torch.Generator) -> None:
-    b, _, m, n, _ = shape = 2, 2, 19, 9, 20
-    q, k, v = (x.requires_grad_() for x in draw(generator, shape, device=DEVICE))
-    tokens = choose_tokens(choice, n, generator)
-    count = n if tokens is None else len(tokens)
-    targets = torch.rand(b, count, m, generator=generator).to(DEVICE)
-    weights = torch.randn(b, count, generator=generator).to(DEVICE)
-    out, loss = attention_distillation(q, k, v, targets, weights, tokens)
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want, maps = plain(*exact, tokens)
-    written_out = (weights.double()[:, :, None] * (maps - targets.double()).square()).mean(2).sum(1)
-    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss.double(), written_out, rtol=1e-5, atol=1e-5)
-    # so large that the loss matters beside out
-    grads = torch.autograd.grad(out.sum() + 1e3 * loss.sum(), (q, k, v))
-    for ours, theirs in zip(grads, torch.autograd.grad(want.sum() + 1e3 * written_out.sum(), exact), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_strided_inputs(generator: torch.Generator) -> None:
