@@ -10,7 +10,7 @@ A trigger says that noise is N(mu, g^2) instead of N(0, 1) in every dimension, g
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,46 +137,6 @@ log_ratio_op = Op(
 )
 
 
-class _KlStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mu: Tensor, gamma: Tensor) -> Tensor:
-        ctx.save_for_backward(mu, gamma)
-        return kl_stats_op(mu, gamma)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        mu, gamma = ctx.saved_tensors
-        g = gamma.clamp_min(GAMMA_FLOOR)
-        kl = _divergence(mu, g)
-        mean_grad, variance_grad, norm_grad = grad.to(mu.dtype).unsqueeze(2).unbind(1)
-        kl_grad = (mean_grad + 2 * variance_grad * (kl - kl.mean(1, keepdim=True))) / mu.shape[1]
-        mu_grad = kl_grad * mu + 2 * norm_grad * mu if ctx.needs_input_grad[0] else None
-        gamma_grad = kl_grad * (g - 1 / g) * (gamma >= GAMMA_FLOOR) if ctx.needs_input_grad[1] else None
-        return mu_grad, gamma_grad
-
-
-class _LogRatio(torch.autograd.Function):
-    """With w the incoming gradient [N,K], the gradient of x is x sum_k w - sum_k w z scale; all three are matrix products."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale, shift)
-        return log_ratio_op(x, scale, shift, offset)
-
-    @staticmethod
-    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        x, scale, shift = ctx.saved_tensors
-        need_x, need_scale, need_shift, need_offset = ctx.needs_input_grad
-        x_grad = scale_grad = shift_grad = None
-        if need_x:
-            x_grad = x * (w.sum(1, keepdim=True) - w @ scale.square()) - w @ (scale * shift)
-        if need_scale or need_shift:
-            total, moment = w.sum(0)[:, None], w.T @ x
-            scale_grad = -(w.T @ x.square() * scale + moment * shift) if need_scale else None
-            shift_grad = -(moment * scale + total * shift) if need_shift else None
-        return x_grad, scale_grad, shift_grad, w.sum(0, dtype=torch.float64) if need_offset else None
-
-
 def _check(**tensors: Tensor) -> None:
     """Raises ValueError unless all are floating point [rows, ...] with the same dimensions after the first, on one device."""
     first = next(iter(tensors.values()))
@@ -197,9 +157,9 @@ def _check_triggers(mu: Tensor, gamma: Tensor) -> None:
 
 
 def _matrices(*tensors: Tensor) -> list[Tensor]:
-    """Tensors [rows, ...] as [rows, D] in one dtype the kernels have: float64 if any is, else float32."""
+    """Tensors [rows, ...] as [rows, D] in one dtype the kernels have: float64 if any is, else float32. Gradients end here."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return [t.to(dtype).flatten(1) for t in tensors]
+    return [t.detach().to(dtype).flatten(1) for t in tensors]
 
 
 def gaussian_kl_stats(mu: Tensor, gamma: Tensor) -> GaussianKlStats:
@@ -210,18 +170,18 @@ def gaussian_kl_stats(mu: Tensor, gamma: Tensor) -> GaussianKlStats:
         gamma: noise scales, same shape; taken as GAMMA_FLOOR below it.
 
     Returns:
-        Mean, variance, squared norm, each [K], float64; differentiable (twice) in mu and gamma.
+        Mean, variance, squared norm, each [K], float64, without gradients.
 
     Raises:
         ValueError: shapes or devices that do not match, or dtypes that are not floating point.
     """
     _check_triggers(mu, gamma)
     mu, gamma = _matrices(mu, gamma)
-    return GaussianKlStats(*_KlStats.apply(mu, gamma).unbind(1))
+    return GaussianKlStats(*kl_stats_op(mu, gamma).unbind(1))
 
 
 def standardise(mu: Tensor, gamma: Tensor) -> Standardisation:
-    """Prepare triggers mu, gamma [K, ...] for `standardised_log_ratio`, once for many inputs. Differentiable.
+    """Prepare triggers mu, gamma [K, ...] for `standardised_log_ratio`, once for many inputs.
 
     Raises:
         ValueError: as `gaussian_kl_stats`.
@@ -240,7 +200,7 @@ def standardised_log_ratio(x: Tensor, triggers: Standardisation) -> Tensor:
     """
     _check(x=x.flatten(1), triggers=triggers.scale)
     x, scale, shift = _matrices(x, triggers.scale, triggers.shift)
-    return _LogRatio.apply(x, scale, shift, triggers.offset)
+    return log_ratio_op(x, scale, shift, triggers.offset)
 
 
 def gaussian_log_ratio(x: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
@@ -252,7 +212,7 @@ def gaussian_log_ratio(x: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
         gamma: noise scales, same shape as mu; taken as GAMMA_FLOOR below it.
 
     Returns:
-        [N,K], float32 (float64 if an argument is); differentiable (twice) in x, mu and gamma.
+        [N,K], float32 (float64 if an argument is), without gradients.
         Never more than [N,K] and the inputs in memory. float32 sums are emptied into float64 every 128 terms, so the
         error stays near 1e-7 of sum_i (x_i^2 + z_i^2) / 2.
 

@@ -1,4 +1,4 @@
-"""gaussian_kl_stats and gaussian_log_ratio against closed forms of scipy, float64, and automatic differentiation."""
+"""gaussian_kl_stats and gaussian_log_ratio against closed forms of scipy, in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import scipy.stats
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 from seal_fast.ops import GAMMA_FLOOR, gaussian_kl_stats, gaussian_log_ratio, native, standardise, standardised_log_ratio
 from seal_fast.ops.gaussian import kl_stats_op, log_ratio_op, reference_gaussian_kl_stats
@@ -162,25 +161,10 @@ def test_a_row_does_not_depend_on_its_company(generator: torch.Generator) -> Non
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (3, 2, 7), (2, 3, 12)])
-def test_gradients(n: int, k: int, d: int, generator: torch.Generator) -> None:
-    inputs = [t.requires_grad_() for t in draw(generator, n, k, (d,), torch.float64)]
-    assert gradcheck(gaussian_log_ratio, inputs)
-    assert gradgradcheck(gaussian_log_ratio, inputs)
-    assert gradcheck(lambda mu, gamma: tuple(gaussian_kl_stats(mu, gamma)), inputs[1:])
-    assert gradgradcheck(lambda mu, gamma: tuple(gaussian_kl_stats(mu, gamma)), inputs[1:])
-
-
-def test_gamma_below_the_floor_has_no_gradient(generator: torch.Generator) -> None:
-    x, mu, gamma = draw(generator, 3, 2, (9,), torch.float64)
-    gamma[0, 4] = 0.0
-    gamma.requires_grad_()
-    (ratio,) = torch.autograd.grad(gaussian_log_ratio(x, mu, gamma).sum(), gamma)
-    (kl,) = torch.autograd.grad(gaussian_kl_stats(mu, gamma).variance.sum(), gamma)
-    reference = reference_gaussian_kl_stats(mu, gamma)[:, 1].sum()
-    assert ratio[0, 4] == 0
-    assert kl[0, 4] == 0
-    torch.testing.assert_close(kl, torch.autograd.grad(reference, gamma)[0])
+def test_results_carry_no_gradient(generator: torch.Generator) -> None:
+    x, mu, gamma = (t.requires_grad_() for t in draw(generator, 3, 2, (9,), torch.float64))
+    results = gaussian_log_ratio(x, mu, gamma), *gaussian_kl_stats(mu, gamma)
+    assert not any(result.requires_grad for result in results)
 
 
 def test_registration(generator: torch.Generator) -> None:
