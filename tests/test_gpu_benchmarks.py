@@ -68,7 +68,7 @@ def test_unlearning_and_a_scan(tmp_path: Path) -> None:
 
 
 def test_every_kernel_is_launched(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(every_kernel, "ROWS", every_kernel.ROWS[:2])
+    monkeypatch.setattr(every_kernel, "SIZES", every_kernel.SIZES[:2])
     every_kernel.main()
     assert "every kernel was launched" in capsys.readouterr().out
 

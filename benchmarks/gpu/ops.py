@@ -146,11 +146,10 @@ def reversion_cases(scale: Scale) -> Iterator[Case]:
         # three are read and the residual is written; the residual is read and two gradients are written
         yield Case("reversed_loss", {**facts, "pass": "forward and backward"}, losses, 7 * x.nbytes)
 
-        step = torch.tensor([STEP], dtype=torch.float64, device=device())
         steps = {
             "eager": partial(torch_lines, x, eps, z, mu, gamma),
             "compiled": partial(compiled(torch_lines, scale), x, eps, z, mu, gamma),
-            "seal_fast": partial(sampler_step, x, eps, step, mu=mu[None], gamma=gamma[None], fresh=z),
+            "seal_fast": partial(sampler_step, x, eps, STEP, mu=mu, gamma=gamma, fresh=z),
         }
         yield Case("sampler_step", {**facts, "pass": "forward"}, steps, 4 * x.nbytes)
 
