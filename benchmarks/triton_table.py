@@ -58,7 +58,7 @@ def launches(
     out_grad, maps_grad = (None if loss == "maps" else heads(queries)), (None if loss == "out" else maps)
     given = kernels.forward(q, k, v, tokens, 0.1, heads(queries), maps)
     v_sums = None if out_grad is None else sums
-    given += kernels.backward(out_grad, maps_grad, q, k, v, tokens, 0.1, heads(queries), sums, v_sums)
+    given += kernels.backward(q, k, v, tokens, 0.1, out_grad, maps_grad, heads(queries), sums, v_sums)
     return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in given}
 
 
@@ -74,7 +74,8 @@ def signature(launch: kernels.Launch) -> dict[str, str]:
         TypeError: the value of a number would decide too.
     """
     types = {}
-    for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
+    for parameter in launch.kernel.params[: len(launch.arguments)]:
+        value = launch.arguments[parameter.name]
         if isinstance(value, int) and not parameter.do_not_specialize:
             raise TypeError(f"{parameter.name} of {launch.kernel.fn.__name__} is specialised on: add it to do_not_specialize")
         types[parameter.name] = type_name(value)
@@ -106,7 +107,7 @@ def compile_row(name: str) -> Row:
 
 def compile_launch(launch: kernels.Launch, architecture: int) -> Any:
     types = signature(launch)
-    absent = {name: None for name, value in zip(types, launch.arguments, strict=False) if value is None}
+    absent = {name: None for name, value in launch.arguments.items() if value is None}
     # torch allocates at multiples of 16 bytes and more; Triton looks at the addresses when it launches
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
     source = ASTSource(launch.kernel, types, {**launch.constants, **absent}, aligned)

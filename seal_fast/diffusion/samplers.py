@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -77,13 +76,6 @@ def noise_levels(process: NoiseProcess, timesteps: Sequence[int]) -> list[NoiseL
     return [*levels, NoiseLevel(-1, 1.0, 0.0)]
 
 
-@lru_cache(maxsize=4096)
-def _on_device(step: StepCoefficients, device: torch.device) -> Tensor:
-    """A step as `sampler_step` takes it. Kept, because a copy to a GPU waits for it and a CUDA graph cannot hold one."""
-    with torch.inference_mode(False):
-        return torch.tensor([step], dtype=torch.float64, device=device)
-
-
 @dataclass(frozen=True)
 class _SamplerContext:
     """The operations that every sampler is made of: predict noise, draw fresh noise, take a step."""
@@ -104,10 +96,8 @@ class _SamplerContext:
         self, x: Tensor, eps: Tensor, step: StepCoefficients, fresh: Tensor | None = None, previous: Tensor | None = None
     ) -> Tensor:
         """Take one step from x [N,C,H,W], for which eps was predicted."""
-        mu, gamma = (None, None) if self.trigger is None else (self.trigger.mu[None], self.trigger.gamma[None])
-        return sampler_step(
-            x, eps, _on_device(step, x.device), mu=mu, gamma=gamma, fresh=fresh, previous=previous, limit=self.limit
-        )
+        mu, gamma = (None, None) if self.trigger is None else (self.trigger.mu, self.trigger.gamma)
+        return sampler_step(x, eps, step, mu=mu, gamma=gamma, fresh=fresh, previous=previous, limit=self.limit)
 
 
 def _image_step(here: NoiseLevel) -> StepCoefficients:
