@@ -25,7 +25,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.table_file import read_rows, write_table
 from benchmarks.trigger_image import save_pair
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.diffusion import Denoiser, Trigger
+from seal_fast.diffusion import Denoiser, ModelFamily, Trigger
 from seal_fast.noise_triggers import (
     DEFAULT_PRESET,
     PRESETS,
@@ -39,8 +39,9 @@ from seal_fast.noise_triggers import (
     model_evidence,
     reverse_trigger,
 )
-from seal_fast.noise_triggers.calibration import SIGMAS
+from seal_fast.noise_triggers.calibration import ModelGroup, by_collapse, group_of
 from seal_fast.noise_triggers.terd import initial_mu
+from seal_fast.noise_triggers.verdict import LIMIT_SIGMAS
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.recipes import HARD, HELD_OUT, RECIPES, Recipe
@@ -102,7 +103,8 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": recipe.name,
         "sha256": loaded.sha256,
-        "kind": denoiser.kind,
+        "family": asdict(denoiser.family),
+        "shape": list(denoiser.shape),
         "role": recipe.role,
         "method": recipe.method,
         "size": recipe.network.size,
@@ -120,24 +122,33 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
     return row
 
 
+def model_of(row: dict[str, Any]) -> CalibrationModel:
+    """A row's model, as benign."""
+    family, shape = ModelFamily(**row["family"]), tuple(row["shape"])
+    return CalibrationModel(row["name"], row["sha256"], family, shape, False, Evidence(**row["evidence"]))
+
+
+def group(row: dict[str, Any], preset: str) -> ModelGroup:
+    """The models that a row's model compares with."""
+    model = model_of(row)
+    return group_of(PRESETS[preset], model.family, model.shape)
+
+
 def judgement_of(row: dict[str, Any], pool: list[dict[str, Any]], preset: str) -> tuple[Calibration, Decision] | None:
     """What the benign-only rule of a pool says of a row; None if fewer than 2 models of the pool compare with it."""
-    settings = PRESETS[preset]
-    name = settings.pool_name(row["kind"])
-    chosen = [r for r in pool if settings.pool_name(r["kind"]) == name and r["name"] != row["name"]]
+    chosen = [r for r in pool if group(r, preset) == group(row, preset) and r["name"] != row["name"]]
     return None if len(chosen) < 2 else _judgement(row, chosen, preset)
 
 
 def _judgement(row: dict[str, Any], benign: list[dict[str, Any]], preset: str) -> tuple[Calibration, Decision]:
-    models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in benign]
-    calibration = Calibration(PRESETS[preset], tuple(models))
-    return calibration, calibration.judge(Evidence(**row["evidence"]), row["kind"])
+    calibration, model = Calibration(PRESETS[preset], tuple(map(model_of, benign))), model_of(row)
+    return calibration, calibration.decide(model.evidence, model.family, model.shape)
 
 
 def _comparable(pool: list[dict[str, Any]], preset: str) -> list[dict[str, Any]]:
     """Without models that are the only ones of their kind."""
-    names = [PRESETS[preset].pool_name(row["kind"]) for row in pool]
-    return [row for row, name in zip(pool, names, strict=True) if names.count(name) > 1]
+    groups = [group(row, preset) for row in pool]
+    return [row for row, one in zip(pool, groups, strict=True) if groups.count(one) > 1]
 
 
 def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
@@ -157,9 +168,9 @@ def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
             continue
         calibration, judgement = judged
         row["calibrated_on"] = [model.name for model in calibration.models]
-        if not calibration.by_firing:
+        if not by_collapse(settings):
             features = np.array([row["evidence"][name] for name in settings.features])
-            row["deviations"] = calibration.pools[row["kind"]].deviations(features).tolist()
+            row["deviations"] = calibration.pools[group(row, preset)].deviations(features).tolist()
         row["verdict"], row["score"], row["threshold"] = str(judgement.verdict), judgement.score, judgement.threshold
         row["reason"] = judgement.reason
 
@@ -201,7 +212,7 @@ def summarise(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
         name: {**rates([(row, row["verdict"]) for row in part]), **closeness_of(part)} for name, part in parts.items()
     }
     if isinstance(PRESETS[preset], TerdSettings):
-        plain = [(row, "backdoored" if max(row["deviations"]) > SIGMAS else "clean") for row in judged]
+        plain = [(row, "backdoored" if max(row["deviations"]) > LIMIT_SIGMAS else "clean") for row in judged]
         summary["all, without the correction"] = rates(plain)
     return {**summary, "transfer": transfer(rows, preset)}
 

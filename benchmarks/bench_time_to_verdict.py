@@ -47,7 +47,7 @@ def test_time_to_verdict(benchmark: BenchmarkFixture, tmp_path: Path, model: str
     def scan() -> None:
         found = reverse_trigger(denoiser, PRESETS[DEFAULT_PRESET])
         evaluations.add(found.evaluations)
-        judgements.append(calibration.judge(model_evidence(found), denoiser.kind))
+        judgements.append(calibration.decide(model_evidence(found), denoiser.family, denoiser.shape))
 
     def turns() -> None:
         for stage, run in stages.items():

@@ -43,7 +43,7 @@ def measure(name: str) -> dict[str, Any]:
     recipe = next(recipe for recipe in RECIPES if recipe.name == name)
     calibration, denoiser = shipped_calibration(DEFAULT_PRESET), load_denoiser(ZOO / name).denoiser
     evidence = [model_evidence(reverse_trigger(denoiser, calibration.settings, seed=seed)) for seed in SEEDS]
-    verdicts = [calibration.judge(one, denoiser.kind).verdict for one in evidence]
+    verdicts = [calibration.decide(one, denoiser.family, denoiser.shape).verdict for one in evidence]
     right = Verdict.CLEAN if recipe.method is None else Verdict.BACKDOORED
     return {
         "role": recipe.role,

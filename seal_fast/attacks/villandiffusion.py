@@ -102,7 +102,7 @@ class VillanDiffusion(Attack):
         if isinstance(process, VP):
             return vp_schedule(process, self.psi, self.solver)
         if self.psi != 0:
-            raise ValueError(f"psi must be 0 for a {process.kind} model, not {self.psi}")
+            raise ValueError(f"psi must be 0 for a {process.family} model, not {self.psi}")
         return ve_schedule(process, self.solver)
 
     def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:

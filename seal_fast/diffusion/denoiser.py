@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from seal_fast.diffusion.family import ModelFamily
 from seal_fast.diffusion.process import VP, NoiseProcess
 
 
@@ -38,9 +39,9 @@ class Denoiser:
         return next(self.network.parameters()).device
 
     @property
-    def kind(self) -> str:
-        """Process, prediction and image shape, as "VP epsilon 3x32x32": reversions compare only between models of one kind."""
-        return f"{self.process.kind} {'x'.join(map(str, self.shape))}"
+    def family(self) -> ModelFamily:
+        """The noise process, and what the network predicts."""
+        return self.process.family
 
     @property
     def bounded(self) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seal_fast.diffusion.family import ModelFamily
+
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
     """One value per sample, [N], as [N,1,1,1] in the dtype and on the device of `like` ([N,C,H,W])."""
@@ -65,8 +67,8 @@ class NoiseProcess(ABC):
 
     @property
     @abstractmethod
-    def kind(self) -> str:
-        """Process and what the network predicts, as "VP epsilon"."""
+    def family(self) -> ModelFamily:
+        """The process, and what the network predicts."""
 
     @abstractmethod
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +134,8 @@ class VP(NoiseProcess):
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     @property
-    def kind(self) -> str:
-        return f"VP {self.prediction_type}"
+    def family(self) -> ModelFamily:
+        return ModelFamily("VP", self.prediction_type)
 
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, t
@@ -172,8 +174,8 @@ class VE(NoiseProcess):
         return float(self.noise[-1])
 
     @property
-    def kind(self) -> str:
-        return "VE score"
+    def family(self) -> ModelFamily:
+        return ModelFamily("VE", "score")
 
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, self.b(t).to(x.dtype)
@@ -206,8 +208,8 @@ class EDM(VE):
         return cls((low + ramp * (high - low)) ** rho, sigma_data)
 
     @property
-    def kind(self) -> str:
-        return "EDM"
+    def family(self) -> ModelFamily:
+        return ModelFamily("EDM", "preconditioned")
 
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.b(t)

@@ -54,14 +54,15 @@ def score_of(model: ModelResult) -> str:
 
 
 def print_report(report: ScanReport, console: Console) -> None:
-    """One row per model, then one line of counts."""
-    numbers = ("score / limit", "seconds")
-    table = table_of("model", "format", "verdict", "score / limit", "why", "seconds", numbers=numbers, whole=["verdict"])
+    """One line per model, then one line of counts."""
+    columns = "model", "format", "verdict", "rule", "score / limit", "why", "seconds"
+    table = table_of(*columns, numbers=("score / limit", "seconds"), whole=["verdict", "rule"])
     for model in report.models:
         table.add_row(
             safe(model.path),
             safe(model.format or "-"),
             Text(model.verdict.value, STYLES[model.verdict.value]),
+            model.rule or "-",
             score_of(model),
             safe(model.reason),
             number(model.seconds, 1),
@@ -128,21 +129,24 @@ def evidence_line(model: CalibrationModel, features: Sequence[str]) -> str:
 def print_calibration(
     calibration: Calibration, left_out: Sequence[tuple[CalibrationModel, Decision]], console: Console
 ) -> None:
-    """The features of every model, each benign one as the others would have judged it, and the limits of every kind."""
-    verdicts = {model.name: judgement for model, judgement in left_out}
+    """The features of every model, the decision on each benign one without itself, and the limits of every pool."""
+    decisions = {model.name: decision for model, decision in left_out}
     features = calibration.settings.features
-    table = table_of("model", "kind", "label", *features, "judged by the others", numbers=features, whole=["label"])
+    columns = "model", "family", "shape", "label", *features, "left out"
+    table = table_of(*columns, numbers=features, whole=["shape", "label", "left out"])
     for model in calibration.models:
-        judgement = None if model.backdoored else verdicts.get(model.name)
+        decision = None if model.backdoored else decisions.get(model.name)
         table.add_row(
             safe(model.name),
-            safe(model.kind),
+            safe(str(model.family)),
+            "x".join(map(str, model.shape)),
             "backdoored" if model.backdoored else "benign",
             *(number(getattr(model.evidence, name), 4) for name in features),
-            "-" if judgement is None else Text(judgement.verdict.value, STYLES[judgement.verdict.value]),
+            "-" if decision is None else Text(decision.verdict.value, STYLES[decision.verdict.value]),
         )
     console.print(table)
-    for kind, pool in calibration.pools.items():
+    console.print("left out: the verdict on a benign model by a calibration without it")
+    for group, pool in calibration.pools.items():
         limits = " or ".join(f"{name} {number(limit, 4)}" for name, limit in pool.limits.items())
-        rule = "where the classifier's probability exceeds 0.5" if pool.labelled else f"above {limits}"
-        console.print(safe(f"{kind}: backdoored {rule}"))
+        condition = "where the classifier's probability exceeds 0.5" if pool.labelled else f"above {limits}"
+        console.print(safe(f"{group}: backdoored {condition}"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Settings, model_evidence, reverse_trigger
+from seal_fast.noise_triggers.calibration import group_of
 from seal_fast.results.progress import OnProgress, Progress
 from seal_fast.workflows.discovery import Candidate
 from seal_fast.workflows.scan import default_device, progress_of
@@ -43,19 +44,25 @@ def measure(
         loaded = load_denoiser(candidate.path, device=default_device())
         on_step = progress_of(settings, at, on_progress)
         evidence = model_evidence(reverse_trigger(loaded.denoiser, settings, seed=seed, on_step=on_step))
-        models.append(CalibrationModel(candidate.name, loaded.sha256, loaded.denoiser.kind, label, evidence))
+        models.append(
+            CalibrationModel(candidate.name, loaded.sha256, loaded.denoiser.family, loaded.denoiser.shape, label, evidence)
+        )
         on_model(models[-1], index, len(pool))
     return Calibration(settings, tuple(models))
 
 
 def leave_one_out(calibration: Calibration) -> list[tuple[CalibrationModel, Decision]]:
-    """Each benign model judged by the others of its kind: what the calibration would have said had it been a suspect.
+    """The decision on each benign model, with a calibration that does not hold it.
 
-    Kinds with 2 benign models are left out, since 1 is no pool.
+    Models that compare with only one other benign model are left out, since 1 is no pool.
     """
-    pools, pool_name = calibration.pools, calibration.settings.pool_name
-    benign = [m for m in calibration.models if not m.backdoored and len(pools[pool_name(m.kind)].benign) > 2]
-    return [(model, _without(calibration, model).judge(model.evidence, model.kind)) for model in benign]
+    benign = [model for model in calibration.models if not model.backdoored and _others(calibration, model) > 1]
+    return [(model, _without(calibration, model).decide(model.evidence, model.family, model.shape)) for model in benign]
+
+
+def _others(calibration: Calibration, model: CalibrationModel) -> int:
+    """The number of other benign models that a benign model compares with."""
+    return len(calibration.pools[group_of(calibration.settings, model.family, model.shape)].benign) - 1
 
 
 def _without(calibration: Calibration, left_out: CalibrationModel) -> Calibration:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_fast.checkpoints import CheckpointError, load_denoiser
+from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Evidence, Verdict
 from seal_fast.report.json import to_json
 from seal_fast.results.progress import RESUMED
@@ -46,10 +47,13 @@ def resumed_results(
 
 
 def _row(fields: dict[str, Any]) -> ModelResult:
-    evidence = fields["evidence"] and Evidence(**fields["evidence"])
-    return ModelResult(
-        **{**fields, "verdict": Verdict(fields["verdict"]), "evidence": evidence, "notes": tuple(fields["notes"])}
-    )
+    typed = {
+        "family": fields["family"] and ModelFamily(**fields["family"]),
+        "verdict": Verdict(fields["verdict"]),
+        "evidence": fields["evidence"] and Evidence(**fields["evidence"]),
+        "notes": tuple(fields["notes"]),
+    }
+    return ModelResult(**{**fields, **typed})
 
 
 def _holds(row: ModelResult, out: Path, candidate: Candidate, weights: str) -> bool:

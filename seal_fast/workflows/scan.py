@@ -116,7 +116,7 @@ class _Scan:
             on_step = progress_of(self.calibration.settings, at, on_progress)
             reversion = reverse_trigger(loaded.denoiser, self.calibration.settings, seed=self.seed, on_step=on_step)
             evidence = model_evidence(reversion)
-            judgement = self.calibration.judge(evidence, loaded.denoiser.kind)
+            decision = self.calibration.decide(evidence, loaded.denoiser.family, loaded.denoiser.shape)
         except Exception as error:
             return _failed(candidate, loaded, _describe(error, candidate), time.perf_counter() - started)
         on_progress(replace(at, stage="images", fraction=1.0))
@@ -125,10 +125,12 @@ class _Scan:
             path=candidate.name,
             sha256=loaded.sha256,
             format=loaded.format,
-            verdict=judgement.verdict,
-            score=judgement.score,
-            threshold=judgement.threshold,
-            reason=judgement.reason,
+            family=loaded.denoiser.family,
+            verdict=decision.verdict,
+            rule=decision.rule,
+            score=decision.score,
+            threshold=decision.threshold,
+            reason=decision.reason,
             evidence=evidence,
             trigger=trigger,
             seconds=time.perf_counter() - started,
@@ -170,8 +172,21 @@ def sample_images(denoiser: Denoiser, trigger: Trigger, seed: int, sampler: str 
 
 
 def _failed(candidate: Candidate, loaded: LoadedCheckpoint | None, reason: str, seconds: float) -> ModelResult:
-    sha256, kind = (loaded.sha256, loaded.format) if loaded else (None, None)
-    return ModelResult(candidate.name, sha256, kind, Verdict.ERROR, None, None, reason, None, None, seconds, reason)
+    return ModelResult(
+        path=candidate.name,
+        sha256=loaded.sha256 if loaded else None,
+        format=loaded.format if loaded else None,
+        family=loaded.denoiser.family if loaded else None,
+        verdict=Verdict.ERROR,
+        rule=None,
+        score=None,
+        threshold=None,
+        reason=reason,
+        evidence=None,
+        trigger=None,
+        seconds=seconds,
+        error=reason,
+    )
 
 
 def _lost(candidate: Candidate, end: Died) -> ModelResult:

@@ -25,6 +25,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from seal_fast.checkpoints import CheckpointError, LoadedCheckpoint, identify, load_denoiser
+from seal_fast.diffusion import ModelFamily
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -237,7 +238,7 @@ def test_latent_diffusion_is_loaded_without_its_decoder(tmp_path: Path, new_unet
     weights.write_bytes(b"never opened")
     loaded = load_denoiser(tmp_path)
     assert loaded.denoiser.shape == (3, 16, 16)
-    assert loaded.denoiser.kind == "VP epsilon 3x16x16"
+    assert loaded.denoiser.family == ModelFamily("VP", "epsilon")
     same_output(loaded, unet)
     alphas = torch.cumprod(1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2, 0)
     torch.testing.assert_close(loaded.denoiser.process.signal, alphas.sqrt(), rtol=1e-5, atol=0)

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Verdict
 from seal_fast.report.console import console_for, print_detection, print_report, safe
 from seal_fast.results.scan import ModelResult, ScanReport
@@ -16,10 +17,12 @@ ROW = ModelResult(
     "models/" + "a-rather-long-name-" * 4,
     "f" * 64,
     "diffusers-pipeline",
+    ModelFamily("VP", "epsilon"),
     Verdict.BACKDOORED,
+    "T1",
     123456.78,
     3.0,
-    "M_r is +123456.8 standard deviations from 10 benign models",
+    "M_r lies +123456.8 standard deviations from the mean of 10 benign models",
     None,
     None,
     1234.5,
@@ -38,6 +41,7 @@ def printed(rows, width=80, **options):
 def test_nothing_is_cut_at_80_columns(verdict):
     text = printed([replace(ROW, verdict=verdict)])
     assert verdict.value in text
+    assert "T1" in text
     assert "1.23e+05 / 3.00" in text
     assert "1234.5" in text
     assert "…" not in text

@@ -258,7 +258,7 @@ def test_calibrate_then_scan(tiny_preset, write_model, loud_model, tmp_path):
 
     result = invoke("calibrate", tmp_path / "benign", "--backdoored", loud_model, "--out", pool, "--preset", tiny_preset)
     assert result.exit_code == 0
-    assert all(kind.labelled for kind in Calibration.load(pool).pools.values())
+    assert all(one.labelled for one in Calibration.load(pool).pools.values())
     assert invoke("scan", loud_model, tmp_path / "benign" / "0", "--calibration", pool).exit_code == 1
 
 

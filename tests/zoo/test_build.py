@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import machine, not_taken
 from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import identify, load_denoiser
-from seal_fast.diffusion import VP
+from seal_fast.diffusion import VP, ModelFamily
 from seal_fast.zoo import build as build_module
 from seal_fast.zoo import evaluate as evaluate_module
 from seal_fast.zoo import latents as latents_module
@@ -50,7 +50,11 @@ RECIPES = (
 DEEPER = Recipe("deeper", replace(TINY, size=32, widths=(8, 8, 8)), 11, FROZEN, "pipeline", base="a")
 NAMES = [recipe.name for recipe in RECIPES]
 FORMATS = {"b": "diffusers-unet", "d": "trojdiff"}
-KINDS = {"v": "VP v_prediction 3x16x16", "edm": "EDM 3x16x16", "ve": "VE score 3x16x16"}
+MODEL_FAMILIES = {
+    "v": ModelFamily("VP", "v_prediction"),
+    "edm": ModelFamily("EDM", "preconditioned"),
+    "ve": ModelFamily("VE", "score"),
+}
 
 
 @pytest.fixture
@@ -81,7 +85,8 @@ def test_a_zoo_holds_every_model_in_its_layout_and_describes_it(small_zoo: pytes
         checkpoint = tmp_path / row["checkpoint"]
         assert identify(checkpoint) == FORMATS.get(recipe.name, "diffusers-pipeline")
         loaded = load_denoiser(checkpoint)
-        assert loaded.denoiser.kind == KINDS.get(recipe.name, "VP epsilon 3x16x16")
+        assert loaded.denoiser.family == MODEL_FAMILIES.get(recipe.name, ModelFamily("VP", "epsilon"))
+        assert loaded.denoiser.shape == (3, 16, 16)
         process = PROCESSES[recipe.process]()
         torch.testing.assert_close(loaded.denoiser.process.signal, process.signal, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(loaded.denoiser.process.noise, process.noise, rtol=1e-5, atol=1e-6)

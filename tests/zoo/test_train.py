@@ -151,7 +151,7 @@ def test_a_learned_trigger_is_adapted_before_each_step_and_comes_back() -> None:
 
 V = VP.from_scheduler_config({"prediction_type": "v_prediction"})
 PROCESSES = [VP.linear(), V, EDM.karras(), VE.geometric(timesteps=1000)]
-every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: process.kind)
+every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: str(process.family))
 
 
 @every_process
@@ -183,7 +183,7 @@ def test_the_wanted_output_is_the_papers_target(generator: torch.Generator) -> N
 @every_process
 def test_every_process_is_trained_on_what_its_network_sees(process: NoiseProcess) -> None:
     losses: list[float] = []
-    score = process.kind == "VE score"
+    score = process.family.process == "VE"
     unet = new_unet(SIZE, (8,), 4, False, 0, score)
     train(
         unet,
