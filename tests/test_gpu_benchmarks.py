@@ -15,8 +15,6 @@ from packaging.requirements import Requirement
 
 from benchmarks.gpu import device, every_kernel, report, requirements, reversion, stages, train_zoo
 from benchmarks.gpu.device import TINY, Limits
-from seal_fast.zoo import evaluate as evaluate_module
-from seal_fast.zoo import train as train_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,10 +110,7 @@ def test_a_run_that_cannot_start_says_why(arguments: list[str], code: int, messa
     assert message in done.stderr
 
 
-def test_models_are_trained_measured_and_scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "SCENES", 24)
-    monkeypatch.setattr(evaluate_module, "SCENES", 24)
-    monkeypatch.setattr(evaluate_module, "STEPS", {"ddpm": 3, "ddim": 2})
+def test_models_are_trained_measured_and_scanned(tmp_path: Path) -> None:
     plan = train_zoo.TINY
     with pytest.raises(SystemExit, match="train that first"):
         train_zoo.run(plan, tmp_path, ["gpu-8-troj"], keep_models=False)

@@ -32,7 +32,7 @@ from seal_fast.noise_triggers import DEFAULT_PRESET, SearchSettings, shipped_cal
 from seal_fast.zoo.build import save_pipeline
 from seal_fast.zoo.evaluate import evaluate
 from seal_fast.zoo.recipes import PROCESSES, Network, Recipe
-from seal_fast.zoo.train import Schedule, train
+from seal_fast.zoo.train import TRAINING_IMAGES, Schedule, train
 
 SIZES = (32, 64)
 BENIGN = Schedule(steps=5_000, learning_rate=2e-4, batch=128, ema_decay=0.999)
@@ -54,6 +54,8 @@ class Plan:
         width: channels of the first level; 128 is the real one.
         groups: of the group norms.
         samples: per figure of attack success and of clean samples.
+        training_images: number of training images.
+        sampler_steps: sampling steps of the measurements; None for those of the zoo.
         settings: of the scan's reversion; None for those that are shipped.
     """
 
@@ -63,6 +65,8 @@ class Plan:
     width: int = 128
     groups: int = 32
     samples: int = 64
+    training_images: int = TRAINING_IMAGES
+    sampler_steps: int | None = None
     settings: SearchSettings | None = None
 
 
@@ -73,6 +77,8 @@ TINY = Plan(
     width=8,
     groups=4,
     samples=2,
+    training_images=24,
+    sampler_steps=3,
     settings=BRIEF_SEARCH,
 )
 
@@ -108,9 +114,17 @@ def build(recipe: Recipe, plan: Plan, out: Path) -> dict[str, Any]:
             print(f"{recipe.name}: step {step}/{recipe.schedule.steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
 
     unet, began = initial(recipe, plan, out), time.perf_counter()
-    trained = train(unet, process, recipe.schedule, attack=attack, seed=recipe.seed, on_step=progress)
+    images = plan.training_images
+    trained = train(unet, process, recipe.schedule, attack=attack, seed=recipe.seed, images=images, on_step=progress)
     seconds = time.perf_counter() - began
-    quality = evaluate(Denoiser(trained.ema, process, (3, size, size)), attack, seed=recipe.seed, count=plan.samples)
+    quality = evaluate(
+        Denoiser(trained.ema, process, (3, size, size)),
+        attack,
+        seed=recipe.seed,
+        count=plan.samples,
+        steps=plan.sampler_steps,
+        training_images=images,
+    )
     save_pipeline(trained.ema.half().cpu(), process, out / recipe.name)
     calibration = shipped_calibration(DEFAULT_PRESET)
     if plan.settings is not None:
