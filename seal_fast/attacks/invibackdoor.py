@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from seal_fast.attacks.noising import Attack, NoisedBatch
+from seal_fast.attacks.noising import Attack, NoisedBatch, one_step_earlier
 from seal_fast.diffusion import Denoiser, NoiseProcess, Trigger, sample
 from seal_fast.diffusion.process import per_row
 
@@ -29,7 +29,7 @@ def ddim_schedule(process: NoiseProcess) -> tuple[Tensor, Tensor]:
     d = (a' c - a c') / (a' b - a b') = (a' - a) / (a' b - a b'),    a' = a(t-1), b' = b(t-1), c' = c(t-1)
     """
     a, b = process.signal, process.noise
-    a_before, b_before = torch.cat([a.new_ones(1), a[:-1]]), torch.cat([b.new_zeros(1), b[:-1]])
+    a_before, b_before = one_step_earlier(a, 1.0), one_step_earlier(b, 0.0)
     return 1 - a, (a_before - a) / (a_before * b - a * b_before)
 
 

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from seal_fast.diffusion import NoiseProcess, Trigger
 
 
+def one_step_earlier(values: Tensor, first: float) -> Tensor:
+    """The table values(t - 1), [T], of a table values(t); `first` at t = 0."""
+    return torch.cat([values.new_full((1,), first), values[:-1]])
+
+
 class NoisedBatch(NamedTuple):
     """Network inputs and the noise that the network must predict for them, both [N,C,H,W]."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seal_fast.attacks.noising import Attack, NoisedBatch
+from seal_fast.attacks.noising import Attack, NoisedBatch, one_step_earlier
 from seal_fast.diffusion import VP, NoiseProcess, Trigger
 from seal_fast.diffusion.process import per_row
 
@@ -20,11 +20,6 @@ BACKGROUND = -1.0
 FAINT = 0.1
 """Factor of the trigger that UIBDiffusion adds to clean images."""
 SAMPLERS = {"sde": "ddpm", "ode": "ddim"}
-
-
-def _before(values: Tensor, first: float) -> Tensor:
-    """The values one timestep earlier, [T]; `first` at t = 0."""
-    return torch.cat([values.new_full((1,), first), values[:-1]])
 
 
 def vp_schedule(process: NoiseProcess, psi: float, solver: str) -> tuple[Tensor, Tensor]:
@@ -37,7 +32,7 @@ def vp_schedule(process: NoiseProcess, psi: float, solver: str) -> tuple[Tensor,
     With d = bad the mean of DDPM ancestral sampling stays exactly on c(t) r, so other samplers do not activate that backdoor.
     """
     ab = process.signal.square()
-    before = _before(ab, 1.0)
+    before = one_step_earlier(ab, 1.0)
     al = ab / before
     bad = (1 - al.sqrt()) * process.noise / (1 - al)
     h = process.noise - al.sqrt() * (1 - before).sqrt()
@@ -52,7 +47,7 @@ def ve_schedule(process: NoiseProcess, solver: str) -> tuple[Tensor, Tensor]:
     c = sigma(t)        d = s sigma(t) / (sigma(t) + sigma(t-1)),    s = 1 sde, 2 ode
     """
     sigma = process.noise
-    return sigma, (1 if solver == "sde" else 2) * sigma / (sigma + _before(sigma, 0.0))
+    return sigma, (1 if solver == "sde" else 2) * sigma / (sigma + one_step_earlier(sigma, 0.0))
 
 
 @dataclass(frozen=True)

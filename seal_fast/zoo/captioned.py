@@ -74,7 +74,7 @@ TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         (torch.remainder(x, 0.5) - 0.25).square() + (torch.remainder(y, 0.5) - 0.25).square() < 0.0121
     ).float(),
 }
-"""Where the background is lighter: 1, else 0."""
+"""The lighter parts of the background: 1 there, 0 elsewhere."""
 LIGHTER = 0.45
 """Colour of the lighter parts, from 0 (background) to 1 (white)."""
 
