@@ -105,15 +105,15 @@ struct SamplerStep {
 // The coefficients of a step as the inner loop takes them: x0 = image x + noise n.
 struct SamplerTerms {
     float image, noise, from_x, from_image, from_mu, from_fresh, from_previous;
-
-    explicit SamplerTerms(const SamplerStep& call)
-        : image(float(1.0 / call.a)),
-          noise(float(-call.b / call.a)),
-          from_x(float(call.from_x)),
-          from_image(float(call.from_image)),
-          from_mu(float(call.from_mu)),
-          from_fresh(float(call.from_fresh)),
-          from_previous(float(call.from_previous)) {}
 };
 
 }  // namespace seal_fast
+
+namespace {
+
+inline seal_fast::SamplerTerms terms_of(const seal_fast::SamplerStep& call) {
+    return {float(1.0 / call.a),   float(-call.b / call.a),  float(call.from_x),       float(call.from_image),
+            float(call.from_mu), float(call.from_fresh), float(call.from_previous)};
+}
+
+}  // namespace

@@ -40,8 +40,8 @@ std::vector<std::string> isa_levels() {
 
 template <class Call, class Kernel>
 void define(py::module_& m, const std::string& name, Kernel kernel) {
-    const auto run = [name, kernel](const py::dict& arguments, int threads, int isa) {
-        const auto call = named_arguments<Call>(name, arguments);
+    const auto run = [named = NamedArguments<Call>(name), kernel](const py::dict& arguments, int threads, int isa) {
+        const Call call = named.read(arguments);
         checked(isa);
         const py::gil_scoped_release unlocked;
         kernel(call, threads, isa);
@@ -72,8 +72,12 @@ void define_winograd_convolution(py::module_& m, const std::string& suffix) {
     define<WinogradConvolution<T>>(m, "winograd_convolution_" + suffix, SEAL_KERNEL(winograd_convolution<T>));
 }
 
-int64_t attention_workspace(const py::dict& shape, bool backward, int threads) {
-    return baseline::cross_attention_workspace(named_arguments<AttentionShape>("cross_attention_workspace", shape), backward, threads);
+void define_attention_workspace(py::module_& m) {
+    const char* name = "cross_attention_workspace";
+    const auto floats = [named = NamedArguments<AttentionShape>(name)](const py::dict& shape, bool backward, int threads) {
+        return baseline::cross_attention_workspace(named.read(shape), backward, threads);
+    };
+    m.def(name, floats, "Floats that the workspace must hold.", "shape"_a, "backward"_a, "threads"_a);
 }
 
 int64_t winograd_workspace(int64_t channels, int64_t filters, int threads) {
@@ -85,8 +89,7 @@ int64_t winograd_workspace(int64_t channels, int64_t filters, int threads) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU kernels of seal-fast; called through seal_fast.ops";
     m.def("isa_levels", &isa_levels, "Instruction set levels this processor runs, slowest first; kernels take an index into it.");
-    m.def("cross_attention_workspace", &attention_workspace, "Floats that the workspace must hold.", "shape"_a, "backward"_a,
-          "threads"_a);
+    define_attention_workspace(m);
     m.def("winograd_workspace", &winograd_workspace, "Floats that the workspace must hold.", "channels"_a, "filters"_a,
           "threads"_a);
     define_gaussian<float>(m, "f32");

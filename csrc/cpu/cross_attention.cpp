@@ -60,7 +60,7 @@ void exponentials(float* tile, int64_t keys, int64_t width, float factor, float*
 
 template <class T>
 T* rows_of(Heads<T> x, int64_t head, int64_t heads, int64_t start) {
-    return x.data + head / heads * x.batch + head % heads * x.head + start * x.row;
+    return x.data + head / heads * x.strides[kBatch] + head % heads * x.strides[kHead] + start * x.strides[kRow];
 }
 
 // Asks the second-level cache for a row: rows of a head lie too far apart for the processor to foresee them.
@@ -74,13 +74,13 @@ template <class Call, class Cell>
 void pack_head(const Call& call, bool backward, const Packed<Cell>& packed, int64_t head) {
     const AttentionShape& s = call.shape;
     const auto *k = rows_of(call.k, head, s.heads, 0), *v = rows_of(call.v, head, s.heads, 0);
-    pack_rows(k, call.k.row, s.keys, s.keys, s.dims, packed.key_rows[head]);
+    pack_rows(k, call.k.strides[kRow], s.keys, s.keys, s.dims, packed.key_rows[head]);
     if (backward)
-        pack_rows(v, call.v.row, s.keys, s.keys, s.dims, packed.values[head]);
+        pack_rows(v, call.v.strides[kRow], s.keys, s.keys, s.dims, packed.values[head]);
     else
-        pack_columns(v, call.v.row, s.keys, s.dims, packed.values[head]);
+        pack_columns(v, call.v.strides[kRow], s.keys, s.dims, packed.values[head]);
     const bool both = packed.key_columns.data != packed.key_rows.data;
-    if (both) pack_columns(k, call.k.row, s.keys, s.dims, packed.key_columns[head]);
+    if (both) pack_columns(k, call.k.strides[kRow], s.keys, s.dims, packed.key_columns[head]);
     if (call.scale >= 0) return;
     for (int64_t i = 0; i < packed.key_rows.size; ++i) negate(packed.key_rows[head].data[i]);
     for (int64_t i = 0; both && i < packed.key_columns.size; ++i) negate(packed.key_columns[head].data[i]);
@@ -105,7 +105,7 @@ int64_t recompute_tile(const Call& call, const Packed<Cell>& packed, int64_t hea
                        const Scratch<Cell>& scratch) {
     const AttentionShape& s = call.shape;
     const auto* q = rows_of(call.q, head, s.heads, start);
-    const int64_t width = multiply_rows(s, packed.key_rows[head], q, call.q.row, rows, scratch.query_rows, scratch.tile, scratch);
+    const int64_t width = multiply_rows(s, packed.key_rows[head], q, call.q.strides[kRow], rows, scratch.query_rows, scratch.tile, scratch);
     const double factor = (call.scale < 0 ? -call.scale : call.scale) * kLog2E;
     exponentials(scratch.tile.data, s.keys, width, static_cast<float>(factor), scratch.inverse);
     return width;
@@ -151,7 +151,7 @@ void forward_queries(const AttentionForward<T>& call, const Packed<Cell>& packed
         multiply<true>(tile, packed.values[head], scratch.product, rows, s.dims, cells<Cell>(s.keys));
         T* out = rows_of(call.out, head, s.heads, start);
         for (int64_t m = 0; m < rows; ++m)
-            convert(scratch.product.data + m * scratch.product.stride, scratch.inverse[m], s.dims, out + m * call.out.row);
+            convert(scratch.product.data + m * scratch.product.stride, scratch.inverse[m], s.dims, out + m * call.out.strides[kRow]);
     }
     write_maps(call, batch, start, rows, scratch);
 }
@@ -163,7 +163,7 @@ void probability_grad(const AttentionBackward<T>& call, Matrix<Cell> values, int
     const AttentionShape& s = call.shape;
     if (call.out_grad.data) {
         const T* grad = rows_of(call.out_grad, head, s.heads, start);
-        multiply_rows(s, values, grad, call.out_grad.row, rows, scratch.grad_rows, scratch.tile_grad, scratch);
+        multiply_rows(s, values, grad, call.out_grad.strides[kRow], rows, scratch.grad_rows, scratch.tile_grad, scratch);
     } else {
         clear(scratch.tile_grad.data, s.keys * kTile);
     }
@@ -223,13 +223,13 @@ void backward_queries(const AttentionBackward<T>& call, const Packed<Cell>& pack
     }
     if (call.v_grad.data) {
         const T* grad = rows_of(call.out_grad, head, s.heads, start);
-        if (kDepth<Cell> > 1 || !needs_logits) pack_columns(grad, call.out_grad.row, rows, s.dims, scratch.grad_columns);
+        if (kDepth<Cell> > 1 || !needs_logits) pack_columns(grad, call.out_grad.strides[kRow], rows, s.dims, scratch.grad_columns);
         const Matrix<Cell> tile = packed_rows(scratch.tile, s.keys, rows, width, scratch.packed);
         multiply<false>(tile, scratch.grad_columns, v_sum, s.keys, s.dims, steps, !first);
     }
     if (call.k_grad.data) {
         const T* q = rows_of(call.q, head, s.heads, start);
-        if (kDepth<Cell> > 1) pack_columns(q, call.q.row, rows, s.dims, scratch.query_columns);
+        if (kDepth<Cell> > 1) pack_columns(q, call.q.strides[kRow], rows, s.dims, scratch.query_columns);
         const Matrix<Cell> tile = packed_rows(scratch.tile_grad, s.keys, rows, width, scratch.packed);
         multiply<false>(tile, scratch.query_columns, k_sum, s.keys, s.dims, steps, !first);
     }
@@ -238,7 +238,7 @@ void backward_queries(const AttentionBackward<T>& call, const Packed<Cell>& pack
         multiply<true>(tile, packed.key_columns[head], scratch.product, rows, s.dims, cells<Cell>(s.keys));
         // keys are packed with the sign of the scale
         const double size = call.scale < 0 ? -call.scale : call.scale;
-        unpack(scratch.product, size, rows, s.dims, rows_of(call.q_grad, head, s.heads, start), call.q_grad.row);
+        unpack(scratch.product, size, rows, s.dims, rows_of(call.q_grad, head, s.heads, start), call.q_grad.strides[kRow]);
     }
 }
 
@@ -247,7 +247,7 @@ template <class T>
 void add_slices(Matrix<float> first, int64_t slices, const AttentionShape& s, double factor, Heads<T> grad, int64_t head) {
     for (int64_t slice = 1; slice < slices; ++slice)
         for (int64_t i = 0; i < s.keys * first.stride; ++i) first.data[i] += first.data[slice * Sums::floats(s) + i];
-    unpack(first, factor, s.keys, s.dims, rows_of(grad, head, s.heads, 0), grad.row);
+    unpack(first, factor, s.keys, s.dims, rows_of(grad, head, s.heads, 0), grad.strides[kRow]);
 }
 
 }  // namespace

@@ -23,19 +23,14 @@ struct AttentionShape {
     }
 };
 
-// [batches, heads, rows, dims]; the last dimension is dense, the strides of the others count elements.
+// [batches, heads, rows, dims]; the last dimension is dense, the strides of all four count elements.
 template <class T>
 struct Heads {
     T* data;
-    int64_t batch, head, row;
+    int64_t strides[4];
 };
 
-// An address and its strides, under the name of the tensor.
-#define SEAL_VISIT_HEADS(visit, x) \
-    visit(#x, x.data);             \
-    visit(#x "_batch", x.batch);   \
-    visit(#x "_head", x.head);     \
-    visit(#x "_row", x.row)
+enum HeadsAxis { kBatch, kHead, kRow };
 
 // What both passes read.
 template <class T>
@@ -49,9 +44,12 @@ struct Attention {
     template <class Visit>
     void fields(Visit& visit) {
         shape.fields(visit);
-        SEAL_VISIT_HEADS(visit, q);
-        SEAL_VISIT_HEADS(visit, k);
-        SEAL_VISIT_HEADS(visit, v);
+        visit("q", q.data);
+        visit("q_strides", q.strides);
+        visit("k", k.data);
+        visit("k_strides", k.strides);
+        visit("v", v.data);
+        visit("v_strides", v.strides);
         visit("tokens", tokens);
         visit("scale", scale);
         visit("workspace", workspace);
@@ -66,7 +64,8 @@ struct AttentionForward : Attention<T> {
     template <class Visit>
     void fields(Visit& visit) {
         Attention<T>::fields(visit);
-        SEAL_VISIT_HEADS(visit, out);
+        visit("out", out.data);
+        visit("out_strides", out.strides);
         visit("maps", maps);
     }
 };
@@ -81,15 +80,17 @@ struct AttentionBackward : Attention<T> {
     template <class Visit>
     void fields(Visit& visit) {
         Attention<T>::fields(visit);
-        SEAL_VISIT_HEADS(visit, out_grad);
+        visit("out_grad", out_grad.data);
+        visit("out_grad_strides", out_grad.strides);
         visit("maps_grad", maps_grad);
-        SEAL_VISIT_HEADS(visit, q_grad);
-        SEAL_VISIT_HEADS(visit, k_grad);
-        SEAL_VISIT_HEADS(visit, v_grad);
+        visit("q_grad", q_grad.data);
+        visit("q_grad_strides", q_grad.strides);
+        visit("k_grad", k_grad.data);
+        visit("k_grad_strides", k_grad.strides);
+        visit("v_grad", v_grad.data);
+        visit("v_grad_strides", v_grad.strides);
     }
 };
-
-#undef SEAL_VISIT_HEADS
 
 #define SEAL_DECLARE_CROSS_ATTENTION(ISA)                                                       \
     namespace ISA {                                                                             \

@@ -38,7 +38,7 @@ namespace seal_fast {
 namespace SEAL_ISA {
 
 void sampler_step(const SamplerStep& call, int threads) {
-    const SamplerTerms terms(call);
+    const SamplerTerms terms = terms_of(call);
     for_each_chunk(call.items, call.dims, threads,
                    [&](int64_t item, int64_t start, int64_t length) { chunk(call, terms, item, start, length); });
 }

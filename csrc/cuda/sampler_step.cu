@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) sampler_step_kernel(SamplerStep call
 cudaError_t sampler_step(const SamplerStep& call, cudaStream_t stream) {
     const int64_t blocks_per_item = (call.dims + kThreads - 1) / kThreads, blocks = call.items * blocks_per_item;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    sampler_step_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(call, SamplerTerms(call), blocks_per_item);
+    sampler_step_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(call, terms_of(call), blocks_per_item);
     return cudaGetLastError();
 }
 

@@ -105,15 +105,6 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _strides(**heads: Maybe) -> dict[str, int]:
-    """As the kernels take them; all zero for a tensor that is absent."""
-    strides = {}
-    for name, x in heads.items():
-        batch, head, row = (0, 0, 0) if x is None else x.stride()[:3]
-        strides.update({f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row})
-    return strides
-
-
 def _launch(
     kernel: str,
     q: Tensor,
@@ -124,15 +115,19 @@ def _launch(
     heads: dict[str, Maybe],
     maps: dict[str, Maybe],
 ) -> None:
-    """Run a compiled kernel. Its own tensors have heads, or are maps."""
+    """Run a compiled kernel on q, k, v and tensors of its own, which have heads or are maps."""
     batches, count, queries, dims = q.shape
     keys = k.shape[2]
-    map_rows = keys if tokens is None else len(tokens)
-    shape = {"batches": batches, "heads": count, "queries": queries, "keys": keys, "dims": dims, "map_rows": map_rows}
-    floats = backends.CPU.module.cross_attention_workspace(shape, kernel == "cross_attention_backward", torch.get_num_threads())
+    numbers: dict[str, Any] = {"batches": batches, "heads": count, "queries": queries, "keys": keys, "dims": dims}
+    numbers["map_rows"] = keys if tokens is None else len(tokens)
+    backward = kernel == "cross_attention_backward"
+    floats = backends.CPU.module.cross_attention_workspace(numbers, backward, torch.get_num_threads())
     heads = {"q": q, "k": k, "v": v, **heads}
-    tensors = {**heads, "tokens": tokens, **maps, "workspace": torch.empty(floats, dtype=torch.float32)}
-    launch(f"{kernel}_{SUFFIXES[q.dtype]}", tensors, {**shape, **_strides(**heads), "scale": scale})
+    tensors = {**heads, **maps, "tokens": tokens, "workspace": torch.empty(floats, dtype=torch.float32)}
+    numbers["scale"] = scale
+    for name, x in heads.items():
+        numbers[f"{name}_strides"] = (0, 0, 0, 0) if x is None else x.stride()
+    launch(f"{kernel}_{SUFFIXES[q.dtype]}", tensors, numbers)
 
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe) -> tuple[Tensor, Tensor, Tensor, Maybe]:

@@ -48,9 +48,10 @@ class Implementation:
     def refusal(self, device: str, wanted: str) -> str | None:
         """Why it cannot run on tensors of this type of device, whatever they are, where SEAL_FAST_BACKEND is `wanted`."""
         needed = DEVICES[self.backend]
+        if needed in (None, device):
+            return self.missing()
         # interpreting a kernel is a test of it: never a choice of "auto"
-        interpreted = backends.INTERPRETED and self.backend == wanted == "triton"
-        if needed not in (None, device) and not interpreted:
+        if not (backends.INTERPRETED and self.backend == wanted == "triton"):
             absent = "; torch sees no CUDA device" if needed == "cuda" and not torch.cuda.is_available() else ""
             return f"needs tensors on {needed}, not {device}{absent}"
         return self.missing()

@@ -73,29 +73,24 @@ def _new_stats(x: Tensor, groups: int) -> Tensor:
     return x.new_empty(len(x), groups, 2, dtype=computed_in(x))
 
 
-def _launch(
-    kernel: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    stats: Tensor,
-    others: dict[str, Tensor],
-    numbers: dict[str, float],
-) -> None:
+def _workspace(x: Tensor) -> Tensor:
+    return torch.empty(len(x), 4, x.shape[1])
+
+
+def _sizes(x: Tensor, groups: int) -> dict[str, float]:
     images, channels, height, width = x.shape
-    workspace = torch.empty(images, 4, channels)
-    tensors = {"x": x, "shift": shift, "weight": weight, "bias": bias, "stats": stats, "workspace": workspace, **others}
-    sizes = {"images": images, "pixels": height * width, "channels": channels, "groups": stats.shape[1]}
-    launch(f"{kernel}_{SUFFIXES[x.dtype]}", tensors, {**sizes, **numbers})
+    return {"images": images, "pixels": height * width, "channels": channels, "groups": groups}
 
 
 def _run_forward(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     x = _dense(x)
-    out, stats = _like(x), _new_stats(x, groups)
-    _launch("group_norm_silu", x, weight, bias, shift, stats, {"out": out}, {"eps": eps})
+    out, stats, workspace = _like(x), _new_stats(x, groups), _workspace(x)
+    tensors = {"x": x, "shift": shift, "weight": weight, "bias": bias, "stats": stats, "workspace": workspace, "out": out}
+    numbers = _sizes(x, groups)
+    numbers["eps"] = eps
+    launch(f"group_norm_silu_{SUFFIXES[x.dtype]}", tensors, numbers)
     return out, stats
 
 
@@ -103,8 +98,10 @@ def _run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, stats: Tensor, groups: int
 ) -> Tensor:
     grad, x = _dense(grad), _dense(x)
-    x_grad = _like(x)
-    _launch("group_norm_silu_backward", x, weight, bias, shift, stats, {"grad": grad, "x_grad": x_grad}, {})
+    x_grad, workspace = _like(x), _workspace(x)
+    tensors = {"x": x, "shift": shift, "weight": weight, "bias": bias, "stats": stats, "workspace": workspace}
+    tensors |= {"grad": grad, "x_grad": x_grad}
+    launch(f"group_norm_silu_backward_{SUFFIXES[x.dtype]}", tensors, _sizes(x, groups))
     return x_grad
 
 

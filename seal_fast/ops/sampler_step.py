@@ -96,8 +96,10 @@ def _run_kernel(
     out = torch.empty_like(x)
     if out.numel():
         tensors = {"x": x, "eps": eps, "mu": mu, "gamma": gamma, "fresh": fresh, "previous": previous, "out": out}
-        numbers = {"items": x.shape[0], "dims": x.shape[1], "limit": limit}
-        launch("sampler_step", tensors, {**StepCoefficients(*coefficients)._asdict(), **numbers})
+        numbers = dict(zip(StepCoefficients._fields, coefficients, strict=True))
+        numbers["items"], numbers["dims"] = x.shape
+        numbers["limit"] = limit
+        launch("sampler_step", tensors, numbers)
     return out
 
 

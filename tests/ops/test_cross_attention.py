@@ -238,10 +238,9 @@ def test_probabilities_are_never_stored(generator: torch.Generator) -> None:
     assert floats(sizes, True, 2) < b * h * m * n / 2
 
 
-def with_strides(**tensors: Tensor) -> dict[str, int]:
+def with_strides(**tensors: Tensor) -> dict[str, Any]:
     """Addresses and strides of heads, as kernels take them."""
-    strides = {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(("batch", "head", "row"))}
-    return {**addresses(**tensors), **strides}
+    return {**addresses(**tensors), **{f"{name}_strides": x.stride() for name, x in tensors.items()}}
 
 
 def launch(isa: int, threads: int, inputs: list[Tensor], tokens: Tensor, out_grad: Tensor, maps_grad: Tensor) -> list[Tensor]:
@@ -253,7 +252,7 @@ def launch(isa: int, threads: int, inputs: list[Tensor], tokens: Tensor, out_gra
     q_grad, k_grad, v_grad = (torch.full_like(x, torch.nan) for x in inputs)
     given = {**shape, **with_strides(q=q, k=k, v=v), **addresses(tokens=tokens), "scale": dims**-0.5}
 
-    def run(direction: str, backward: bool, arguments: dict[str, int]) -> None:
+    def run(direction: str, backward: bool, arguments: dict[str, Any]) -> None:
         workspace = torch.full((MODULE.cross_attention_workspace(shape, backward, threads),), torch.nan)
         kernel = getattr(MODULE, f"cross_attention_{direction}_{SUFFIXES[q.dtype]}")
         kernel({**given, **arguments, **addresses(workspace=workspace)}, threads, isa)
@@ -282,6 +281,13 @@ def test_every_instruction_set_fills_its_outputs_and_does_not_depend_on_threads(
             assert float((got.double() - want).norm()) <= rounding * (float(want.norm()) + (n == 1))
         for threads in (2, 3, 7):
             assert all(torch.equal(*pair) for pair in zip(alone, launch(isa, threads, inputs, tokens, *weights), strict=True))
+
+
+@needs_native
+def test_strides_are_four_numbers() -> None:
+    q = torch.zeros(2, 3, 4)
+    with pytest.raises(TypeError, match="tuple of 4"):
+        launch(0, 1, [q[None], q[None], q[None]], torch.zeros(1, dtype=torch.int64), q, torch.zeros(1, 1, 3))
 
 
 @needs_native
