@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from seal_fast.io import write_atomically
 from seal_fast.noise_triggers.activation_test import FIRES, SURELY_FIRES
 from seal_fast.noise_triggers.detection import Evidence
 from seal_fast.noise_triggers.fixed_points import NARROW
@@ -250,12 +251,9 @@ class Calibration:
         return Decision(Verdict.INCONCLUSIVE, None, None, reason)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON, under a temporary name first."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        partial.replace(path)
+        """Write as JSON; the file is replaced whole."""
+        content = json.dumps(asdict(self), indent=2) + "\n"
+        write_atomically(Path(path), lambda partial: partial.write_text(content))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:

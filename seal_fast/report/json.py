@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from seal_fast.io import write_atomically
 
 if TYPE_CHECKING:
     from seal_fast.results.scan import ScanReport
@@ -69,12 +70,6 @@ def unlearn_json(report: NoiseUnlearnReport | TextUnlearnReport) -> str:
 
 
 def write_report(report: ScanReport, path: Path) -> None:
-    """Write `report_json` to `path` under a temporary name first, so that a reader never sees half a report."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # random, since a scanned model's folder of the same name would be in the way
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        partial.write_text(report_json(report) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write `report_json` to `path`; the file is replaced whole."""
+    content = report_json(report) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(content, encoding="utf-8"))
