@@ -25,7 +25,7 @@ from benchmarks.table_file import read_rows, write_table
 from seal_fast import scan
 from seal_fast.attacks import Attack
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.checkpoints.trigger import load_trigger
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VP, Denoiser, sample
 from seal_fast.workflows.unlearn_noise import unlearn_noise
 from seal_fast.zoo.build import read_manifest
@@ -96,7 +96,7 @@ def measure(recipe: Recipe, checkpoint: Path, count: int, work: Path) -> dict[st
         "method": recipe.method,
         "size": recipe.network.size,
         "settings_chosen_on_it": recipe.name in DEVELOPMENT,
-        "reverted_trigger": closeness(load_trigger(trigger).mu, attack.trigger.mu),
+        "reverted_trigger": closeness(Trigger.load(trigger).mu, attack.trigger.mu),
         "before": {**success(poisoned, attack, count, recipe.family), "scan": before},
         "after": {**success(sealed, attack, count, recipe.family), "scan": after},
         "clean_drift": report.clean_drift,

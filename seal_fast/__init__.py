@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from seal_fast import ops as ops
     from seal_fast.checkpoints import CheckpointError as CheckpointError
     from seal_fast.checkpoints import load_denoiser as load_denoiser
+    from seal_fast.checkpoints.trigger import Trigger as Trigger
     from seal_fast.diffusion import Denoiser as Denoiser
-    from seal_fast.diffusion import Trigger as Trigger
     from seal_fast.noise_triggers import Calibration as Calibration
     from seal_fast.noise_triggers import InputDetector as InputDetector
     from seal_fast.noise_triggers import SearchSettings as SearchSettings
@@ -42,7 +42,7 @@ _MODULE_OF = {
     "TerdSettings": "noise_triggers",
     "TextUnlearnResult": "workflows.unlearn_text",
     "TextUnlearnSettings": "text_triggers",
-    "Trigger": "diffusion",
+    "Trigger": "checkpoints.trigger",
     "attention_maps": "text_to_image",
     "load_denoiser": "checkpoints",
     "reverse_trigger": "noise_triggers",

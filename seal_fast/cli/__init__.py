@@ -219,21 +219,21 @@ def detect(
 ) -> None:
     """Which of these noise inputs carry the trigger?"""
     from seal_fast.checkpoints import CheckpointError
-    from seal_fast.checkpoints.trigger import load_inputs, load_prior_scale, load_trigger
+    from seal_fast.checkpoints.tensor_file import load_inputs
+    from seal_fast.checkpoints.trigger import Trigger
     from seal_fast.noise_triggers import InputDetector
     from seal_fast.report.console import console_for, print_detection
     from seal_fast.report.json import detection_json
     from seal_fast.results.environment import tool
 
     try:
-        found, noise = load_trigger(trigger), load_inputs(inputs)
-        detector = InputDetector(found, load_prior_scale(trigger))
+        found, noise = Trigger.load(trigger), load_inputs(inputs)
         if noise.shape[1:] != found.mu.shape:
             shapes = f"{list(noise.shape[1:])} do not fit the trigger's {list(found.mu.shape)}"
             raise CheckpointError(inputs, f"inputs of shape {shapes}")
     except CheckpointError as error:
         raise typer.BadParameter(str(error)) from error
-    log_ratios = detector.log_ratio(noise)[:, 0].tolist()
+    log_ratios = InputDetector(found).log_ratio(noise)[:, 0].tolist()
     if output is Format.JSON:
         typer.echo(detection_json(log_ratios, tool()))
     else:

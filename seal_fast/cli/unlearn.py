@@ -260,14 +260,14 @@ def _noise_job(
 ) -> Job:
     from dataclasses import replace
 
-    from seal_fast.checkpoints.trigger import load_trigger
+    from seal_fast.checkpoints.trigger import Trigger
     from seal_fast.noise_triggers import NoiseUnlearnSettings
     from seal_fast.report.console import console_for, print_noise_unlearning
     from seal_fast.workflows.unlearn_noise import unlearn_noise
 
     with usage_errors():
         for file in triggers:
-            load_trigger(file)
+            Trigger.load(file)
     settings = NoiseUnlearnSettings() if steps is None else replace(NoiseUnlearnSettings(), steps=steps)
 
     def job() -> Any:

@@ -3,7 +3,6 @@
 from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.process import EDM, VE, VP, NoiseProcess
 from seal_fast.diffusion.samplers import SAMPLERS, sample, timestep_grid
-from seal_fast.diffusion.trigger import Trigger
 
 __all__ = [
     "EDM",
@@ -12,7 +11,6 @@ __all__ = [
     "VP",
     "Denoiser",
     "NoiseProcess",
-    "Trigger",
     "sample",
     "timestep_grid",
 ]

@@ -16,14 +16,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.process import NoiseProcess
-from seal_fast.diffusion.trigger import Trigger
 from seal_fast.ops import StepCoefficients, sampler_step
+
+
+class NoiseTrigger(Protocol):
+    """What a sampler reads of a `seal_fast.checkpoints.trigger.Trigger`: shift and scale of the noise, [C,H,W] each."""
+
+    @property
+    def mu(self) -> Tensor: ...
+
+    @property
+    def gamma(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class _SamplerContext:
     """What every sampler asks for on its way: predicted noise, and steps."""
 
     denoiser: Denoiser
-    trigger: Trigger | None
+    trigger: NoiseTrigger | None
     limit: float
     generator: torch.Generator | None
 
@@ -189,7 +199,7 @@ def sample(
     sampler: str = "ddim",
     timesteps: Sequence[int] | int = 50,
     *,
-    trigger: Trigger | None = None,
+    trigger: NoiseTrigger | None = None,
     clip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser, sample
 from seal_fast.noise_triggers.activation_test import FIRES, Trial, collapse, pixelwise_median
 from seal_fast.noise_triggers.probe import Probe
 

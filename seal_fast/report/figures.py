@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from seal_fast.diffusion import Trigger
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.report.console import safe
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from seal_fast.checkpoints import CheckpointError, LoadedCheckpoint, load_denoiser
-from seal_fast.checkpoints.trigger import PRIOR_SCALE
-from seal_fast.diffusion import Denoiser, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser
 from seal_fast.noise_triggers import (
     DEFAULT_PRESET,
     Calibration,
@@ -145,8 +145,8 @@ class _Scan:
         folder = self.out / candidate.name
         kept = None
         try:
-            metadata = {PRIOR_SCALE: repr(denoiser.process.prior_scale), "model_sha256": sha256}
-            reversion.trigger.save(folder / "trigger.safetensors", metadata)
+            trigger = replace(reversion.trigger, prior_scale=denoiser.process.prior_scale)
+            trigger.save(folder / "trigger.safetensors", {"model_sha256": sha256})
             kept = f"{candidate.name}/trigger.safetensors"
             draw_trigger(reversion.trigger, folder / "trigger.png")
             draw_samples(

@@ -13,8 +13,8 @@ import torch
 
 from seal_fast.checkpoints import CheckpointError, load_denoiser
 from seal_fast.checkpoints.save import check_target, save_network, whole_folder
-from seal_fast.checkpoints.trigger import load_trigger
-from seal_fast.diffusion import Denoiser, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser
 from seal_fast.noise_triggers.activation_test import collapse
 from seal_fast.noise_triggers.evaluation import CLEAN, clean_drift, draw_starts, image_drawn
 from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, seal
@@ -37,7 +37,7 @@ def read_triggers(files: Sequence[Path], shape: tuple[int, int, int]) -> list[Tr
     Raises:
         CheckpointError: a file is no trigger, or its trigger has another shape than the model's images.
     """
-    triggers = [load_trigger(file) for file in files]
+    triggers = [Trigger.load(file) for file in files]
     for file, trigger in zip(files, triggers, strict=True):
         if trigger.mu.shape != shape:
             raise CheckpointError(file, f"a trigger of shape {list(trigger.mu.shape)} does not fit the model's {list(shape)}")

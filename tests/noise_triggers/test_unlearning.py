@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
 from seal_fast.diffusion.process import per_row
 from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, random_directions, seal
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from seal_fast import __version__
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.cli import EXIT_CODES, app
-from seal_fast.diffusion import Trigger
 from seal_fast.noise_triggers import PRESETS, Calibration
 from seal_fast.report.progress import ProgressDisplay
 from seal_fast.results.environment import environment

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from seal_fast import __version__
 from seal_fast.checkpoints import load_denoiser
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.cli import app
-from seal_fast.diffusion import Trigger
 
 SHAPE = (3, 8, 8)
 
