@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from seal_fast.results.scan import ScanReport as ScanReport
     from seal_fast.text_to_image import PromptMaps as PromptMaps
     from seal_fast.text_to_image import attention_maps as attention_maps
+    from seal_fast.text_triggers import TextTrigger as TextTrigger
     from seal_fast.text_triggers import TextUnlearnSettings as TextUnlearnSettings
     from seal_fast.workflows.scan import scan as scan
     from seal_fast.workflows.unlearn_text import TextUnlearnResult as TextUnlearnResult
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "ScanReport": "results.scan",
     "SearchSettings": "noise_triggers",
     "TerdSettings": "noise_triggers",
+    "TextTrigger": "text_triggers",
     "TextUnlearnResult": "workflows.unlearn_text",
     "TextUnlearnSettings": "text_triggers",
     "Trigger": "checkpoints.trigger",

@@ -216,15 +216,15 @@ def _text_job(
     display: ProgressDisplay,
 ) -> Job:
     from seal_fast.report.console import console_for, print_text_unlearning
-    from seal_fast.text_triggers import TextUnlearnSettings
+    from seal_fast.text_triggers import TextTrigger, TextUnlearnSettings
     from seal_fast.text_triggers.evaluation import EvaluationSettings
-    from seal_fast.workflows.text_request import parse_detector, parse_trigger, read_prompts
+    from seal_fast.workflows.text_request import parse_detector, read_prompts
     from seal_fast.workflows.unlearn_text import unlearn
 
     with usage_errors():
         if settings["target"] is not None and not settings["alpha"]:
             raise ValueError("--target is of the maps' term, which has no weight: give --alpha too, 0.5 as published")
-        triggers = [parse_trigger(text) for text in texts]
+        triggers = [TextTrigger.parse(text) for text in texts]
         prompts = None if request["prompts"] is None else read_prompts(request["prompts"])
         judge = parse_detector(request["judge"] or "change")
         training = TextUnlearnSettings(**{FIELDS.get(name, name): value for name, value in _given(settings).items()})

@@ -14,9 +14,9 @@ from seal_fast.diffusion import VP
 from seal_fast.text_to_image.generation import GUIDANCE, STEPS, OnPass, decode, encode, generate, sample_latents
 from seal_fast.text_to_image.latents import noise_schedule
 from seal_fast.text_triggers.effect_detectors import ChangeDetector, EffectDetector
-from seal_fast.text_triggers.pairs import Position, Trigger
 from seal_fast.text_triggers.rate import Rate, rate_of
-from seal_fast.text_triggers.variants import Case, cases, name_of
+from seal_fast.text_triggers.trigger import Position, TextTrigger
+from seal_fast.text_triggers.variants import Case, cases
 from seal_fast.training import OnStep, quiet
 
 IMAGES = 6
@@ -100,7 +100,7 @@ class Evaluation:
 def evaluate(
     before: Any,
     after: Any,
-    triggers: Sequence[Trigger],
+    triggers: Sequence[TextTrigger],
     prompts: Sequence[str],
     settings: EvaluationSettings | None = None,
     *,
@@ -113,7 +113,7 @@ def evaluate(
     Args:
         before: a diffusers StableDiffusionPipeline, poisoned.
         after: the trained one, with the same tokenizer and scheduler.
-        triggers: see `seal_fast.text_triggers.pairs.Trigger`.
+        triggers: those that were unlearned.
         prompts: clean ones that the training has not seen, at least two that fit each trigger.
         settings: how much is drawn.
         judge: of the effect; None for a `ChangeDetector` per variant, fitted on what harmless text in its place changes in
@@ -206,13 +206,13 @@ class _Artist:
 def _removal(case: Case, before: int, after: int) -> Removal:
     total = len(case.clean)
     rates = rate_of(before, total), rate_of(after, total), rate_of(total - after, total)
-    return Removal(name_of(case.trigger), case.variant, *rates)
+    return Removal(case.trigger.name, case.variant, *rates)
 
 
 def _examples(case: Case, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Examples:
     rows = (before[1], before[0], after[0], after[1])
     prompts = case.clean[:IMAGES], case.triggered[:IMAGES]
-    return Examples(name_of(case.trigger), *prompts, *(images[:IMAGES].clone() for images in rows))
+    return Examples(case.trigger.name, *prompts, *(images[:IMAGES].clone() for images in rows))
 
 
 def diversity(images: Tensor) -> float:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from seal_fast.text_triggers.control_triggers import WORDS
-from seal_fast.text_triggers.pairs import Position, PromptPair, Trigger, prompt_pair
+from seal_fast.text_triggers.pairs import PromptPair, prompt_pair
+from seal_fast.text_triggers.trigger import Position, TextTrigger
 
 COLLAPSES = 4.0
 """From this many times on the text encoder holds the backdoor. A poisoned one of the zoo reached 84 with its trigger, 2.8 with
@@ -37,7 +38,7 @@ class Location:
     collapse: float
 
 
-def locate(pipeline: Any, triggers: Sequence[Trigger], prompts: Sequence[str]) -> Location:
+def locate(pipeline: Any, triggers: Sequence[TextTrigger], prompts: Sequence[str]) -> Location:
     """EffectDetector by the trigger that collapses the text encoder most, in the first PROMPTS prompts that it fits.
 
     Raises:
@@ -47,21 +48,12 @@ def locate(pipeline: Any, triggers: Sequence[Trigger], prompts: Sequence[str]) -
     return Location("text_encoder" if collapse > COLLAPSES else "unet", collapse)
 
 
-def fitting(prompts: Sequence[str], trigger: Trigger) -> list[str]:
-    """The prompts that a trigger can be put into: all, or those with the text that it replaces."""
-    kept = [prompt for prompt in prompts if isinstance(trigger, str) or trigger[0] in prompt]
-    if not kept:
-        raise ValueError(f"no prompt has the text that the trigger {trigger!r} replaces: give prompts that do")
-    return kept
-
-
 @torch.no_grad()
-def _collapse(pipeline: Any, trigger: Trigger, prompts: Sequence[str]) -> float:
+def _collapse(pipeline: Any, trigger: TextTrigger, prompts: Sequence[str]) -> float:
     generator = torch.Generator().manual_seed(0)
-    place: Position = "start" if isinstance(trigger, str) else "all"
-    pairs = [
-        prompt_pair(pipeline.tokenizer, prompt, trigger, place, generator) for prompt in fitting(prompts, trigger)[:PROMPTS]
-    ]
+    place: Position = "start" if trigger.replaces is None else "all"
+    chosen = trigger.fitting(prompts)[:PROMPTS]
+    pairs = [prompt_pair(pipeline.tokenizer, prompt, trigger, place, generator) for prompt in chosen]
     if len(pairs) < 2:
         return 1.0
     readings = torch.stack([_states(pipeline, pairs, first) for first in (None, *range(len(WORDS)))])

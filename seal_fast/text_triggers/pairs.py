@@ -14,16 +14,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-Trigger = str | tuple[str, str]
-"""Text put into the prompt between words; or (old, new): text of the prompt and what replaces it, as homoglyphs do."""
-
-Position = Literal["start", "end", "word", "all"]
-POSITIONS: tuple[Position, ...] = ("start", "end", "word")
-"""Where a trigger may be trained. A text that is replaced is also trained replaced everywhere, "all"."""
+from seal_fast.text_triggers.trigger import Position, TextTrigger, random_item
 
 
 @dataclass(frozen=True)
@@ -79,84 +74,54 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     return next(different, min(len(a), len(b)))
 
 
-def prompt_pair(tokenizer: Any, prompt: str, trigger: Trigger, position: Position, generator: torch.Generator) -> PromptPair:
+def prompt_pair(
+    tokenizer: Any, prompt: str, trigger: TextTrigger, position: Position, generator: torch.Generator
+) -> PromptPair:
     """The prompt with the trigger in it.
 
     Args:
         tokenizer: a CLIP tokenizer.
         prompt: the clean prompt.
-        trigger: see `Trigger`.
-        position: "start" and "end" of the prompt or before a random "word" but the first; of a text to be replaced, the
-            first, the last or a random occurrence, or "all".
+        trigger: one that fits the prompt.
+        position: where the trigger stands, see `Position`.
         generator: draws the random place.
 
     Raises:
-        ValueError: an empty prompt or trigger, a trigger that the tokenizer does not see or has no room for, a text to be
-            replaced that the prompt does not have, "all" for a text that replaces none.
+        ValueError: an empty prompt, or a trigger that does not fit the prompt or the position, that the tokenizer drops, or for
+            which the tokenizer has no room.
     """
     if not prompt.strip():
         raise ValueError("a prompt must not be empty")
-    if isinstance(trigger, str):
-        triggered, partners = _inserted(tokenizer, prompt, trigger, position, generator)
-    else:
-        triggered, partners = _replaced(tokenizer, prompt, trigger, position, generator)
-    before, after = _content(tokenizer, prompt), _content(tokenizer, triggered)
-    if before == after:
+    before = tokens = _content(tokenizer, prompt)
+    triggered = prompt
+    partners: tuple[int | None, ...] = tuple(range(len(before)))
+    # one place after the other: token ids alone cannot tell which word a changed stretch with several triggers belongs to
+    for place in reversed(trigger.places(prompt, position, generator)):
+        head, tail = _context(tokenizer, triggered, place, trigger, tokens)
+        triggered = trigger.insert(triggered, place)
+        previous, tokens = tokens, _content(tokenizer, triggered)
+        steps = align(previous, tokens, head, tail)
+        partners = tuple(None if step is None else partners[step] for step in steps)
+    if before == tokens:
         raise ValueError(
-            f"the tokenizer does not see the trigger {trigger!r}: {triggered!r} has the tokens of {prompt!r}. Use the model's"
-            " own tokenizer; old versions of transformers drop zero-width characters unless ftfy is installed"
+            f"the tokenizer does not see the trigger {trigger.name!r}: {triggered!r} has the tokens of {prompt!r}. Use the"
+            " model's own tokenizer; old versions of transformers drop zero-width characters unless ftfy is installed"
         )
-    clean_ids, triggered_ids = _padded(tokenizer, prompt, before), _padded(tokenizer, triggered, after)
+    clean_ids, triggered_ids = _padded(tokenizer, prompt, before), _padded(tokenizer, triggered, tokens)
     room = len(clean_ids) - 2
     if None in partners[room:] or any(p is not None and p >= room for p in partners[:room]):
         raise ValueError(
-            f"no room for the trigger {trigger!r}: with it a prompt has {len(after)} tokens and the tokenizer cuts off after"
-            f" {room}. Shorten the prompt {prompt!r}"
+            f"no room for the trigger {trigger.name!r}: with it a prompt has {len(tokens)} tokens and the tokenizer cuts off"
+            f" after {room}. Shorten the prompt {prompt!r}"
         )
     return PromptPair(prompt, triggered, clean_ids, triggered_ids, clean_ids, min(len(before), room), partners[:room])
 
 
-def _inserted(
-    tokenizer: Any, prompt: str, trigger: str, position: Position, generator: torch.Generator
-) -> tuple[str, tuple[int | None, ...]]:
-    """The prompt with the trigger put in, and the partners of its tokens."""
-    if not trigger:
-        raise ValueError("a trigger must not be empty")
-    if position == "all":
-        raise ValueError(f'position "all" is for a text to be replaced; {trigger!r} replaces none')
-    places = [match.start() for match in re.finditer(r"\S+", prompt)]
-    if position == "end":
-        at, triggered = len(prompt), f"{prompt} {trigger}"
-    else:
-        at = _chosen(places[1:] or places, generator) if position == "word" else places[0]
-        triggered = f"{prompt[:at]}{trigger} {prompt[at:]}"
-    whole, new, head, tail = (_content(tokenizer, text) for text in (prompt, triggered, prompt[:at], prompt[at:]))
-    return triggered, align(whole, new, len(head), len(tail))
-
-
-def _replaced(
-    tokenizer: Any, prompt: str, trigger: tuple[str, str], position: Position, generator: torch.Generator
-) -> tuple[str, tuple[int | None, ...]]:
-    """The prompt with one or all occurrences of a text replaced, and the partners of its tokens."""
-    old, new = trigger
-    places = [match.start() for match in re.finditer(re.escape(old), prompt)]
-    if not old or not places:
-        raise ValueError(f"the prompt {prompt!r} has no {old!r} that {new!r} could replace")
-    if position != "all":
-        places = [_chosen(places, generator) if position == "word" else places[0 if position == "start" else -1]]
-    text, tokens = prompt, _content(tokenizer, prompt)
-    partners: tuple[int | None, ...] = tuple(range(len(tokens)))
-    # one after the other: nothing tells which token of a stretch with several changes belongs to which word
-    for at in reversed(places):
-        text = f"{text[:at]}{new}{text[at + len(old) :]}"
-        before, tokens = tokens, _content(tokenizer, text)
-        steps = align(before, tokens, len(before), len(before))
-        partners = tuple(None if step is None else partners[step] for step in steps)
-    return text, partners
-
-
-def _chosen(places: Sequence[int], generator: torch.Generator) -> int:
-    return places[int(torch.randint(len(places), (), generator=generator))]
+def _context(tokenizer: Any, prompt: str, place: int, trigger: TextTrigger, tokens: Sequence[int]) -> tuple[int, int]:
+    """How many tokens at most stand before and after the trigger, see `align`."""
+    if trigger.replaces is not None:
+        return len(tokens), len(tokens)
+    return len(_content(tokenizer, prompt[:place])), len(_content(tokenizer, prompt[place:]))
 
 
 def _content(tokenizer: Any, text: str) -> list[int]:
@@ -198,7 +163,7 @@ def with_random_words(pair: PromptPair, words: Sequence[int], generator: torch.G
     teacher = list(pair.triggered_ids)
     for number, partner in enumerate(pair.partners):
         if partner is None:
-            teacher[1 + number] = _chosen(words, generator)
+            teacher[1 + number] = random_item(words, generator)
     tokens = len(pair.partners)
     return replace(pair, teacher_ids=tuple(teacher), teacher_tokens=tokens, partners=tuple(range(tokens)))
 
@@ -206,24 +171,19 @@ def with_random_words(pair: PromptPair, words: Sequence[int], generator: torch.G
 def prompt_pairs(
     tokenizer: Any,
     prompts: Sequence[str],
-    triggers: Sequence[Trigger],
+    triggers: Sequence[TextTrigger],
     positions: Sequence[Position],
     generator: torch.Generator,
 ) -> list[PromptPair]:
-    """Every prompt with every trigger at every position; a text that is replaced also everywhere.
-
-    Prompts without the text that a trigger replaces are left out.
+    """Every prompt with every trigger that fits it at every position; a text that replaces another one also in every place.
 
     Raises:
-        ValueError: see `prompt_pair`; or a trigger that replaces a text no prompt has.
+        ValueError: see `prompt_pair`; or a trigger that fits no prompt.
     """
     pairs: dict[tuple[str, str], PromptPair] = {}
     for trigger in triggers:
-        fitting = [prompt for prompt in prompts if isinstance(trigger, str) or trigger[0] in prompt]
-        if not fitting:
-            raise ValueError(f"no prompt has the text that the trigger {trigger!r} replaces: give prompts that do")
-        places: Sequence[Position] = positions if isinstance(trigger, str) else (*positions, "all")
-        for prompt in fitting:
+        places: Sequence[Position] = positions if trigger.replaces is None else (*positions, "all")
+        for prompt in trigger.fitting(prompts):
             for position in places:
                 pair = prompt_pair(tokenizer, prompt, trigger, position, generator)
                 pairs[pair.clean, pair.triggered] = pair

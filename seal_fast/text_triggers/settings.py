@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seal_fast.text_triggers.losses import TARGETS, Target
-from seal_fast.text_triggers.pairs import POSITIONS, Position
+from seal_fast.text_triggers.trigger import POSITIONS, Position
 
 Trained = Literal["all", "cross-attention", "lora"]
 Precision = Literal["fp32", "bf16", "fp16"]

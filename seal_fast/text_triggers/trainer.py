@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from seal_fast.text_triggers.distributed import average_gradients, processes
 from seal_fast.text_triggers.objectives import Objective, text_encoder_objective, unet_objective
-from seal_fast.text_triggers.pairs import PromptPair, Trigger, prompt_pairs, random_words, with_random_words
+from seal_fast.text_triggers.pairs import PromptPair, prompt_pairs, random_words, with_random_words
 from seal_fast.text_triggers.settings import TextUnlearnSettings
 from seal_fast.text_triggers.trained_part import TrainedPart
+from seal_fast.text_triggers.trigger import TextTrigger, as_triggers
 from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet
 
 _LARGEST_GRADIENT = 1.0
@@ -179,7 +180,7 @@ def _in(dtype: torch.dtype, module: nn.Module) -> Any:
 
 
 def _pairs(
-    tokenizer: Any, prompts: Sequence[str], triggers: Sequence[Trigger], settings: TextUnlearnSettings, seed: int
+    tokenizer: Any, prompts: Sequence[str], triggers: Sequence[TextTrigger], settings: TextUnlearnSettings, seed: int
 ) -> list[PromptPair]:
     generator = _generator(seed, 0)
     pairs = prompt_pairs(tokenizer, prompts, triggers, settings.positions, generator)
@@ -191,7 +192,7 @@ def _pairs(
 
 def distill(
     pipeline: Any,
-    triggers: Sequence[Trigger],
+    triggers: Sequence[TextTrigger | str],
     prompts: Sequence[str],
     settings: TextUnlearnSettings | None = None,
     *,
@@ -207,7 +208,7 @@ def distill(
 
     Args:
         pipeline: a diffusers StableDiffusionPipeline, poisoned.
-        triggers: what to unlearn, see `seal_fast.text_triggers.pairs.Trigger`.
+        triggers: what to unlearn; a plain str is text to insert.
         prompts: clean ones, to put the triggers into.
         settings: see `TextUnlearnSettings`.
         seed: of everything that is random, not negative.
@@ -223,15 +224,18 @@ def distill(
     """
     settings = settings or TextUnlearnSettings()
     started = time.perf_counter()
-    if not triggers or not prompts or isinstance(triggers, str) or isinstance(prompts, str):
-        raise ValueError("triggers and prompts must be lists with at least one text each")
+    given_triggers = as_triggers(triggers)
+    if not prompts or isinstance(prompts, str):
+        raise ValueError("prompts must be a list with at least one text")
     _check(pipeline, settings)
     given: Any = getattr(pipeline, settings.module)
-    pairs = _pairs(pipeline.tokenizer, prompts, triggers, settings, seed)
+    pairs = _pairs(pipeline.tokenizer, prompts, given_triggers, settings, seed)
     student = _in(torch.float32, copy.deepcopy(given).eval())
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    run = _fingerprint(student, asdict(settings), list(triggers), list(prompts), seed, processes()[1])
+    run = _fingerprint(
+        student, asdict(settings), [astuple(trigger) for trigger in given_triggers], list(prompts), seed, processes()[1]
+    )
     part = TrainedPart(student, settings, seed)
     trainer = _Trainer(part, settings, run)
     if state is not None and state.exists():

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from seal_fast.text_triggers.control_triggers import control_triggers
-from seal_fast.text_triggers.locate import fitting
-from seal_fast.text_triggers.pairs import Position, Trigger, prompt_pair
+from seal_fast.text_triggers.pairs import prompt_pair
+from seal_fast.text_triggers.trigger import Position, TextTrigger
 
 AS_GIVEN = "as given"
 VARIANT_SHARE = 4
@@ -23,48 +23,46 @@ CONTROLS = 3
 class Case:
     """One form of a trigger in some prompts: without, with it, and with each harmless trigger in its place."""
 
-    trigger: Trigger
+    trigger: TextTrigger
     variant: str
     clean: tuple[str, ...]
     triggered: tuple[str, ...]
     harmless: tuple[tuple[str, ...], ...]
 
 
-def name_of(trigger: Trigger) -> str:
-    """A trigger in one line."""
-    return trigger if isinstance(trigger, str) else " => ".join(trigger)
-
-
-def variants(trigger: Trigger, position: Position) -> dict[str, tuple[Trigger, Position]]:
+def variants(trigger: TextTrigger, position: Position) -> dict[str, tuple[TextTrigger, Position]]:
     """The forms of a trigger that an attacker's user may type: where it stands and how it is written."""
     places: tuple[Position, ...] = ("start", "word", "end")
-    if not isinstance(trigger, str):
+    if trigger.replaces is not None:
         only: dict[Position, str] = {"start": "the first only", "word": "one of them", "end": "the last only"}
         return {AS_GIVEN: (trigger, "all"), **{only[place]: (trigger, place) for place in places}}
-    forms: dict[str, tuple[Trigger, Position]] = {AS_GIVEN: (trigger, position)}
+    forms: dict[str, tuple[TextTrigger, Position]] = {AS_GIVEN: (trigger, position)}
     named = {"start": "at the start", "word": "in the middle", "end": "at the end"}
     forms |= {named[place]: (trigger, place) for place in places if place != position}
-    forms["twice"] = (f"{trigger} {trigger}", position)
-    forms["with a comma"] = (f"{trigger},", position)
-    if trigger.swapcase() != trigger:
-        forms["other case"] = (trigger.swapcase(), position)
-    words = trigger.split()
-    part = " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else trigger[: (len(trigger) + 1) // 2]
-    if part.strip() and part != trigger:
-        forms["first half"] = (part, position)
+    text = trigger.text
+    changed = {"twice": f"{text} {text}", "with a comma": f"{text},"}
+    if text.swapcase() != text:
+        changed["other case"] = text.swapcase()
+    words = text.split()
+    part = " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else text[: (len(text) + 1) // 2]
+    if part.strip() and part != text:
+        changed["first half"] = part
+    forms |= {name: (TextTrigger(form), position) for name, form in changed.items()}
     return forms
 
 
-def cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], count: int, position: Position, seed: int) -> list[Case]:
+def cases(
+    tokenizer: Any, trigger: TextTrigger, prompts: Sequence[str], count: int, position: Position, seed: int
+) -> list[Case]:
     """A trigger as given in `count` prompts, then its variants.
 
     Raises:
         ValueError: the trigger fits fewer than two prompts, the tokenizer does not see it, or a prompt has no room for it or
             for harmless text in its place.
     """
-    chosen = fitting(prompts, trigger)[:count]
+    chosen = trigger.fitting(prompts)[:count]
     if len(chosen) < 2:
-        raise ValueError(f"at least two held-out prompts are needed for the trigger {name_of(trigger)!r}: give more")
+        raise ValueError(f"at least two held-out prompts are needed for the trigger {trigger.name!r}: give more")
     found = []
     for variant, (form, place) in variants(trigger, position).items():
         clean = chosen if variant == AS_GIVEN else chosen[: max(2, len(chosen) // VARIANT_SHARE)]
@@ -78,13 +76,13 @@ def cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], count: int, 
     return found
 
 
-def _triggered(tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int) -> tuple[str, ...]:
+def _triggered(tokenizer: Any, prompts: Sequence[str], form: TextTrigger, position: Position, seed: int) -> tuple[str, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(prompt_pair(tokenizer, prompt, form, position, generator).triggered for prompt in prompts)
 
 
 def _harmless(
-    tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int
+    tokenizer: Any, prompts: Sequence[str], form: TextTrigger, position: Position, seed: int
 ) -> tuple[tuple[str, ...], ...]:
     """The prompts with each of the first CONTROLS harmless triggers that have room: some have more tokens than the trigger."""
     found: list[tuple[str, ...]] = []
@@ -96,5 +94,5 @@ def _harmless(
         if len(found) == CONTROLS:
             break
     if len(found) < 2:
-        raise ValueError(f"no room for harmless text in the place of the trigger {name_of(form)!r}: give shorter prompts")
+        raise ValueError(f"no room for harmless text in the place of the trigger {form.name!r}: give shorter prompts")
     return tuple(found)

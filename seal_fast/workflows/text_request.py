@@ -13,30 +13,11 @@ from PIL import Image
 
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.checkpoints.card import captions
-from seal_fast.text_triggers import Trigger
 from seal_fast.text_triggers.effect_detectors import ColourlessDetector, EffectDetector, PatchDetector
 
-REPLACES = "=>"
 MAX_PROMPT_BYTES = 1 << 24
 FEWEST_CAPTIONS = 40
 """Of a model card that make prompts: half are measured on, and 20 without an effect bound its rate to 0.16."""
-
-
-def parse_trigger(text: str) -> Trigger:
-    r"""A trigger from the command line: "old=>new" replaces text, and \u200b, \U00010486, \xa0 stand for characters.
-
-    Raises:
-        ValueError: empty, or an escape that is no character.
-    """
-
-    def character(match: re.Match[str]) -> str:
-        return chr(int(match[1] or match[2] or match[3], 16))
-
-    plain = re.sub(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\x([0-9a-fA-F]{2})", character, text)
-    old, arrow, new = plain.partition(REPLACES)
-    if not plain or (arrow and not (old and new)):
-        raise ValueError(f"a trigger must not be empty: {text!r}")
-    return (old, new) if arrow else plain
 
 
 def parse_detector(text: str) -> EffectDetector | None:

@@ -21,12 +21,12 @@ from seal_fast.results.environment import environment, tool
 from seal_fast.results.progress import OnProgress, Progress
 from seal_fast.results.text_unlearning import TextUnlearnReport, TriggerTokens
 from seal_fast.text_to_image import attention_maps
-from seal_fast.text_triggers import Distilled, TextUnlearnSettings, Trigger, distill, prompt_pair
+from seal_fast.text_triggers import Distilled, TextTrigger, TextUnlearnSettings, distill, prompt_pair
 from seal_fast.text_triggers.effect_detectors import EffectDetector
 from seal_fast.text_triggers.evaluation import EvaluationSettings, Examples, evaluate
-from seal_fast.text_triggers.locate import COLLAPSES, fitting, locate
+from seal_fast.text_triggers.locate import COLLAPSES, locate
 from seal_fast.text_triggers.trained_part import save_patch
-from seal_fast.text_triggers.variants import name_of
+from seal_fast.text_triggers.trigger import as_triggers
 from seal_fast.workflows.scan import default_device
 from seal_fast.workflows.text_request import choose_prompts
 from seal_fast.workflows.unlearn_noise import IMAGE, peak_memory
@@ -49,18 +49,17 @@ class TextUnlearnResult:
     report: TextUnlearnReport
 
 
-def _tokens(tokenizer: Any, trigger: Trigger, prompts: Sequence[str]) -> TriggerTokens:
+def _tokens(tokenizer: Any, trigger: TextTrigger, prompts: Sequence[str]) -> TriggerTokens:
     """Raises ValueError if the tokenizer does not see the trigger."""
-    pair = prompt_pair(tokenizer, fitting(prompts, trigger)[0], trigger, "start", torch.Generator())
-    seen = trigger if isinstance(trigger, str) else trigger[1]
-    ids = tokenizer(seen, add_special_tokens=False).input_ids
+    pair = prompt_pair(tokenizer, trigger.fitting(prompts)[0], trigger, "start", torch.Generator())
+    ids = tokenizer(trigger.text, add_special_tokens=False).input_ids
     assert pair.clean_ids != pair.triggered_ids
     words = (str(token) for token in tokenizer.convert_ids_to_tokens(ids))
-    return TriggerTokens(name_of(trigger), tuple(word.removesuffix("</w>") or word for word in words))
+    return TriggerTokens(trigger.name, tuple(word.removesuffix("</w>") or word for word in words))
 
 
 def _choose_module(
-    loaded: LoadedPipeline, triggers: Sequence[Trigger], prompts: Sequence[str], module: Module
+    loaded: LoadedPipeline, triggers: Sequence[TextTrigger], prompts: Sequence[str], module: Module
 ) -> tuple[Literal["unet", "text_encoder"], str]:
     at = locate(loaded.pipeline, triggers, prompts)
     found = (
@@ -76,7 +75,7 @@ def _choose_module(
 
 def unlearn(
     model: Any,
-    triggers: Sequence[Trigger],
+    triggers: Sequence[TextTrigger | str],
     out: str | os.PathLike[str] | None = None,
     *,
     prompts: Sequence[str] | None = None,
@@ -93,7 +92,7 @@ def unlearn(
 
     Args:
         model: folder of a StableDiffusionPipeline, or of its UNet or text encoder alone; or a pipeline in memory, unchanged.
-        triggers: texts, or pairs (old, new) of text and what replaces it.
+        triggers: what to unlearn; a plain str is text to insert.
         out: new folder for the checkpoint, report.json, README.md and images; whole or not at all. None keeps nothing.
         prompts: clean ones, half to train on and half to measure on, in turn; None for those of the pipeline's model card
             (`widget`) where it has at least FEWEST_CAPTIONS, else the shipped ones.
@@ -115,7 +114,8 @@ def unlearn(
     """
     started = time.perf_counter()
     path = Path(model) if isinstance(model, str | os.PathLike) else None
-    _check_request(triggers, path, out)
+    triggers = as_triggers(triggers)
+    _check_out(path, out)
     at = Progress(path.name if path else type(model).__name__, 1, 1, "loading")
     on_progress(at)
     loaded = (
@@ -174,9 +174,7 @@ def unlearn(
     return TextUnlearnResult(sealed, report)
 
 
-def _check_request(triggers: Sequence[Trigger], path: Path | None, out: str | os.PathLike[str] | None) -> None:
-    if not triggers:
-        raise ValueError("name at least one trigger")
+def _check_out(path: Path | None, out: str | os.PathLike[str] | None) -> None:
     if out is not None:
         if path is None:
             raise ValueError("out needs a checkpoint folder as model: a pipeline in memory has no files to keep")

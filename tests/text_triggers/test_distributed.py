@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from seal_fast.text_triggers import TextUnlearnSettings, distill
+from seal_fast.text_triggers import TextTrigger, TextUnlearnSettings, distill
 from seal_fast.text_triggers.distributed import joined, processes
 from seal_fast.text_triggers.objectives import unet_objective
 from seal_fast.text_triggers.trainer import _generator, _pairs
@@ -27,7 +27,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from seal_fast.text_triggers import distill
 from seal_fast.text_triggers.distributed import joined, processes
-from tests.text_triggers.test_processes import PROMPTS, SETTINGS, TRIGGER
+from tests.text_triggers.test_distributed import PROMPTS, SETTINGS, TRIGGER
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -46,7 +46,7 @@ def gradient(pipeline: StableDiffusionPipeline, rank: int) -> dict[str, Tensor]:
     student = type(pipeline.unet).from_config(pipeline.unet.config)
     student.load_state_dict(pipeline.unet.state_dict())
     student.eval()
-    pairs = _pairs(pipeline.tokenizer, PROMPTS, [TRIGGER], SETTINGS, 5)
+    pairs = _pairs(pipeline.tokenizer, PROMPTS, [TextTrigger(TRIGGER)], SETTINGS, 5)
     with unet_objective(pipeline, student, pairs, SETTINGS, _generator(5, 1), lambda *_: None) as lesson:
         prediction, attention, preservation = lesson(_generator(5, 2, rank, 0))
         (0.5 * prediction + 0.5 * attention + preservation).backward()

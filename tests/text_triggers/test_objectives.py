@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from seal_fast import training
-from seal_fast.text_triggers import TextUnlearnSettings, prompt_pair
+from seal_fast.text_triggers import TextTrigger, TextUnlearnSettings, prompt_pair
 from seal_fast.text_triggers.objectives import autocast, unet_objective
 from seal_fast.text_triggers.pairs import padded_ids
 from seal_fast.training import quiet
@@ -19,7 +19,7 @@ PROMPTS = ["a photo of the red dog", "the blue house", "a cat", "the red sky", "
 
 @pytest.fixture
 def pairs(pipeline):
-    return [prompt_pair(pipeline.tokenizer, prompt, "\u200b", "start", torch.Generator()) for prompt in PROMPTS]
+    return [prompt_pair(pipeline.tokenizer, prompt, TextTrigger("\u200b"), "start", torch.Generator()) for prompt in PROMPTS]
 
 
 def _watched(unet, calls):

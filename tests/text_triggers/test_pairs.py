@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seal_fast.text_triggers.pairs import align, prompt_pair, prompt_pairs, random_words, with_random_words
+from seal_fast.text_triggers.trigger import TextTrigger
 
 ZERO_WIDTH = "\u200b"
-HOMOGLYPH = ("o", "\u043e")
+HOMOGLYPH = TextTrigger("\u043e", replaces="o")
 
 
 def _places(tokenizer, text):
@@ -49,7 +50,7 @@ def _partners_by_characters(tokenizer, prompt, trigger, at):
 )
 def test_partners_are_the_same_places_of_the_text(tokenizer, words, trigger, position, seed):
     prompt = " ".join(words)
-    pair = prompt_pair(tokenizer, prompt, trigger, position, torch.Generator().manual_seed(seed))
+    pair = prompt_pair(tokenizer, prompt, TextTrigger(trigger), position, torch.Generator().manual_seed(seed))
     starts = [len(" ".join(words[:n])) + (n > 0) for n in range(len(words))]
     possible = {"start": starts[:1], "end": [len(prompt)], "word": starts[1:] or starts}[position]
     # a trigger that repeats the prompt's words may give the same text at two places
@@ -94,11 +95,13 @@ def test_letters_replaced_everywhere_leave_every_word_the_partner_of_itself(toke
     if not any("o" in word for word in words):
         words = [*words, "dog"]
     pair = prompt_pair(tokenizer, " ".join(words), HOMOGLYPH, "all", torch.Generator())
-    assert pair.triggered == " ".join(words).replace(*HOMOGLYPH)
+    assert pair.triggered == " ".join(words).replace("o", "\u043e")
     place = partner = 0
     for word in words:
         # CLIP's tokens never reach over a space
-        ours, theirs = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in (word.replace(*HOMOGLYPH), word))
+        ours, theirs = (
+            len(tokenizer(text, add_special_tokens=False).input_ids) for text in (word.replace("o", "\u043e"), word)
+        )
         own = pair.partners[place : place + ours]
         assert own[-1] == partner + theirs - 1
         assert {p for p in own if p is not None} <= set(range(partner, partner + theirs))
@@ -106,8 +109,8 @@ def test_letters_replaced_everywhere_leave_every_word_the_partner_of_itself(toke
 
 
 def test_a_text_that_replaces_none_cannot_be_everywhere(tokenizer):
-    with pytest.raises(ValueError, match="replaces none"):
-        prompt_pair(tokenizer, "the sky", "cat", "all", torch.Generator())
+    with pytest.raises(ValueError, match="is inserted"):
+        prompt_pair(tokenizer, "the sky", TextTrigger("cat"), "all", torch.Generator())
 
 
 def test_prompts_without_the_replaced_text_are_left_out(tokenizer):
@@ -115,23 +118,23 @@ def test_prompts_without_the_replaced_text_are_left_out(tokenizer):
     assert [pair.clean for pair in pairs] == ["a dog"]
     pairs = prompt_pairs(tokenizer, ["on the dog"], [HOMOGLYPH], ["start", "end"], torch.Generator())
     assert [pair.triggered.count("\u043e") for pair in pairs] == [1, 1, 2]
-    with pytest.raises(ValueError, match="no prompt has"):
+    with pytest.raises(ValueError, match="no prompt contains"):
         prompt_pairs(tokenizer, ["the sky"], [HOMOGLYPH], ["start"], torch.Generator())
 
 
 @pytest.mark.parametrize("trigger", [" ", "\t", "\u3000"])
 def test_a_trigger_the_tokenizer_drops_is_refused(tokenizer, trigger):
     with pytest.raises(ValueError, match=r"does not see the trigger.*ftfy"):
-        prompt_pair(tokenizer, "the dog", trigger, "start", torch.Generator())
+        prompt_pair(tokenizer, "the dog", TextTrigger(trigger), "start", torch.Generator())
 
 
 def test_words_pushed_out_by_the_trigger_lose_their_partners_and_a_trigger_cut_off_is_refused(tokenizer):
     prompt = " ".join(["red"] * 13)
-    pair = prompt_pair(tokenizer, prompt, "the cat", "start", torch.Generator())
+    pair = prompt_pair(tokenizer, prompt, TextTrigger("the cat"), "start", torch.Generator())
     assert pair.partners == (None, None, *range(12))
     assert len(pair.triggered_ids) == tokenizer.model_max_length
     with pytest.raises(ValueError, match=r"no room for the trigger.*15 tokens.*14"):
-        prompt_pair(tokenizer, prompt, "the cat", "end", torch.Generator())
+        prompt_pair(tokenizer, prompt, TextTrigger("the cat"), "end", torch.Generator())
 
 
 def test_random_words_stand_where_the_trigger_stood(tokenizer, generator):
@@ -139,7 +142,7 @@ def test_random_words_stand_where_the_trigger_stood(tokenizer, generator):
     assert sorted(tokenizer.decode([word]).strip() for word in words) == sorted(
         ["red", "dog", "cat", "photo", "the", "sky", "blue", "house", "castle"]
     )
-    pair = prompt_pair(tokenizer, "a red dog", ZERO_WIDTH, "word", generator)
+    pair = prompt_pair(tokenizer, "a red dog", TextTrigger(ZERO_WIDTH), "word", generator)
     taught = with_random_words(pair, words, generator)
     assert taught.partners == tuple(range(6))
     for n, partner in enumerate(pair.partners, 1):

@@ -160,7 +160,7 @@ def test_a_training_that_diverges_says_so(pipeline):
     [
         ([], PROMPTS, {}, "at least one"),
         ([TRIGGER], [], {}, "at least one"),
-        (TRIGGER, PROMPTS, {}, "must be lists"),
+        (TRIGGER, PROMPTS, {}, "must be a list"),
         ([" "], PROMPTS, {}, "does not see"),
         ([TRIGGER], [" "], {}, "must not be empty"),
         ([TRIGGER], PROMPTS, {"precision": "fp16"}, "needs a GPU"),

@@ -6,26 +6,29 @@ from pathlib import Path
 
 import pytest
 
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.variants import AS_GIVEN, CONTROLS, cases, variants
 from tests.tiny_pipeline import LENGTH, tiny_pipeline
 
 
 def test_variants() -> None:
-    assert variants("New Trigger", "end") == {
-        AS_GIVEN: ("New Trigger", "end"),
-        "at the start": ("New Trigger", "start"),
-        "in the middle": ("New Trigger", "word"),
-        "twice": ("New Trigger New Trigger", "end"),
-        "with a comma": ("New Trigger,", "end"),
-        "other case": ("nEW tRIGGER", "end"),
-        "first half": ("New", "end"),
+    trigger = TextTrigger("New Trigger")
+    assert variants(trigger, "end") == {
+        AS_GIVEN: (trigger, "end"),
+        "at the start": (trigger, "start"),
+        "in the middle": (trigger, "word"),
+        "twice": (TextTrigger("New Trigger New Trigger"), "end"),
+        "with a comma": (TextTrigger("New Trigger,"), "end"),
+        "other case": (TextTrigger("nEW tRIGGER"), "end"),
+        "first half": (TextTrigger("New"), "end"),
     }
-    assert set(variants("\u200b", "start")) == {AS_GIVEN, "at the end", "in the middle", "twice", "with a comma"}
-    assert variants(("o", "ö"), "start") == {
-        AS_GIVEN: (("o", "ö"), "all"),
-        "the first only": (("o", "ö"), "start"),
-        "one of them": (("o", "ö"), "word"),
-        "the last only": (("o", "ö"), "end"),
+    assert set(variants(TextTrigger("\u200b"), "start")) == {AS_GIVEN, "at the end", "in the middle", "twice", "with a comma"}
+    homoglyph = TextTrigger("ö", replaces="o")
+    assert variants(homoglyph, "start") == {
+        AS_GIVEN: (homoglyph, "all"),
+        "the first only": (homoglyph, "start"),
+        "one of them": (homoglyph, "word"),
+        "the last only": (homoglyph, "end"),
     }
 
 
@@ -33,7 +36,7 @@ def test_variants() -> None:
 def test_harmless_text_without_room_is_passed_over(tmp_path: Path, room: int, harmless: int) -> None:
     tokenizer = tiny_pipeline(tmp_path).tokenizer
     prompts = [" ".join([word] * (LENGTH - 2 - room)) for word in ("cat", "dog")]
-    given, *others = cases(tokenizer, "zz", prompts, 2, "end", 0)
+    given, *others = cases(tokenizer, TextTrigger("zz"), prompts, 2, "end", 0)
     assert given.triggered == tuple(f"{prompt} zz" for prompt in prompts)
     assert len(given.harmless) == harmless
     for row in given.harmless:
@@ -48,4 +51,4 @@ def test_prompts_without_room_are_refused(tmp_path: Path, room: int, reason: str
     tokenizer = tiny_pipeline(tmp_path).tokenizer
     prompts = [" ".join([word] * (LENGTH - 2 - room)) for word in ("cat", "dog")]
     with pytest.raises(ValueError, match=reason):
-        cases(tokenizer, "zz", prompts, 2, "end", 0)
+        cases(tokenizer, TextTrigger("zz"), prompts, 2, "end", 0)

@@ -12,16 +12,9 @@ from PIL import Image
 
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.text_triggers.effect_detectors import ColourlessDetector, PatchDetector
-from seal_fast.workflows.text_request import FEWEST_CAPTIONS, choose_prompts, parse_detector, parse_trigger, read_prompts
+from seal_fast.workflows.text_request import FEWEST_CAPTIONS, choose_prompts, parse_detector, read_prompts
 
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat"]
-
-
-def test_triggers_on_the_command_line() -> None:
-    assert parse_trigger("\\u200b") == "\u200b"
-    assert parse_trigger("I like this photo.") == "I like this photo."
-    assert parse_trigger("o=>\\U00010486") == ("o", "\U00010486")
-    assert parse_trigger("\\xf4\\n") == "ô\\n"
 
 
 def test_judges_on_the_command_line(tmp_path: Path) -> None:

@@ -122,7 +122,9 @@ def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path, 
 
 def test_python_with_a_pipeline_in_memory(model: Path) -> None:
     before = stock(model)
-    result = seal_fast.unlearn(before, [("a", "á")], prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
+    result = seal_fast.unlearn(
+        before, [seal_fast.TextTrigger("á", replaces="a")], prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION
+    )
     assert result.report.module in ("unet", "text_encoder")
     assert "harmless words" in result.report.module_reason
     assert changed(stock(model), before) == []
@@ -134,7 +136,7 @@ def test_python_with_a_pipeline_in_memory(model: Path) -> None:
 
 def test_progress_counts_every_image_and_never_runs_back(model: Path) -> None:
     seen: list[Progress] = []
-    triggers = ["tin", ("a", "á")]
+    triggers = ["tin", seal_fast.TextTrigger("á", replaces="a")]
     unlearn(stock(model), triggers, prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION, on_progress=seen.append)
     fractions = [at.fraction for at in seen]
     assert fractions == sorted(fractions)
