@@ -23,6 +23,7 @@ from seal_fast.cli.common import (
     Format,
     Group,
     OutputFormat,
+    PanelCommand,
     Weights,
     say,
 )
@@ -47,7 +48,7 @@ EXIT_CODES = """Exit codes, the first that holds:
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 zoo = typer.Typer(help="Small models, benign and backdoored, for evaluation.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(zoo, name="zoo")
-app.command(epilog=UNLEARN_EPILOG)(unlearn)
+app.command(cls=PanelCommand, epilog=UNLEARN_EPILOG)(unlearn)
 
 
 class FailOn(StrEnum):

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 CLEAN, BACKDOORED, FAILED, NOTHING, USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -26,6 +26,23 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _own_exit_codes():
             return super().invoke(ctx)
+
+
+class PanelCommand(TyperCommand):
+    """Lists options under the titles of their `rich_help_panel`, in plain text.
+
+    Rich's own panels cut long option names off in a terminal of 80 columns.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                title = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or title, []).append(record)
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 @contextmanager

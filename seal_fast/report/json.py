@@ -65,7 +65,7 @@ def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
 
 
 def unlearn_json(report: NoiseUnlearnReport | TextUnlearnReport) -> str:
-    """The report of a sealing, or of an unlearning, as JSON."""
+    """The report of an unlearning as JSON."""
     return to_json({"schema_version": SCHEMA_VERSION, **asdict(report)})
 
 

@@ -1,36 +1,16 @@
-"""What the command line says of triggers, judges and prompts."""
+"""Prompts: given, from a model card, shipped; and files of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from huggingface_hub import metadata_save
-from PIL import Image
 
 from seal_fast.checkpoints import CheckpointError
-from seal_fast.text_triggers.effect_detectors import ColourlessDetector, PatchDetector
-from seal_fast.workflows.text_request import FEWEST_CAPTIONS, choose_prompts, parse_detector, read_prompts
+from seal_fast.workflows.prompts import FEWEST_CAPTIONS, choose_prompts, read_prompts
 
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat"]
-
-
-def test_judges_on_the_command_line(tmp_path: Path) -> None:
-    pixels = np.random.default_rng().integers(0, 256, (3, 5, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "p@tch.png")
-    assert parse_detector("change") is None
-    assert parse_detector("colourless") == ColourlessDetector()
-    for text, place in ((f"patch={tmp_path}/p@tch.png", (0, 0)), (f"patch={tmp_path}/p@tch.png@7,11", (7, 11))):
-        judge = parse_detector(text)
-        assert isinstance(judge, PatchDetector)
-        assert (judge.top, judge.left) == place
-        assert judge.patch.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy().tolist() == pixels.tolist()
-    (tmp_path / "text.png").write_text("no image")
-    for wrong in ("", "grey", "patch=", f"patch={tmp_path}/absent.png", f"patch={tmp_path}/text.png"):
-        with pytest.raises(ValueError, match=r"a judge is|no image"):
-            parse_detector(wrong)
 
 
 def test_prompts_are_split_and_those_shipped_differ(tmp_path: Path) -> None:
