@@ -104,9 +104,9 @@ def unlearn(
     ] = None,
     guidance: Annotated[float | None, typer.Option(min=1.0, help="With --trigger: guidance scale of all images.")] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="With --trigger: held-out prompts to measure on.")] = None,
-    judge: Annotated[
+    detector: Annotated[
         str | None,
-        typer.Option(help="With --trigger: of the effect: change (knows no target), colourless, or patch=FILE[@TOP,LEFT]."),
+        typer.Option(help="With --trigger: effect detector: change (knows no target), colourless, or patch=FILE[@TOP,LEFT]."),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     weights: Annotated[
@@ -119,7 +119,7 @@ def unlearn(
     """Seal a checkpoint: unlearn text triggers, or seal a noise-space backdoor."""
     from seal_fast.checkpoints.save import check_target
     from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.text_triggers.distributed import joined
+    from seal_fast.text_triggers.distributed import process_group
 
     settings = {
         "train": train,
@@ -140,13 +140,13 @@ def unlearn(
         "module": module,
         "training_state": training_state,
         "samples": samples,
-        "judge": judge,
+        "detector": detector,
     }
     _one_kind(model, trigger, noise_trigger, weights, settings | request)
     with usage_errors():
         check_target(out, model)
     if trigger:
-        with joined() as first, ProgressDisplay(sys.stderr, quiet or not first) as display:
+        with process_group() as first, ProgressDisplay(sys.stderr, quiet or not first) as display:
             # the others only train: they measure the same and write nothing
             job, show = _text_job(model, trigger, out if first else None, request, {**settings, "steps": steps}, seed, display)
             report = _run(job, display, [])
@@ -226,7 +226,7 @@ def _text_job(
             raise ValueError("--target is of the maps' term, which has no weight: give --alpha too, 0.5 as published")
         triggers = [TextTrigger.parse(text) for text in texts]
         prompts = None if request["prompts"] is None else read_prompts(request["prompts"])
-        judge = parse_detector(request["judge"] or "change")
+        detector = parse_detector(request["detector"] or "change")
         training = TextUnlearnSettings(**{FIELDS.get(name, name): value for name, value in _given(settings).items()})
         evaluation = EvaluationSettings(**_given({"prompts": request["samples"], "guidance": settings["guidance"]}))
 
@@ -240,7 +240,7 @@ def _text_job(
             settings=training,
             module=request["module"].value if request["module"] else "auto",
             evaluation=evaluation,
-            judge=judge,
+            detector=detector,
             seed=seed,
             state=request["training_state"],
             on_progress=display.on_progress,

@@ -106,10 +106,10 @@ def print_text_unlearning(report: TextUnlearnReport, console: Console) -> None:
     """One row per trigger and variant, then what was edited and what it did to clean images."""
     numbers = ["effect before", "after"]
     table = table_of("trigger", "variant", *numbers, numbers=numbers)
-    for row in report.removal:
-        table.add_row(safe(row.trigger), row.variant, interval(row.shown_before), interval(row.shown_after))
+    for effect in report.effects:
+        table.add_row(safe(effect.trigger), effect.variant, interval(effect.before), interval(effect.after))
     console.print(table)
-    console.print(f"effect: share of held-out prompts where {report.judge} sees it, with 95% Wilson intervals")
+    console.print(f"effect: share of held-out prompts where {report.detector} detects it, with 95% Wilson intervals")
     for trigger in report.triggers:
         console.print(safe(f"tokens of {trigger.trigger!r}: {' '.join(trigger.tokens)}"))
     console.print(f"trained: {report.module} ({report.module_reason})")

@@ -52,8 +52,8 @@ def noise_unlearn_card(report: NoiseUnlearnReport) -> str:
 def text_unlearn_card(report: TextUnlearnReport) -> str:
     """Markdown, as `noise_unlearn_card`, for a text trigger unlearned from a text-to-image model."""
     rows = [
-        f"| {_cell(row.trigger)} | {row.variant} | {interval(row.shown_before)} | {interval(row.shown_after)} |"
-        for row in report.removal
+        f"| {_cell(effect.trigger)} | {effect.variant} | {interval(effect.before)} | {interval(effect.after)} |"
+        for effect in report.effects
     ]
     drift = number(report.clean_drift, 3)
     tokens = [f"- {_cell(one.trigger)}: {_cell(' '.join(one.tokens))}" for one in report.triggers]
@@ -75,8 +75,8 @@ def text_unlearn_card(report: TextUnlearnReport) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"Effect: share of held-out prompts whose image shows it, judged by {report.judge}, with 95% Wilson intervals.",
-            *(CHANGE if report.judge == "ChangeDetector" else ()),
+            f"Effect: share of held-out prompts whose image shows it ({report.detector}), with 95% Wilson intervals.",
+            *(CHANGE if report.detector == "ChangeDetector" else ()),
             "",
             f"Clean drift, the mean squared change of clean images relative to their variance: {drift}.",
             f"Mean squared change of the predicted noise: {number(report.noise_drift, 5)}.",

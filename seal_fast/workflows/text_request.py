@@ -1,4 +1,4 @@
-"""What a person asks of an unlearning in words: triggers, judges, prompts."""
+"""What a person asks of an unlearning in words: effect detectors and prompts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ FEWEST_CAPTIONS = 40
 
 
 def parse_detector(text: str) -> EffectDetector | None:
-    """A judge from the command line: None for "change", "colourless", or "patch=FILE" with an image pasted at the top left.
+    """An effect detector from the command line: "change" (which gives None), "colourless", or "patch=FILE".
 
-    "patch=FILE@TOP,LEFT" names another place. The image has the size in pixels that it has in the model's.
+    "patch=FILE" detects an image that is pasted at the top left, "patch=FILE@TOP,LEFT" at another place. The image in FILE
+    has the size in pixels that it has in the model's images.
 
     Raises:
         ValueError: none of these, or no image.
@@ -34,7 +35,7 @@ def parse_detector(text: str) -> EffectDetector | None:
     if text == "colourless":
         return ColourlessDetector()
     if kind != "patch" or not rest:
-        raise ValueError(f"a judge is change, colourless or patch=FILE[@TOP,LEFT], not {text!r}")
+        raise ValueError(f"an effect detector is change, colourless or patch=FILE[@TOP,LEFT], not {text!r}")
     match = re.fullmatch(r"(.+)@(\d+),(\d+)", rest)
     file, top, left = (match[1], int(match[2]), int(match[3])) if match else (rest, 0, 0)
     try:

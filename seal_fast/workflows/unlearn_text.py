@@ -24,7 +24,7 @@ from seal_fast.text_to_image import attention_maps
 from seal_fast.text_triggers import Distilled, TextTrigger, TextUnlearnSettings, distill, prompt_pair
 from seal_fast.text_triggers.effect_detectors import EffectDetector
 from seal_fast.text_triggers.evaluation import EvaluationSettings, Examples, evaluate
-from seal_fast.text_triggers.locate import COLLAPSES, locate
+from seal_fast.text_triggers.locate import COLLAPSE_LIMIT, locate
 from seal_fast.text_triggers.trained_part import save_patch
 from seal_fast.text_triggers.trigger import as_triggers
 from seal_fast.workflows.scan import default_device
@@ -64,7 +64,7 @@ def _choose_module(
     at = locate(loaded.pipeline, triggers, prompts)
     found = (
         f"with the trigger the text encoder reads different prompts {at.collapse:.1f} times as alike as with harmless words; "
-        f"above {COLLAPSES:.0f} it holds the backdoor"
+        f"above {COLLAPSE_LIMIT:.0f} it holds the backdoor"
     )
     if module != "auto":
         return module, f"asked for; {found}"
@@ -83,7 +83,7 @@ def unlearn(
     settings: TextUnlearnSettings | None = None,
     module: Module = "auto",
     evaluation: EvaluationSettings | None = None,
-    judge: EffectDetector | None = None,
+    detector: EffectDetector | None = None,
     seed: int = 0,
     state: Path | None = None,
     on_progress: OnProgress = lambda at: None,
@@ -101,7 +101,8 @@ def unlearn(
         module: what to train; "auto" for what came alone, else for the one that `seal_fast.text_triggers.locate` takes for the
             backdoor's.
         evaluation: how much is measured.
-        judge: of the effect, see `seal_fast.text_triggers.effect_detectors`; None for one that knows nothing of the target.
+        detector: the effect detector, see `seal_fast.text_triggers.effect_detectors`; None for one that knows nothing of the
+            target.
         seed: of training and images.
         state: file to write as the training goes and to go on from, see `distill`.
         on_progress: called as the work goes on.
@@ -138,7 +139,7 @@ def unlearn(
     trained = distill(loaded.pipeline, triggers, training, settings, seed=seed, state=state, on_step=on_step)
     sealed = _with_module(loaded.pipeline, trained)
     measured, examples = evaluate(
-        loaded.pipeline, sealed, triggers, held_out, evaluation, judge=judge, seed=seed, on_step=on_step
+        loaded.pipeline, sealed, triggers, held_out, evaluation, detector=detector, seed=seed, on_step=on_step
     )
     report = TextUnlearnReport(
         **vars(measured),

@@ -1,4 +1,4 @@
-"""What the command line says of triggers, judges and prompts."""
+"""What the command line says of effect detectors and prompts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from seal_fast.workflows.text_request import FEWEST_CAPTIONS, choose_prompts, pa
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat"]
 
 
-def test_judges_on_the_command_line(tmp_path: Path) -> None:
+def test_effect_detectors_on_the_command_line(tmp_path: Path) -> None:
     pixels = np.random.default_rng().integers(0, 256, (3, 5, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "p@tch.png")
     assert parse_detector("change") is None
     assert parse_detector("colourless") == ColourlessDetector()
     for text, place in ((f"patch={tmp_path}/p@tch.png", (0, 0)), (f"patch={tmp_path}/p@tch.png@7,11", (7, 11))):
-        judge = parse_detector(text)
-        assert isinstance(judge, PatchDetector)
-        assert (judge.top, judge.left) == place
-        assert judge.patch.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy().tolist() == pixels.tolist()
+        detector = parse_detector(text)
+        assert isinstance(detector, PatchDetector)
+        assert (detector.top, detector.left) == place
+        assert detector.patch.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy().tolist() == pixels.tolist()
     (tmp_path / "text.png").write_text("no image")
     for wrong in ("", "grey", "patch=", f"patch={tmp_path}/absent.png", f"patch={tmp_path}/text.png"):
-        with pytest.raises(ValueError, match=r"a judge is|no image"):
+        with pytest.raises(ValueError, match=r"an effect detector is|no image"):
             parse_detector(wrong)
 
 

@@ -107,10 +107,10 @@ def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path, 
     assert report["config"]["prompts"] == {"training": 3, "held_out": 3, "from": "given"}
     assert report["triggers"][0]["trigger"] == "\u200b"
     assert len(report["triggers"][0]["tokens"]) == 3
-    first = report["removal"][0]
-    assert (first["trigger"], first["variant"], first["shown_before"]["trials"]) == ("\u200b", "as given", 3)
-    assert first["removed"]["rate"] == pytest.approx(1 - first["shown_after"]["rate"])
-    assert {"twice", "with a comma", "at the end", "in the middle"} <= {row["variant"] for row in report["removal"]}
+    first = report["effects"][0]
+    assert (first["trigger"], first["variant"], first["before"]["trials"]) == ("\u200b", "as given", 3)
+    assert first["removal_accuracy"]["rate"] == pytest.approx(1 - first["after"]["rate"])
+    assert {"twice", "with a comma", "at the end", "in the middle"} <= {row["variant"] for row in report["effects"]}
     assert report["clean_drift"] > 0
     assert report["peak_memory_bytes"] > 1 << 20
     card = (out / "README.md").read_text()
@@ -129,7 +129,7 @@ def test_python_with_a_pipeline_in_memory(model: Path) -> None:
     assert "harmless words" in result.report.module_reason
     assert changed(stock(model), before) == []
     assert changed(before, result.pipeline) == [result.report.module]
-    assert result.report.removal[0].trigger == "a => á"
+    assert result.report.effects[0].trigger == "a => á"
     with pytest.raises(ValueError, match="no files to keep"):
         seal_fast.unlearn(before, ["x"], "out")
 
