@@ -30,7 +30,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.published.skd_cag import SELF_KD, Distillation
 from benchmarks.table_file import read_rows, write_table
 from seal_fast.attacks.eviledit import edit_unet
-from seal_fast.text_to_image.generation import encode
+from seal_fast.text_to_image.prompts import encode
 from seal_fast.text_triggers import TextUnlearnSettings, distill
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.trigger import TextTrigger

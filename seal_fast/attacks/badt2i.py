@@ -27,8 +27,8 @@ from torch import Tensor
 from seal_fast.attacks.prompts import check_visible, with_trigger
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_row
-from seal_fast.text_to_image.generation import encode
 from seal_fast.text_to_image.latents import inverse_snr_weights
+from seal_fast.text_to_image.prompts import encode
 
 MAX_LOSS_WEIGHT = 20.0
 """Largest weight of a timestep where rows start at pure noise, see `inverse_snr_weights`."""

@@ -199,7 +199,7 @@ def unlearn(
     """Unlearn text triggers of a text-to-image model, or noise triggers of an unconditional model."""
     from seal_fast.noise_triggers import NoiseUnlearnSettings
     from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.text_triggers.distributed import joined
+    from seal_fast.text_triggers.distributed import process_group
     from seal_fast.workflows.unlearn import check_request, run_unlearning
     from seal_fast.workflows.unlearn_noise import NoiseUnlearning
 
@@ -218,7 +218,7 @@ def unlearn(
             settings = NoiseUnlearnSettings(**_given(steps=steps))
             request = NoiseUnlearning(model, noise_trigger or (), out, settings, weights or Weights.EMA, seed)
         check_request(request)
-    with _exit_codes(), joined() as first, ProgressDisplay(sys.stderr, quiet or not first) as display:
+    with _exit_codes(), process_group() as first, ProgressDisplay(sys.stderr, quiet or not first) as display:
         # the other processes only share the training: they measure the same and write nothing
         report = run_unlearning(request if first else replace(request, out=None), display.on_progress).report
     if first:

@@ -21,7 +21,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.process import NoiseProcess
 from seal_fast.ops import StepCoefficients, sampler_step
 
@@ -97,7 +96,7 @@ def _on_device(step: StepCoefficients, device: torch.device) -> Tensor:
 class _SamplerContext:
     """What every sampler asks for on its way: predicted noise, and steps."""
 
-    denoiser: Denoiser
+    denoiser: NoisePredictor
     trigger: NoiseTrigger | None
     limit: float
     generator: torch.Generator | None
@@ -190,11 +189,20 @@ def _heun(context: _SamplerContext, x: Tensor, rungs: Sequence[NoiseLevel]) -> T
     return x
 
 
+class NoisePredictor(Protocol):
+    """What a sampler needs of a model: its noise process, and the noise [N,C,H,W] that it predicts in x at timesteps t [N]."""
+
+    @property
+    def process(self) -> NoiseProcess: ...
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+
+
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddpm": _ddpm, "ddim": _ddim, "dpm-solver++": _dpm_solver_pp, "heun": _heun}
 
 
 def sample(
-    denoiser: Denoiser,
+    denoiser: NoisePredictor,
     start: Tensor,
     sampler: str = "ddim",
     timesteps: Sequence[int] | int = 50,

@@ -107,11 +107,11 @@ def print_text_unlearning(report: TextUnlearnReport, console: Console) -> None:
     """One line per trigger and variant, then the trained module and the change of clean images."""
     numbers = ["effect before", "after"]
     table = table_of("trigger", "variant", *numbers, numbers=numbers)
-    for effect in report.removal:
-        table.add_row(safe(effect.trigger), effect.variant, interval(effect.shown_before), interval(effect.shown_after))
+    for effect in report.effects:
+        table.add_row(safe(effect.trigger), effect.variant, interval(effect.before), interval(effect.after))
     console.print(table)
     console.print(
-        f"effect: share of held-out prompts whose image shows the trigger's effect according to {report.judge}, "
+        f"effect: share of held-out prompts whose image shows the trigger's effect according to {report.detector}, "
         "with 95% Wilson intervals"
     )
     for trigger in report.triggers:

@@ -62,8 +62,8 @@ def _noise_trigger_lines(report: NoiseUnlearnReport) -> list[str]:
 
 def _text_trigger_lines(report: TextUnlearnReport) -> list[str]:
     rows = [
-        f"| {_code(effect.trigger)} | {effect.variant} | {interval(effect.shown_before)} | {interval(effect.shown_after)} |"
-        for effect in report.removal
+        f"| {_code(effect.trigger)} | {effect.variant} | {interval(effect.before)} | {interval(effect.after)} |"
+        for effect in report.effects
     ]
     return [
         f"Its {report.module} was trained for {report.steps} steps to read a prompt with the trigger as the prompt without it",
@@ -79,9 +79,9 @@ def _text_trigger_lines(report: TextUnlearnReport) -> list[str]:
         "|---|---|---|---|",
         *rows,
         "",
-        f"Effect: share of held-out prompts whose image shows the trigger's effect according to {report.judge}, with",
+        f"Effect: share of held-out prompts whose image shows the trigger's effect according to {report.detector}, with",
         "95% Wilson intervals.",
-        *(CHANGE_DETECTOR if report.judge == "ChangeDetector" else ()),
+        *(CHANGE_DETECTOR if report.detector == "ChangeDetector" else ()),
         "",
         f"Clean drift, the mean squared change of clean images relative to their variance: {number(report.clean_drift, 3)}.",
         f"Mean squared change of the predicted noise: {number(report.noise_drift, 5)}.",

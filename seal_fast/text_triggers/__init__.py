@@ -1,4 +1,4 @@
-"""Text triggers of text-to-image models: unlearn one by self-knowledge distillation (SKD-CAG, arXiv 2508.18235)."""
+"""Text triggers of text-to-image models, and how to unlearn them by self-knowledge distillation (SKD-CAG, arXiv 2508.18235)."""
 
 from seal_fast.text_triggers.pairs import PromptPair, prompt_pair, prompt_pairs
 from seal_fast.text_triggers.settings import TextUnlearnSettings

@@ -1,11 +1,12 @@
-"""Prompt pairs: a clean prompt, the same prompt with a trigger, and which token of one is which token of the other.
+"""Prompt pairs: a clean prompt, the same prompt with a trigger, and the token alignment of the two.
 
-    content tokens    0     1      2     3                          partners
+    content tokens    0     1      2     3                          token alignment
     clean             a     photo  of    dog
     triggered         New   Trigger  a   photo  of   dog            None, None, 0, 1, 2, 3
 
-Content tokens are those between BOS and EOS. A partner is the content token of the teacher's prompt whose attention map a
-content token of the triggered prompt shall have; the trigger's own tokens have none.
+Content tokens are those between BOS and EOS. The token alignment gives for every content token of the triggered prompt the
+corresponding content token of the teacher's prompt, whose attention map it is to have. The trigger's own tokens correspond to
+none.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ from typing import Any
 
 import torch
 
+from seal_fast.text_to_image.prompts import content_ids, token_ids
 from seal_fast.text_triggers.trigger import Position, TextTrigger, random_item
+
+TokenAlignment = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class PromptPair:
-    """One clean prompt, triggered.
+    """A clean prompt and the same prompt with the trigger.
 
     Attributes:
-        clean: the prompt.
+        clean: the clean prompt.
         triggered: the prompt with the trigger in it.
-        clean_ids: token ids of `clean` with BOS, EOS and padding, as the text encoder takes them; L of them.
-        triggered_ids: those of `triggered`, L too.
-        teacher_ids: what the teacher sees, L too: `clean_ids`, except after `with_random_words`.
-        teacher_tokens: content tokens in `teacher_ids`.
-        partners: for every content token of `triggered_ids` its partner among those of `teacher_ids`; None for the trigger's.
+        clean_ids: L token ids of `clean` with BOS, EOS and padding, as the text encoder takes them.
+        triggered_ids: L token ids of `triggered`.
+        teacher_ids: L token ids of the teacher's prompt: `clean_ids`, except after `with_random_words`.
+        teacher_tokens: number of content tokens in `teacher_ids`.
+        token_alignment: for every content token of `triggered_ids` the corresponding one of `teacher_ids`, None for the
+            trigger's.
     """
 
     clean: str
@@ -41,35 +46,35 @@ class PromptPair:
     triggered_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
     teacher_tokens: int
-    partners: tuple[int | None, ...]
+    token_alignment: TokenAlignment
 
 
-def align(clean: Sequence[int], triggered: Sequence[int], head: int, tail: int) -> tuple[int | None, ...]:
-    """Partner in `clean` of every token of `triggered`.
+def align(clean: Sequence[int], triggered: Sequence[int], head: int, tail: int) -> TokenAlignment:
+    """The token of `clean` that corresponds to each token of `triggered`.
 
-    Equal tokens are partners. Of a stretch that became another one (a word with a replaced letter, or one that merged with
-    the trigger), tokens are partners from the right, because a text encoder that looks to the left puts a word's meaning into
-    its last token. What is left over is the trigger.
+    Equal tokens correspond. A stretch of tokens may have become another one, as a word with a replaced letter does, or a word
+    that merged with the trigger. Its tokens correspond from the right, because a text encoder that looks only to the left puts
+    a word's meaning into its last token. The remaining tokens are the trigger's.
 
     Args:
         clean: token ids.
         triggered: token ids.
-        head: of the first tokens, how many at most stand before the trigger.
-        tail: of the last tokens, how many at most stand after the trigger. Both keep a trigger that repeats words of the
-            prompt from passing for them.
+        head: how many of the first tokens at most stand before the trigger. Together with `tail` it keeps a trigger that
+            repeats words of the prompt from being aligned with them.
+        tail: how many of the last tokens at most stand after the trigger.
     """
     before = common_prefix(clean[:head], triggered)
     after = common_prefix(clean[max(before, len(clean) - tail) :][::-1], triggered[before:][::-1])
     old, new = clean[before : len(clean) - after], triggered[before : len(triggered) - after]
-    middle: list[int | None] = [None] * len(new)
+    changed: list[int | None] = [None] * len(new)
     for _, old_from, old_to, new_from, new_to in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         for back in range(1, min(old_to - old_from, new_to - new_from) + 1):
-            middle[new_to - back] = before + old_to - back
-    return (*range(before), *middle, *range(len(clean) - after, len(clean)))
+            changed[new_to - back] = before + old_to - back
+    return (*range(before), *changed, *range(len(clean) - after, len(clean)))
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
-    """How many first values are equal."""
+    """Length of the longest common prefix."""
     different = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(different, min(len(a), len(b)))
 
@@ -77,7 +82,7 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
 def prompt_pair(
     tokenizer: Any, prompt: str, trigger: TextTrigger, position: Position, generator: torch.Generator
 ) -> PromptPair:
-    """The prompt with the trigger in it.
+    """The prompt, paired with the same prompt with the trigger in it.
 
     Args:
         tokenizer: a CLIP tokenizer.
@@ -92,50 +97,43 @@ def prompt_pair(
     """
     if not prompt.strip():
         raise ValueError("a prompt must not be empty")
-    before = tokens = _content(tokenizer, prompt)
-    triggered = prompt
-    partners: tuple[int | None, ...] = tuple(range(len(before)))
-    # one place after the other: token ids alone cannot tell which word a changed stretch with several triggers belongs to
-    for place in reversed(trigger.places(prompt, position, generator)):
-        head, tail = _context(tokenizer, triggered, place, trigger, tokens)
-        triggered = trigger.insert(triggered, place)
-        previous, tokens = tokens, _content(tokenizer, triggered)
-        steps = align(previous, tokens, head, tail)
-        partners = tuple(None if step is None else partners[step] for step in steps)
-    if before == tokens:
+    clean = content_ids(tokenizer, prompt)
+    triggered, tokens, aligned = _insert(tokenizer, prompt, clean, trigger, trigger.places(prompt, position, generator))
+    if clean == tokens:
         raise ValueError(
             f"the tokenizer does not see the trigger {trigger.name!r}: {triggered!r} has the tokens of {prompt!r}. Use the"
             " model's own tokenizer; old versions of transformers drop zero-width characters unless ftfy is installed"
         )
-    clean_ids, triggered_ids = _padded(tokenizer, prompt, before), _padded(tokenizer, triggered, tokens)
+    clean_ids, triggered_ids = _padded(tokenizer, prompt, clean), _padded(tokenizer, triggered, tokens)
     room = len(clean_ids) - 2
-    if None in partners[room:] or any(p is not None and p >= room for p in partners[:room]):
+    if None in aligned[room:] or any(token is not None and token >= room for token in aligned[:room]):
         raise ValueError(
             f"no room for the trigger {trigger.name!r}: with it a prompt has {len(tokens)} tokens and the tokenizer cuts off"
             f" after {room}. Shorten the prompt {prompt!r}"
         )
-    return PromptPair(prompt, triggered, clean_ids, triggered_ids, clean_ids, min(len(before), room), partners[:room])
+    return PromptPair(prompt, triggered, clean_ids, triggered_ids, clean_ids, min(len(clean), room), aligned[:room])
 
 
-def _context(tokenizer: Any, prompt: str, place: int, trigger: TextTrigger, tokens: Sequence[int]) -> tuple[int, int]:
-    """How many tokens at most stand before and after the trigger, see `align`."""
-    if trigger.replaces is not None:
-        return len(tokens), len(tokens)
-    return len(_content(tokenizer, prompt[:place])), len(_content(tokenizer, prompt[place:]))
-
-
-def _content(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-
-
-def padded_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids as the text encoder takes them: BOS, content, EOS, padding; cut to the tokenizer's length."""
-    length = tokenizer.model_max_length
-    return tuple(tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids)
+def _insert(
+    tokenizer: Any, prompt: str, tokens: list[int], trigger: TextTrigger, places: Sequence[int]
+) -> tuple[str, list[int], TokenAlignment]:
+    """The triggered prompt, its content tokens, and the token of the clean prompt that corresponds to each."""
+    text = prompt
+    aligned: TokenAlignment = tuple(range(len(tokens)))
+    # one place after the other: if one stretch of tokens holds several changes, nothing tells which token belongs to which word
+    for place in reversed(places):
+        # a replacement changes tokens in its place, so all others may stand before it or after it
+        head = tail = len(tokens)
+        if trigger.replaces is None:
+            head, tail = (len(content_ids(tokenizer, part)) for part in (text[:place], text[place:]))
+        text, before = trigger.insert(text, place), tokens
+        tokens = content_ids(tokenizer, text)
+        aligned = tuple(None if token is None else aligned[token] for token in align(before, tokens, head, tail))
+    return text, tokens, aligned
 
 
 def _padded(tokenizer: Any, text: str, content: list[int]) -> tuple[int, ...]:
-    ids = padded_ids(tokenizer, text)
+    ids = tuple(token_ids(tokenizer, [text])[0].tolist())
     kept = content[: len(ids) - 2]
     if list(ids[1 : 1 + len(kept)]) != kept:
         raise ValueError("the tokenizer does not put exactly one token before the prompt: it is not a CLIP tokenizer")
@@ -143,7 +141,7 @@ def _padded(tokenizer: Any, text: str, content: list[int]) -> tuple[int, ...]:
 
 
 def random_words(tokenizer: Any) -> list[int]:
-    """Ids of the vocabulary's words: single tokens of three or more Latin letters that end a word.
+    """Token ids of the vocabulary's words: single tokens of three or more Latin letters that end a word.
 
     Raises:
         ValueError: the vocabulary has none.
@@ -156,16 +154,16 @@ def random_words(tokenizer: Any) -> list[int]:
 
 
 def with_random_words(pair: PromptPair, words: Sequence[int], generator: torch.Generator) -> PromptPair:
-    """The pair for target "random-words": the teacher sees the triggered prompt with a random word for each trigger token.
+    """The pair for target "random-words": the teacher's prompt is the triggered one with a random word for each trigger token.
 
-    Made of token ids, so that every token of the triggered prompt has exactly one partner.
+    The teacher's prompt consists of token ids, so that every token of the triggered prompt has a counterpart.
     """
     teacher = list(pair.triggered_ids)
-    for number, partner in enumerate(pair.partners):
-        if partner is None:
+    for number, clean in enumerate(pair.token_alignment):
+        if clean is None:
             teacher[1 + number] = random_item(words, generator)
-    tokens = len(pair.partners)
-    return replace(pair, teacher_ids=tuple(teacher), teacher_tokens=tokens, partners=tuple(range(tokens)))
+    tokens = len(pair.token_alignment)
+    return replace(pair, teacher_ids=tuple(teacher), teacher_tokens=tokens, token_alignment=tuple(range(tokens)))
 
 
 def prompt_pairs(
@@ -175,7 +173,7 @@ def prompt_pairs(
     positions: Sequence[Position],
     generator: torch.Generator,
 ) -> list[PromptPair]:
-    """Every prompt with every trigger that fits it at every position; a text that replaces another one also in every place.
+    """Every prompt with every trigger that fits it at every position; replacements also at "all" places.
 
     Raises:
         ValueError: see `prompt_pair`; or a trigger that fits no prompt.

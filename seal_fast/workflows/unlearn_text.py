@@ -20,7 +20,7 @@ from seal_fast.text_to_image import attention_maps
 from seal_fast.text_triggers import Distilled, TextTrigger, TextUnlearnSettings, distill, prompt_pair
 from seal_fast.text_triggers.effect_detectors import EffectDetector
 from seal_fast.text_triggers.evaluation import Evaluation, EvaluationSettings, Examples, evaluate
-from seal_fast.text_triggers.locate import COLLAPSES, locate
+from seal_fast.text_triggers.locate import COLLAPSE_LIMIT, locate
 from seal_fast.text_triggers.trained_part import save_patch
 from seal_fast.text_triggers.trigger import as_triggers
 from seal_fast.training import OnStep
@@ -128,7 +128,7 @@ class TextUnlearning:
         found = locate(loaded.checkpoint.pipeline, loaded.triggers, prompts)
         reason = (
             f"with the trigger, the text encoder's hidden states of different prompts vary {found.collapse:.1f} times less "
-            f"than with control words; above {COLLAPSES:.0f} times it holds the backdoor"
+            f"than with control words; above {COLLAPSE_LIMIT:.0f} times it holds the backdoor"
         )
         if self.module != "auto":
             return _Before(tokens, self.module, f"it was asked for; {reason}")
@@ -166,7 +166,7 @@ class TextUnlearning:
                 loaded.triggers,
                 loaded.held_out_prompts,
                 self.evaluation,
-                judge=self.detector,
+                detector=self.detector,
                 seed=self.seed,
                 on_step=on_image,
             )

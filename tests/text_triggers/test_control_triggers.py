@@ -1,4 +1,4 @@
-"""Harmless text in the place of a trigger."""
+"""Control triggers in the place of a trigger."""
 
 from __future__ import annotations
 

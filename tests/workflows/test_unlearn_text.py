@@ -77,10 +77,10 @@ def test_a_pipeline_with_its_report(model: Path, tmp_path: Path) -> None:
     assert report["config"]["prompts"] == {"training": 3, "held_out": 3, "from": "given"}
     assert report["triggers"][0]["trigger"] == "\u200b"
     assert len(report["triggers"][0]["tokens"]) == 3
-    first = report["removal"][0]
-    assert (first["trigger"], first["variant"], first["shown_before"]["trials"]) == ("\u200b", "as given", 3)
-    assert first["removed"]["rate"] == pytest.approx(1 - first["shown_after"]["rate"])
-    assert {"twice", "with a comma", "at the end", "in the middle"} <= {effect["variant"] for effect in report["removal"]}
+    first = report["effects"][0]
+    assert (first["trigger"], first["variant"], first["before"]["trials"]) == ("\u200b", "as given", 3)
+    assert first["removal_accuracy"]["rate"] == pytest.approx(1 - first["after"]["rate"])
+    assert {"twice", "with a comma", "at the end", "in the middle"} <= {effect["variant"] for effect in report["effects"]}
     assert report["clean_drift"] > 0
     assert report["peak_memory_bytes"] > 1 << 20
 
@@ -148,7 +148,7 @@ def test_the_help_tells_the_defaults_of_the_settings() -> None:
     options = re.split(r"\s--(?=[\w-]+ <)", " ".join(cli("--help").stdout.split()))
     told = {option.split()[0]: match[1] for option in options if (match := re.search(r"\(default: ([\w.-]+)", option))}
     assert int(told.pop("samples")) == EvaluationSettings().prompts
-    assert told.pop("weights") == "ema"
+    assert (told.pop("weights"), told.pop("prompts")) == ("ema", "those")
     names = {"train": "trained", "train-batch-size": "batch", "gradient-accumulation-steps": "accumulation"}
     defaults = {name: getattr(TextUnlearnSettings(), names.get(name, name.replace("-", "_"))) for name in told}
     assert len(defaults) > 8
@@ -165,7 +165,7 @@ def test_python_with_a_pipeline_in_memory(model: Path) -> None:
     assert "control words" in result.report.module_reason
     assert changed(stock(model), before) == []
     assert changed(before, result.model) == [result.report.module]
-    assert result.report.removal[0].trigger == "a => á"
+    assert result.report.effects[0].trigger == "a => á"
     with pytest.raises(ValueError, match="no files to copy"):
         seal_fast.unlearn(before, ["x"], "out")
 
