@@ -263,9 +263,9 @@ def calibrate(
     from seal_fast.report.console import console_for, evidence_line, print_calibration
     from seal_fast.report.progress import ProgressDisplay
     from seal_fast.workflows.calibrate import leave_one_out, measure
-    from seal_fast.workflows.discovery import find_candidates
+    from seal_fast.workflows.discovery import find_checkpoints
 
-    clean, dirty = find_candidates(benign), find_candidates(backdoored or [])
+    clean, dirty = find_checkpoints(benign), find_checkpoints(backdoored or [])
     if both := {one.path for one in clean} & {one.path for one in dirty}:
         raise typer.BadParameter(f"{min(both)} cannot be benign and backdoored")
     if not clean:

@@ -24,7 +24,7 @@ from seal_fast.report.model_card import noise_unlearn_card
 from seal_fast.results.environment import environment, tool
 from seal_fast.results.progress import OnProgress, Progress
 from seal_fast.results.unlearning import NoiseUnlearnReport, Removal
-from seal_fast.workflows.scan import default_device
+from seal_fast.workflows.capacity import default_device
 
 IMAGES = 8
 IMAGE = "before_after_{}.png"

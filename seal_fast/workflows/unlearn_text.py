@@ -27,7 +27,7 @@ from seal_fast.text_triggers.evaluation import EvaluationSettings, Examples, eva
 from seal_fast.text_triggers.locate import COLLAPSES, fitting, locate
 from seal_fast.text_triggers.trained_part import save_patch
 from seal_fast.text_triggers.variants import name_of
-from seal_fast.workflows.scan import default_device
+from seal_fast.workflows.capacity import default_device
 from seal_fast.workflows.text_request import choose_prompts
 from seal_fast.workflows.unlearn_noise import IMAGE, peak_memory
 
