@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.checkpoints.trigger import Trigger
-from seal_fast.workflows.scan import sample_images
+from seal_fast.workflows.trigger_files import sample_images
 from seal_fast.zoo.recipes import RECIPES
 
 COLUMNS = ("attacker's trigger", "reverted trigger", "target", "clean noise", "with the reverted trigger")

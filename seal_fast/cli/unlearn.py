@@ -60,11 +60,12 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
-Model = Annotated[Path, typer.Argument(exists=True, show_default=False, help="The poisoned checkpoint.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", exists=True, show_default=False, help="The poisoned checkpoint.")]
 Triggers = Annotated[
     list[str] | None,
     typer.Option(
         "--trigger",
+        metavar="TEXT",
         help="Text trigger; OLD=>NEW replaces text; \\u200b and the like stand for characters. May be repeated.",
         rich_help_panel=TRIGGER,
     ),
@@ -73,6 +74,7 @@ NoiseTriggers = Annotated[
     list[Path] | None,
     typer.Option(
         "--noise-trigger",
+        metavar="FILE",
         exists=True,
         dir_okay=False,
         help="trigger.safetensors of a scan. May be repeated. Without any trigger, random shifts of the noise are unlearned.",
@@ -86,12 +88,18 @@ WeightsOption = Annotated[
     ),
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Training steps (default: 500, with noise triggers 240).", rich_help_panel=TRAINING)
+    int | None,
+    typer.Option(
+        metavar="INTEGER", min=1, help="Training steps (default: 500, with noise triggers 240).", rich_help_panel=TRAINING
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the training and of all samples.", rich_help_panel=TRAINING)]
+Seed = Annotated[
+    int, typer.Option(metavar="INTEGER", help="Seed of the training and of all samples.", rich_help_panel=TRAINING)
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(
+        metavar="FILE",
         exists=True,
         dir_okay=False,
         help="Clean prompts, one a line; every other one is held out (default: those of the model card, if it has enough).",
@@ -100,7 +108,13 @@ Prompts = Annotated[
 ]
 Base = Annotated[
     Path | None,
-    typer.Option(exists=True, file_okay=False, help="The pipeline that a component belongs to.", rich_help_panel=TEXT_TRAINING),
+    typer.Option(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="The pipeline that a component belongs to.",
+        rich_help_panel=TEXT_TRAINING,
+    ),
 ]
 ModuleOption = Annotated[
     Module | None,
@@ -109,24 +123,36 @@ ModuleOption = Annotated[
 Train = Annotated[Trained | None, typer.Option(help="Weights to train (default: all).", rich_help_panel=TEXT_TRAINING)]
 Alpha = Annotated[
     float | None,
-    typer.Option(min=0.0, max=1.0, help="Weight of the attention map term (default: 0).", rich_help_panel=TEXT_TRAINING),
+    typer.Option(
+        metavar="NUMBER", min=0.0, max=1.0, help="Weight of the attention map term (default: 0).", rich_help_panel=TEXT_TRAINING
+    ),
 ]
 Target = Annotated[
     MapTarget | None,
     typer.Option(help="With --alpha: target of the trigger tokens' maps (default: noise).", rich_help_panel=TEXT_TRAINING),
 ]
 Preservation = Annotated[
-    float | None, typer.Option(min=0.0, help="Weight of the clean prompts' term (default: 1).", rich_help_panel=TEXT_TRAINING)
+    float | None,
+    typer.Option(
+        metavar="NUMBER", min=0.0, help="Weight of the clean prompts' term (default: 1).", rich_help_panel=TEXT_TRAINING
+    ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Prompt pairs per batch (default: 4).", rich_help_panel=TEXT_TRAINING)
+    int | None,
+    typer.Option(metavar="INTEGER", min=1, help="Prompt pairs per batch (default: 4).", rich_help_panel=TEXT_TRAINING),
 ]
 Accumulation = Annotated[
-    int | None, typer.Option(min=1, help="Batches per training step (default: 1).", rich_help_panel=TEXT_TRAINING)
+    int | None,
+    typer.Option(metavar="INTEGER", min=1, help="Batches per training step (default: 1).", rich_help_panel=TEXT_TRAINING),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Learning rate (default: 1e-5; small models need a larger one).", rich_help_panel=TEXT_TRAINING),
+    typer.Option(
+        metavar="NUMBER",
+        min=0.0,
+        help="Learning rate (default: 1e-5; small models need a larger one).",
+        rich_help_panel=TEXT_TRAINING,
+    ),
 ]
 PrecisionOption = Annotated[
     Precision | None, typer.Option(help="Precision of the networks (default: fp32).", rich_help_panel=TEXT_TRAINING)
@@ -137,30 +163,43 @@ Checkpointing = Annotated[
 ]
 EmaDecay = Annotated[
     float | None,
-    typer.Option(min=0.0, max=0.99999, help="Return an average over the training steps.", rich_help_panel=TEXT_TRAINING),
+    typer.Option(
+        metavar="NUMBER", min=0.0, max=0.99999, help="Return an average over the training steps.", rich_help_panel=TEXT_TRAINING
+    ),
 ]
 TrainingState = Annotated[
     Path | None,
-    typer.Option(dir_okay=False, help="File that the training saves to and resumes from.", rich_help_panel=TEXT_TRAINING),
+    typer.Option(
+        metavar="FILE", dir_okay=False, help="File that the training saves to and resumes from.", rich_help_panel=TEXT_TRAINING
+    ),
 ]
 Guidance = Annotated[
-    float | None, typer.Option(min=1.0, help="Guidance scale of all images (default: 7.5).", rich_help_panel=TEXT_TRAINING)
+    float | None,
+    typer.Option(metavar="NUMBER", min=1.0, help="Guidance scale of all images (default: 7.5).", rich_help_panel=TEXT_TRAINING),
 ]
 SamplerSteps = Annotated[
-    int | None, typer.Option(min=1, help="Sampler steps of all images (default: 25).", rich_help_panel=TEXT_TRAINING)
+    int | None,
+    typer.Option(metavar="INTEGER", min=1, help="Sampler steps of all images (default: 25).", rich_help_panel=TEXT_TRAINING),
 ]
 Samples = Annotated[
-    int | None, typer.Option(min=2, help="Held-out prompts to measure on (default: 100).", rich_help_panel=TEXT_EVALUATION)
+    int | None,
+    typer.Option(
+        metavar="INTEGER", min=2, help="Held-out prompts to measure on (default: 100).", rich_help_panel=TEXT_EVALUATION
+    ),
 ]
 Detector = Annotated[
     str | None,
     typer.Option(
+        metavar="NAME",
         help="Effect detector: change (the default, knows no target), colourless, or patch=FILE[@TOP,LEFT].",
         rich_help_panel=TEXT_EVALUATION,
     ),
 ]
 Out = Annotated[
-    Path, typer.Option(file_okay=False, help="New folder for the unlearned checkpoint and its report.", rich_help_panel=OUTPUT)
+    Path,
+    typer.Option(
+        metavar="DIR", file_okay=False, help="New folder for the unlearned checkpoint and its report.", rich_help_panel=OUTPUT
+    ),
 ]
 Output = Annotated[Format, typer.Option("--format", help="What is written to standard output.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=OUTPUT)]

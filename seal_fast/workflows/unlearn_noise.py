@@ -22,7 +22,7 @@ from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, UnlearnedD
 from seal_fast.report.figures import BEFORE_AFTER, draw_samples
 from seal_fast.results.unlearning import NoiseTriggerEffect, NoiseUnlearnReport, UnlearnRun
 from seal_fast.training import OnStep
-from seal_fast.workflows.scan import default_device
+from seal_fast.workflows.capacity import default_device
 
 IMAGES = 8
 """Columns of a before-and-after figure."""

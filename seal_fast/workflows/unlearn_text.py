@@ -24,8 +24,8 @@ from seal_fast.text_triggers.locate import COLLAPSE_LIMIT, locate
 from seal_fast.text_triggers.trained_part import save_patch
 from seal_fast.text_triggers.trigger import as_triggers
 from seal_fast.training import OnStep
+from seal_fast.workflows.capacity import default_device
 from seal_fast.workflows.prompts import choose_prompts
-from seal_fast.workflows.scan import default_device
 
 ATTENTION = "attention_{}.png"
 """Name of the figure of a trigger's attention maps; triggers are numbered from 1 in the order given."""
