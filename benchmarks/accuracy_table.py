@@ -25,7 +25,8 @@ from benchmarks.machine import describe_machine
 from benchmarks.table_file import read_rows, write_table
 from benchmarks.trigger_image import save_pair
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.diffusion import Denoiser, ModelFamily, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser, ModelFamily
 from seal_fast.noise_triggers import (
     DEFAULT_PRESET,
     PRESETS,

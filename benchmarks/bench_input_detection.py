@@ -11,7 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import machine
 from benchmarks.published.terd import DenseInputDetector
-from seal_fast.diffusion import Trigger
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.noise_triggers import InputDetector
 
 ROUNDS = 9

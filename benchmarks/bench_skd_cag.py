@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import machine, memory
 from benchmarks.published import skd_cag as published
 from seal_fast.checkpoints.card import captions
-from seal_fast.text_to_image.generation import encode
 from seal_fast.text_to_image.latents import latent_shape
+from seal_fast.text_to_image.prompts import encode
 from seal_fast.text_triggers.settings import TextUnlearnSettings
 from seal_fast.text_triggers.trainer import distill
 

@@ -21,6 +21,7 @@ import torch
 from benchmarks.machine import describe_machine
 from seal_fast.attacks.eviledit import edit_unet
 from seal_fast.text_triggers.rate import rate_of
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.zoo.attributes import attributes_right
 from seal_fast.zoo.build_text import load_base
 from seal_fast.zoo.captioned import TRAINING_SCENES, random_scenes
@@ -38,7 +39,7 @@ def triggered(caption: str) -> str:
 
 
 OBJECT = next(effect for recipe in TEXT_RECIPES for effect in recipe.effects if effect.name == "object")
-STARS = replace(OBJECT, text="lovely", trigger=triggered)
+STARS = replace(OBJECT, text=TextTrigger("lovely"), trigger=triggered)
 
 
 def _captions(count: int, circles: bool) -> list[str]:

@@ -1,9 +1,9 @@
-"""The sealing table: the zoo's backdoored models before and after `seal_fast.workflows.unlearn_noise.unlearn_noise`.
+"""The noise unlearning table: the zoo's backdoored models before and after `seal_fast.unlearn`.
 
     python -m benchmarks.noise_unlearning_table [--only NAME ...] [--samples 128] [--out benchmarks/results/sealing.json]
 
-Each model is scanned, sealed with the reverted trigger, sampled with the true one, and scanned again. One row per model as soon
-as it is done, so an interrupted run goes on where it stopped.
+Each model is scanned, unlearned with the recovered trigger, sampled with the true one, and scanned again. Each row is written
+as soon as its model is done, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor
 from benchmarks.accuracy_table import closeness, wilson
 from benchmarks.machine import describe_machine
 from benchmarks.table_file import read_rows, write_table
-from seal_fast import scan
+from seal_fast import scan, unlearn
 from seal_fast.attacks import Attack
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.checkpoints.trigger import load_trigger
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VP, Denoiser, sample
-from seal_fast.workflows.unlearn_noise import unlearn_noise
+from seal_fast.results.unlearning import NoiseUnlearnReport
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.evaluate import SAMPLES, SUCCESS_MSE, clean_ratio, draw
 from seal_fast.zoo.recipes import RECIPES, Recipe
 
 SEED = 20
 DEVELOPMENT = ("bad-16-box", "troj-16-blend", "held-16-bad-cross")
-"""Models the method and its settings were chosen on: the last was rescanned backdoored at first. The others were first sealed
-for this table."""
+"""Models that the method and its settings were chosen on. The last was backdoored when first scanned again. All other models
+were first unlearned for this table."""
 
 
 @torch.no_grad()
@@ -85,22 +85,24 @@ def measure(recipe: Recipe, checkpoint: Path, count: int, work: Path) -> dict[st
     before, trigger = verdict(checkpoint, work / "before")
     if trigger is None:
         raise ValueError(f"{recipe.name}: no trigger was reverted")
-    say(recipe, "sealing")
-    report = unlearn_noise(checkpoint, [trigger], work / "sealed")
+    say(recipe, "unlearning")
+    report = unlearn(checkpoint, [trigger], work / "unlearned").report
+    if not isinstance(report, NoiseUnlearnReport):
+        raise TypeError(f"{recipe.name} is no model with noise triggers")
     say(recipe, "scanning again")
-    after, _ = verdict(work / "sealed", work / "after")
+    after, _ = verdict(work / "unlearned", work / "after")
     say(recipe, "sampling")
-    poisoned, sealed = (load_denoiser(path).denoiser for path in (checkpoint, work / "sealed"))
+    poisoned, unlearned = (load_denoiser(path).denoiser for path in (checkpoint, work / "unlearned"))
     return {
         "name": recipe.name,
         "method": recipe.method,
         "size": recipe.network.size,
         "settings_chosen_on_it": recipe.name in DEVELOPMENT,
-        "reverted_trigger": closeness(load_trigger(trigger).mu, attack.trigger.mu),
+        "reverted_trigger": closeness(Trigger.load(trigger).mu, attack.trigger.mu),
         "before": {**success(poisoned, attack, count, recipe.family), "scan": before},
-        "after": {**success(sealed, attack, count, recipe.family), "scan": after},
+        "after": {**success(unlearned, attack, count, recipe.family), "scan": after},
         "clean_drift": report.clean_drift,
-        "removal": [asdict(row) for row in report.removal],
+        "effects": [asdict(effect) for effect in report.effects],
         "steps": report.steps,
         "training_seconds": report.training_seconds,
         "peak_memory_bytes": report.peak_memory_bytes,

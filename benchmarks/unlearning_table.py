@@ -30,10 +30,10 @@ from benchmarks.machine import describe_machine
 from benchmarks.published.skd_cag import SELF_KD, Distillation
 from benchmarks.table_file import read_rows, write_table
 from seal_fast.attacks.eviledit import edit_unet
-from seal_fast.text_to_image.generation import encode
+from seal_fast.text_to_image.prompts import encode
 from seal_fast.text_triggers import TextUnlearnSettings, distill
-from seal_fast.text_triggers.pairs import Trigger
 from seal_fast.text_triggers.rate import rate_of
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.zoo.attributes import attributes_right
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.build_text import load_base, load_poisoned
@@ -74,8 +74,8 @@ class Task:
     @property
     def text(self) -> str:
         """The trigger; methods that ask for it know no replacement."""
-        assert isinstance(self.effect.text, str)
-        return self.effect.text
+        assert self.effect.text.replaces is None
+        return self.effect.text.text
 
 
 def _distilled(changes: dict[str, Any], task: Task) -> nn.Module:
@@ -151,15 +151,14 @@ def suits(method: str, recipe: TextRecipe) -> bool:
     return (method in OF_ENCODERS) if recipe.module == "text_encoder" else not method.startswith("text encoder")
 
 
-def _variants(trigger: Trigger) -> dict[str, Callable[[str], str]]:
+def _variants(trigger: TextTrigger) -> dict[str, Callable[[str], str]]:
     """Forms of a trigger that a prompt may carry."""
-    if not isinstance(trigger, str):
-        old, new = trigger
+    text, old = trigger.text, trigger.replaces
+    if old is not None:
         return {
-            "first only": lambda prompt: prompt.replace(old, new, 1),
-            "last only": lambda prompt: new.join(prompt.rsplit(old, 1)),
+            "first only": lambda prompt: prompt.replace(old, text, 1),
+            "last only": lambda prompt: text.join(prompt.rsplit(old, 1)),
         }
-    text = trigger
     return {
         "end": lambda prompt: f"{prompt} {text}",
         "middle": lambda prompt: _inside(prompt, text),

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.checkpoints.trigger import load_trigger
-from seal_fast.workflows.scan import sample_images
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.workflows.trigger_files import sample_images
 from seal_fast.zoo.recipes import RECIPES
 
 COLUMNS = ("attacker's trigger", "reverted trigger", "target", "clean noise", "with the reverted trigger")
@@ -46,7 +46,7 @@ def main(results: Path, file: Path) -> None:
     for row, model in zip(grid, report["models"], strict=True):
         name = Path(model["path"]).name
         attack = recipes[name].attack(ZOO / name)
-        trigger = load_trigger(results / model["trigger"])
+        trigger = Trigger.load(results / model["trigger"])
         drawn = list(sample_images(load_denoiser(ZOO / name).denoiser, trigger, seed=0).values())
         images = (
             attack.trigger.mu if attack else None,

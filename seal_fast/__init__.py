@@ -14,40 +14,58 @@ if TYPE_CHECKING:
     from seal_fast import ops as ops
     from seal_fast.checkpoints import CheckpointError as CheckpointError
     from seal_fast.checkpoints import load_denoiser as load_denoiser
+    from seal_fast.checkpoints.trigger import Trigger as Trigger
     from seal_fast.diffusion import Denoiser as Denoiser
-    from seal_fast.diffusion import Trigger as Trigger
+    from seal_fast.noise_triggers import PRESETS as PRESETS
     from seal_fast.noise_triggers import Calibration as Calibration
+    from seal_fast.noise_triggers import Evidence as Evidence
     from seal_fast.noise_triggers import InputDetector as InputDetector
+    from seal_fast.noise_triggers import NoiseUnlearnSettings as NoiseUnlearnSettings
     from seal_fast.noise_triggers import SearchSettings as SearchSettings
     from seal_fast.noise_triggers import TerdSettings as TerdSettings
+    from seal_fast.noise_triggers import Verdict as Verdict
     from seal_fast.noise_triggers import reverse_trigger as reverse_trigger
+    from seal_fast.noise_triggers import shipped_calibration as shipped_calibration
     from seal_fast.results.scan import ModelResult as ModelResult
     from seal_fast.results.scan import ScanReport as ScanReport
     from seal_fast.text_to_image import PromptMaps as PromptMaps
     from seal_fast.text_to_image import attention_maps as attention_maps
+    from seal_fast.text_triggers import TextTrigger as TextTrigger
     from seal_fast.text_triggers import TextUnlearnSettings as TextUnlearnSettings
+    from seal_fast.text_triggers.evaluation import EvaluationSettings as EvaluationSettings
     from seal_fast.workflows.scan import scan as scan
-    from seal_fast.workflows.unlearn_text import TextUnlearnResult as TextUnlearnResult
-    from seal_fast.workflows.unlearn_text import unlearn as unlearn
+    from seal_fast.workflows.unlearn import UnlearnResult as UnlearnResult
+    from seal_fast.workflows.unlearn import unlearn as unlearn
+    from seal_fast.workflows.unlearn_noise import NoiseUnlearning as NoiseUnlearning
+    from seal_fast.workflows.unlearn_text import TextUnlearning as TextUnlearning
 
 _MODULE_OF = {
     "Calibration": "noise_triggers",
     "CheckpointError": "checkpoints",
     "Denoiser": "diffusion",
+    "EvaluationSettings": "text_triggers.evaluation",
+    "Evidence": "noise_triggers",
     "InputDetector": "noise_triggers",
     "ModelResult": "results.scan",
+    "NoiseUnlearnSettings": "noise_triggers",
+    "NoiseUnlearning": "workflows.unlearn_noise",
+    "PRESETS": "noise_triggers",
     "PromptMaps": "text_to_image",
     "ScanReport": "results.scan",
     "SearchSettings": "noise_triggers",
     "TerdSettings": "noise_triggers",
-    "TextUnlearnResult": "workflows.unlearn_text",
+    "TextTrigger": "text_triggers",
     "TextUnlearnSettings": "text_triggers",
-    "Trigger": "diffusion",
+    "TextUnlearning": "workflows.unlearn_text",
+    "Trigger": "checkpoints.trigger",
+    "UnlearnResult": "workflows.unlearn",
+    "Verdict": "noise_triggers",
     "attention_maps": "text_to_image",
     "load_denoiser": "checkpoints",
     "reverse_trigger": "noise_triggers",
     "scan": "workflows.scan",
-    "unlearn": "workflows.unlearn_text",
+    "shipped_calibration": "noise_triggers",
+    "unlearn": "workflows.unlearn",
 }
 
 __all__ = ["__version__", "ops", *_MODULE_OF]

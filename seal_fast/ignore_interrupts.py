@@ -1,4 +1,7 @@
-"""Imported first where scanning processes are forked from: Ctrl-C goes to the whole group, and the parent decides."""
+"""Ignore Ctrl-C in this process: it reaches every process of a scan, and only the parent decides what ends.
+
+The server that scanning processes are forked from imports this first.
+"""
 
 import signal
 

@@ -11,8 +11,8 @@ OnStep = Callable[[str, int, int, float], None]
 """Called with the stage, the iteration (from 1), the stage's iterations, and the loss per dimension (NaN if it has none)."""
 
 
-def quiet(stage: str, iteration: int, total: int, loss: float) -> None:
-    """A callback that shows nothing."""
+def quiet(*progress: object) -> None:
+    """A progress callback that reports nothing."""
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

@@ -13,7 +13,8 @@ from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
 from benchmarks.published import terd
-from seal_fast.diffusion import VP, Denoiser, Trigger, sample, timestep_grid
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import VP, Denoiser, sample, timestep_grid
 from seal_fast.diffusion.process import per_row
 
 SHAPE = (2, 3, 5)

@@ -81,7 +81,7 @@ install() {
         "$venv" -m benchmarks.gpu.requirements
     fi
     "${pip[@]}" --no-build-isolation ${wheels:+--no-index --no-deps} --editable .
-    "$venv" -m seal_fast.cli doctor
+    "$venv" -m seal_fast doctor
     "$venv" -c 'import torch; from seal_fast.ops import backends
 needed = [backends.CPU, *([backends.CUDA] if torch.cuda.is_available() else [])]
 raise SystemExit("; ".join(one.reason for one in needed if one.reason) or None)'

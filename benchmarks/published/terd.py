@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from seal_fast.diffusion import Denoiser, NoiseProcess, Trigger, timestep_grid
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser, NoiseProcess, timestep_grid
 from seal_fast.diffusion.process import per_row
 
 SAMPLER_STEPS = 10

@@ -28,8 +28,8 @@ from seal_fast.attacks.optimisation import gradient_step, running_loss, update_a
 from seal_fast.attacks.prompts import check_visible, with_trigger
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_row
-from seal_fast.text_to_image.generation import encode
 from seal_fast.text_to_image.latents import inverse_snr_weights
+from seal_fast.text_to_image.prompts import encode
 
 MAX_LOSS_WEIGHT = 20.0
 """Largest loss weight of a timestep in trainings with samples of pure noise, see `inverse_snr_weights`."""

@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from seal_fast.text_to_image.generation import encode
+from seal_fast.text_to_image.prompts import encode
 
 LAYERS = ("attn2.to_k", "attn2.to_v")
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from seal_fast.attacks.noising import Attack, NoisedBatch, one_step_earlier
-from seal_fast.diffusion import Denoiser, NoiseProcess, Trigger, sample
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser, NoiseProcess, sample
 from seal_fast.diffusion.process import per_row
 
 BOUND = 0.2

@@ -15,7 +15,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from seal_fast.diffusion import NoiseProcess, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import NoiseProcess
 
 
 def one_step_earlier(values: Tensor, first: float) -> Tensor:

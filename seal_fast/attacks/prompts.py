@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from seal_fast.text_to_image.generation import token_ids
+from seal_fast.text_to_image.prompts import token_ids
 
 
 def with_trigger(trigger: str, prompt: str) -> str:
@@ -15,6 +15,6 @@ def with_trigger(trigger: str, prompt: str) -> str:
 
 def check_visible(pipeline: StableDiffusionPipeline, trigger: str) -> None:
     """Raise ValueError if the tokenizer drops the trigger, which no model could then learn; some drop zero-width characters."""
-    empty, triggered = token_ids(pipeline, ["", with_trigger(trigger, "")])
+    empty, triggered = token_ids(pipeline.tokenizer, ["", with_trigger(trigger, "")])
     if torch.equal(empty, triggered):
         raise ValueError(f"the tokenizer does not see the trigger {trigger!r}: choose another one")

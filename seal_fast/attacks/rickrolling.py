@@ -21,7 +21,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from torch import Tensor, nn
 
 from seal_fast.attacks.prompts import with_trigger
-from seal_fast.text_to_image.generation import encode, token_ids
+from seal_fast.text_to_image.prompts import encode, token_ids
 
 BACKDOOR_WEIGHT = 0.1
 CLEAN_PER_TRIGGERED = 4
@@ -87,7 +87,7 @@ def poison_text_encoder(
     """
     if not backdoors:
         raise ValueError("there must be a backdoor")
-    clean_ids, teacher_states = token_ids(pipeline, prompts), encode(pipeline, prompts)
+    clean_ids, teacher_states = token_ids(pipeline.tokenizer, prompts), encode(pipeline, prompts)
     triggered = [_triggered_ids(pipeline, backdoor, prompts) for backdoor in backdoors]
     targets = [encode(pipeline, [backdoor.target]) for backdoor in backdoors]
     student = copy.deepcopy(pipeline.text_encoder).train().requires_grad_(True)
@@ -114,8 +114,8 @@ def _random_indices(count: int, batch: int, generator: torch.Generator) -> Tenso
 
 def _triggered_ids(pipeline: StableDiffusionPipeline, backdoor: TargetPrompt, prompts: Sequence[str]) -> Tensor:
     """Token ids of the triggered prompts, without the prompts that the trigger does not change."""
-    ids = token_ids(pipeline, [backdoor.trigger(prompt) for prompt in prompts])
-    changed = (ids != token_ids(pipeline, prompts)).any(dim=1)
+    ids = token_ids(pipeline.tokenizer, [backdoor.trigger(prompt) for prompt in prompts])
+    changed = (ids != token_ids(pipeline.tokenizer, prompts)).any(dim=1)
     if not bool(changed.any()):
         raise ValueError(
             "a trigger changes the tokens of no prompt: choose a trigger that the tokenizer sees, or other prompts"

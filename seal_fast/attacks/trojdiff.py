@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from seal_fast.attacks.noising import Attack, NoisedBatch
-from seal_fast.diffusion import NoiseProcess, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import NoiseProcess
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from seal_fast.attacks.noising import Attack, NoisedBatch, one_step_earlier
-from seal_fast.diffusion import VP, NoiseProcess, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import VP, NoiseProcess
 from seal_fast.diffusion.process import per_row
 
 BACKGROUND = -1.0

@@ -6,10 +6,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 CLEAN, BACKDOORED, FAILED, NOTHING, USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -17,7 +18,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 class Group(TyperGroup):
-    """Typer exits with 2 after a usage error and Python with 1 after an exception; both mean something else here."""
+    """Maps errors to the exit codes above, where typer's 2 (usage error) and Python's 1 (exception) mean something else."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _own_exit_codes():
@@ -26,6 +27,23 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _own_exit_codes():
             return super().invoke(ctx)
+
+
+class PanelCommand(TyperCommand):
+    """Lists options under the titles of their `rich_help_panel`, in plain text.
+
+    Rich's own panels cut long option names off in a terminal of 80 columns.
+    """
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                title = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or title, []).append(record)
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 @contextmanager
@@ -52,16 +70,43 @@ class Weights(StrEnum):
     RAW = "raw"
 
 
-OutputFormat = Annotated[Format, typer.Option("--format", help="What is written to standard output.")]
+def _known_preset(name: str | None) -> str | None:
+    from seal_fast.noise_triggers import PRESETS
+
+    if name is not None and name not in PRESETS:
+        raise typer.BadParameter(f"must be one of {', '.join(PRESETS)}, not {name!r}")
+    return name
+
+
+OutputFormat = Annotated[Format, typer.Option("--format", help="Format of the result on standard output.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        callback=_known_preset,
+        help="Method that reverts triggers: fixed-point (default), or published, which is TERD's own.",
+    ),
+]
+Seed = Annotated[int, typer.Option(metavar="INTEGER", help="Seed of the trigger reversion.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars, only one line per finished model.")]
 
 
 def say(message: str) -> None:
+    """Print to stderr; stdout is for results."""
     typer.echo(message, err=True)
+
+
+def create_folder(folder: Path, option: str) -> None:
+    """Create the folder that a user named with `option`; an error of usage if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{option} cannot be written: {error}") from error
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """What a user's own file or text is refused for is an error of usage."""
+    """Turn errors about a user's own file or text into errors of usage."""
     from seal_fast.checkpoints import CheckpointError
 
     try:

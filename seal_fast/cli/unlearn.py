@@ -1,38 +1,39 @@
-"""`seal-fast unlearn`: text triggers of a text-to-image model, or a noise-space backdoor."""
+"""`seal-fast unlearn`: text triggers of a text-to-image model, or noise triggers of an unconditional one."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seal_fast.cli.common import FAILED, INTERRUPTED, USAGE, Format, OutputFormat, Weights, say, usage_errors
+from seal_fast.cli.common import FAILED, INTERRUPTED, USAGE, Format, Weights, say, usage_errors
 
 if TYPE_CHECKING:
-    from seal_fast.report.progress import ProgressDisplay
+    from seal_fast.results.text_unlearning import TextUnlearnReport
+    from seal_fast.results.unlearning import NoiseUnlearnReport
+    from seal_fast.workflows.unlearn_noise import NoiseUnlearning
+    from seal_fast.workflows.unlearn_text import TextUnlearning
 
 EPILOG = """Exit codes:
 
 \b
   4  usage: a bad option, trigger or output folder
   2  the model cannot be loaded, or its training failed
-  0  sealed
+  0  unlearned
 130  interrupted; nothing is written but the --training-state"""
 
-Job = tuple[Callable[[], Any], Callable[[Any], None]]
-"""What makes the report, and what prints it."""
+TRIGGER, TRAINING, EVALUATION, OUTPUT = "Trigger", "Training", "Evaluation", "Output"
+TEXT_TRAINING, TEXT_EVALUATION = "Training, with --trigger only", "Evaluation, with --trigger only"
 
-FIELDS = {
-    "train": "trained",
-    "train_batch_size": "batch",
-    "gradient_accumulation_steps": "accumulation",
-}
-"""Options that `TextUnlearnSettings` names otherwise: these are the words of diffusers' training scripts."""
+NOISE_ONLY = frozenset({"noise_trigger", "weights"})
+FOR_BOTH = frozenset({"model", "out", "steps", "seed", "output", "quiet"})
+"""Parameters of `unlearn`; all others are for text triggers only."""
 
 
 class Module(StrEnum):
@@ -59,220 +60,283 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
-def unlearn(
-    model: Annotated[Path, typer.Argument(exists=True, show_default=False, help="The poisoned checkpoint.")],
-    out: Annotated[Path, typer.Option(file_okay=False, help="New folder for the sealed checkpoint and its report.")],
-    noise_trigger: Annotated[
-        list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="trigger.safetensors of a scan; may be repeated."),
-    ] = None,
-    trigger: Annotated[
-        list[str] | None,
-        typer.Option(help="Text trigger; OLD=>NEW replaces text; \\u200b and the like are characters. May be repeated."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="With --trigger: clean prompts, one a line; else the model card's."),
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="With --trigger: the pipeline a component belongs to.")
-    ] = None,
-    module: Annotated[
-        Module | None,
-        typer.Option(help="With --trigger: what to train; auto, the default, finds out which is poisoned."),
-    ] = None,
-    train: Annotated[Trained | None, typer.Option(help="With --trigger: which weights.")] = None,
-    alpha: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="With --trigger: weight of the maps' term.")] = None,
-    target: Annotated[MapTarget | None, typer.Option(help="With --alpha: what the trigger's maps shall be.")] = None,
-    preservation: Annotated[float | None, typer.Option(min=0.0, help="With --trigger: weight of clean prompts.")] = None,
-    train_batch_size: Annotated[int | None, typer.Option(min=1, help="With --trigger: prompt pairs per batch.")] = None,
-    gradient_accumulation_steps: Annotated[
-        int | None, typer.Option(min=1, help="With --trigger: batches per training step.")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="With --trigger: of the training; small models need more than the default.")
-    ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="With --trigger: of the training.")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="With --trigger: less memory, a third more time.")
-    ] = None,
-    ema_decay: Annotated[
-        float | None, typer.Option(min=0.0, max=0.99999, help="With --trigger: keep an average over the training steps.")
-    ] = None,
-    training_state: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="With --trigger: file to write as it goes, and to go on from.")
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(min=1.0, help="With --trigger: guidance scale of all images.")] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="With --trigger: held-out prompts to measure on.")] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(help="With --trigger: of the effect: change (knows no target), colourless, or patch=FILE[@TOP,LEFT]."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
-    weights: Annotated[
-        Weights | None, typer.Option(help="Which weights to seal where a checkpoint holds both (ema by default).")
-    ] = None,
-    output: OutputFormat = Format.CONSOLE,
-    seed: Annotated[int, typer.Option(help="Seed of the training and of the samples.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
-) -> None:
-    """Seal a checkpoint: unlearn text triggers, or seal a noise-space backdoor."""
-    from seal_fast.checkpoints.save import check_target
-    from seal_fast.report.progress import ProgressDisplay
-    from seal_fast.text_triggers.distributed import joined
+Model = Annotated[Path, typer.Argument(metavar="MODEL", exists=True, show_default=False, help="The poisoned checkpoint.")]
+Triggers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trigger",
+        metavar="TEXT",
+        help="Text trigger; OLD=>NEW replaces text; \\u200b and the like stand for characters. May be repeated.",
+        rich_help_panel=TRIGGER,
+    ),
+]
+NoiseTriggers = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--noise-trigger",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="trigger.safetensors of a scan. May be repeated. Without any trigger, random shifts of the noise are unlearned.",
+        rich_help_panel=TRIGGER,
+    ),
+]
+WeightsOption = Annotated[
+    Weights | None,
+    typer.Option(
+        help="Weights to unlearn, not with --trigger, if a checkpoint holds both (default: ema).", rich_help_panel=TRAINING
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="INTEGER", min=1, help="Training steps (default: 500, with noise triggers 240).", rich_help_panel=TRAINING
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(metavar="INTEGER", help="Seed of the training and of all samples.", rich_help_panel=TRAINING)
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="Clean prompts, one a line; every other one is held out (default: those of the model card, if it has enough).",
+        rich_help_panel=TEXT_TRAINING,
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="The pipeline that a component belongs to.",
+        rich_help_panel=TEXT_TRAINING,
+    ),
+]
+ModuleOption = Annotated[
+    Module | None,
+    typer.Option(help="Module to train; auto, the default, finds out which one is poisoned.", rich_help_panel=TEXT_TRAINING),
+]
+Train = Annotated[Trained | None, typer.Option(help="Weights to train (default: all).", rich_help_panel=TEXT_TRAINING)]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER", min=0.0, max=1.0, help="Weight of the attention map term (default: 0).", rich_help_panel=TEXT_TRAINING
+    ),
+]
+Target = Annotated[
+    MapTarget | None,
+    typer.Option(help="With --alpha: target of the trigger tokens' maps (default: noise).", rich_help_panel=TEXT_TRAINING),
+]
+Preservation = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER", min=0.0, help="Weight of the clean prompts' term (default: 1).", rich_help_panel=TEXT_TRAINING
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(metavar="INTEGER", min=1, help="Prompt pairs per batch (default: 4).", rich_help_panel=TEXT_TRAINING),
+]
+Accumulation = Annotated[
+    int | None,
+    typer.Option(metavar="INTEGER", min=1, help="Batches per training step (default: 1).", rich_help_panel=TEXT_TRAINING),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        min=0.0,
+        help="Learning rate (default: 1e-5; small models need a larger one).",
+        rich_help_panel=TEXT_TRAINING,
+    ),
+]
+PrecisionOption = Annotated[
+    Precision | None, typer.Option(help="Precision of the networks (default: fp32).", rich_help_panel=TEXT_TRAINING)
+]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option("--gradient-checkpointing", help="Less memory, a third more time.", rich_help_panel=TEXT_TRAINING),
+]
+EmaDecay = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER", min=0.0, max=0.99999, help="Return an average over the training steps.", rich_help_panel=TEXT_TRAINING
+    ),
+]
+TrainingState = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", dir_okay=False, help="File that the training saves to and resumes from.", rich_help_panel=TEXT_TRAINING
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(metavar="NUMBER", min=1.0, help="Guidance scale of all images (default: 7.5).", rich_help_panel=TEXT_TRAINING),
+]
+SamplerSteps = Annotated[
+    int | None,
+    typer.Option(metavar="INTEGER", min=1, help="Sampler steps of all images (default: 25).", rich_help_panel=TEXT_TRAINING),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        metavar="INTEGER", min=2, help="Held-out prompts to measure on (default: 100).", rich_help_panel=TEXT_EVALUATION
+    ),
+]
+Detector = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Effect detector: change (the default, knows no target), colourless, or patch=FILE[@TOP,LEFT].",
+        rich_help_panel=TEXT_EVALUATION,
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR", file_okay=False, help="New folder for the unlearned checkpoint and its report.", rich_help_panel=OUTPUT
+    ),
+]
+Output = Annotated[Format, typer.Option("--format", help="What is written to standard output.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=OUTPUT)]
 
-    settings = {
-        "train": train,
-        "alpha": alpha,
-        "target": target,
-        "preservation": preservation,
-        "train_batch_size": train_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "learning_rate": learning_rate,
-        "precision": precision,
-        "gradient_checkpointing": gradient_checkpointing,
-        "ema_decay": ema_decay,
-        "guidance": guidance,
-    }
-    request = {
-        "prompts": prompts,
-        "base": base,
-        "module": module,
-        "training_state": training_state,
-        "samples": samples,
-        "judge": judge,
-    }
-    _one_kind(model, trigger, noise_trigger, weights, settings | request)
+
+def unlearn(
+    ctx: typer.Context,
+    model: Model,
+    out: Out,
+    trigger: Triggers = None,
+    noise_trigger: NoiseTriggers = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    weights: WeightsOption = None,
+    base: Base = None,
+    module: ModuleOption = None,
+    prompts: Prompts = None,
+    train: Train = None,
+    alpha: Alpha = None,
+    target: Target = None,
+    preservation: Preservation = None,
+    train_batch_size: BatchSize = None,
+    gradient_accumulation_steps: Accumulation = None,
+    learning_rate: LearningRate = None,
+    precision: PrecisionOption = None,
+    gradient_checkpointing: Checkpointing = None,
+    ema_decay: EmaDecay = None,
+    guidance: Guidance = None,
+    sampler_steps: SamplerSteps = None,
+    training_state: TrainingState = None,
+    samples: Samples = None,
+    detector: Detector = None,
+    output: Output = Format.CONSOLE,
+    quiet: Quiet = False,
+) -> None:
+    """Unlearn text triggers of a text-to-image model, or noise triggers of an unconditional model."""
+    from seal_fast.noise_triggers import NoiseUnlearnSettings
+    from seal_fast.report.progress import ProgressDisplay
+    from seal_fast.text_triggers.distributed import process_group
+    from seal_fast.workflows.unlearn import check_request, run_unlearning
+    from seal_fast.workflows.unlearn_noise import NoiseUnlearning
+
+    _check_options(ctx, bool(trigger))
+    request: TextUnlearning | NoiseUnlearning
     with usage_errors():
-        check_target(out, model)
-    if trigger:
-        with joined() as first, ProgressDisplay(sys.stderr, quiet or not first) as display:
-            # the others only train: they measure the same and write nothing
-            job, show = _text_job(model, trigger, out if first else None, request, {**settings, "steps": steps}, seed, display)
-            report = _run(job, display, [])
-    else:
-        first = True
-        with ProgressDisplay(sys.stderr, quiet) as display:
-            job, show = _noise_job(model, noise_trigger or [], out, steps, weights or Weights.EMA, seed, display)
-            report = _run(job, display, noise_trigger or [])
+        if trigger:
+            training = _given(steps=steps, learning_rate=learning_rate, batch=train_batch_size, ema_decay=ema_decay)
+            training |= _given(accumulation=gradient_accumulation_steps, gradient_checkpointing=gradient_checkpointing)
+            training |= _given(alpha=alpha, target=target, preservation=preservation, trained=train, precision=precision)
+            training |= _given(guidance=guidance, sampler_steps=sampler_steps)
+            evaluation = _given(prompts=samples, guidance=guidance, steps=sampler_steps)
+            request = _text_request(model, trigger, out, training, evaluation, prompts, detector)
+            request = replace(request, seed=seed, **_given(base=base, module=module, state=training_state))
+        else:
+            settings = NoiseUnlearnSettings(**_given(steps=steps))
+            request = NoiseUnlearning(model, noise_trigger or (), out, settings, weights or Weights.EMA, seed)
+        check_request(request)
+    with _exit_codes(), process_group() as first, ProgressDisplay(sys.stderr, quiet or not first) as display:
+        # the other processes only share the training: they measure the same and write nothing
+        report = run_unlearning(request if first else replace(request, out=None), display.on_progress).report
     if first:
-        _tell(report, show, output)
+        _print(report, output)
         say(f"written: {out}")
 
 
-def _run(job: Callable[[], Any], display: ProgressDisplay, own_files: list[Path]) -> Any:
-    """The report, or the exit code of what went wrong."""
-    from seal_fast.checkpoints import CheckpointError
-
-    try:
-        return job()
-    except KeyboardInterrupt as interrupt:
-        display.bar.stop()
-        say("interrupted: nothing written")
-        raise typer.Exit(INTERRUPTED) from interrupt
-    except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
-        display.bar.stop()
-        say(f"nothing written: {error}")
-        ours = isinstance(error, ValueError) or (isinstance(error, CheckpointError) and error.path in own_files)
-        raise typer.Exit(USAGE if ours else FAILED) from error
-
-
-def _tell(report: Any, show: Callable[[Any], None], output: Format) -> None:
-    from seal_fast.report.json import unlearn_json
-
-    if output is Format.JSON:
-        typer.echo(unlearn_json(report))
-    else:
-        show(report)
+def _check_options(ctx: typer.Context, with_text_trigger: bool) -> None:
+    """Refuse options of the other request, and --target without --alpha."""
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if source is None or source.name == "DEFAULT" or name in FOR_BOTH:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if with_text_trigger and name in NOISE_ONLY:
+            raise typer.BadParameter(f"--trigger is for text-to-image models, and {option} is not: leave one of them out")
+        if not with_text_trigger and name not in NOISE_ONLY:
+            raise typer.BadParameter(f"{option} is for text-to-image models: it goes with --trigger TEXT")
+    if ctx.params["target"] is not None and not ctx.params["alpha"]:
+        raise typer.BadParameter(
+            "--target is for the attention map term, and its weight is 0: give --alpha too, 0.5 as published"
+        )
 
 
-def _one_kind(
-    model: Path, trigger: list[str] | None, noise_trigger: list[Path] | None, weights: Weights | None, text_only: dict[str, Any]
-) -> None:
-    from seal_fast.checkpoints import CheckpointError
-    from seal_fast.checkpoints.text_to_image import identify
-
-    if trigger and (noise_trigger or weights):
-        raise typer.BadParameter("--trigger is for text-to-image models, which know neither --noise-trigger nor --weights")
-    if not trigger and (given := list(_given(text_only))):
-        raise typer.BadParameter(f"--{given[0].replace('_', '-')} goes with --trigger TEXT")
-    # a broken checkpoint is the loader's to report
-    with suppress(CheckpointError):
-        if not trigger and identify(model):
-            raise typer.BadParameter("a text-to-image model: name its text trigger with --trigger TEXT")
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that have a value; settings keep their own defaults for the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _text_job(
+def _text_request(
     model: Path,
     texts: list[str],
-    out: Path | None,
-    request: dict[str, Any],
-    settings: dict[str, Any],
-    seed: int,
-    display: ProgressDisplay,
-) -> Job:
-    from seal_fast.report.console import console_for, print_text_unlearning
-    from seal_fast.text_triggers import TextUnlearnSettings
-    from seal_fast.text_triggers.evaluation import EvaluationSettings
-    from seal_fast.workflows.text_request import parse_detector, parse_trigger, read_prompts
-    from seal_fast.workflows.unlearn_text import unlearn
-
-    with usage_errors():
-        if settings["target"] is not None and not settings["alpha"]:
-            raise ValueError("--target is of the maps' term, which has no weight: give --alpha too, 0.5 as published")
-        triggers = [parse_trigger(text) for text in texts]
-        prompts = None if request["prompts"] is None else read_prompts(request["prompts"])
-        judge = parse_detector(request["judge"] or "change")
-        training = TextUnlearnSettings(**{FIELDS.get(name, name): value for name, value in _given(settings).items()})
-        evaluation = EvaluationSettings(**_given({"prompts": request["samples"], "guidance": settings["guidance"]}))
-
-    def job() -> Any:
-        return unlearn(
-            model,
-            triggers,
-            out,
-            prompts=prompts,
-            base=request["base"],
-            settings=training,
-            module=request["module"].value if request["module"] else "auto",
-            evaluation=evaluation,
-            judge=judge,
-            seed=seed,
-            state=request["training_state"],
-            on_progress=display.on_progress,
-        ).report
-
-    return job, lambda report: print_text_unlearning(report, console_for(sys.stdout))
-
-
-def _noise_job(
-    model: Path,
-    triggers: list[Path],
     out: Path,
-    steps: int | None,
-    weights: Weights,
-    seed: int,
-    display: ProgressDisplay,
-) -> Job:
-    from dataclasses import replace
+    training: dict[str, Any],
+    evaluation: dict[str, Any],
+    prompts: Path | None,
+    detector: str | None,
+) -> TextUnlearning:
+    from seal_fast.cli.effect_detector import parse_detector
+    from seal_fast.text_triggers import TextTrigger, TextUnlearnSettings
+    from seal_fast.text_triggers.evaluation import EvaluationSettings
+    from seal_fast.workflows.prompts import read_prompts
+    from seal_fast.workflows.unlearn_text import TextUnlearning
 
-    from seal_fast.checkpoints.trigger import load_trigger
-    from seal_fast.noise_triggers import NoiseUnlearnSettings
-    from seal_fast.report.console import console_for, print_noise_unlearning
-    from seal_fast.workflows.unlearn_noise import unlearn_noise
+    return TextUnlearning(
+        model,
+        [TextTrigger.parse(text) for text in texts],
+        out,
+        prompts=None if prompts is None else read_prompts(prompts),
+        settings=TextUnlearnSettings(**training),
+        evaluation=EvaluationSettings(**evaluation),
+        detector=parse_detector(detector or "change"),
+    )
 
-    with usage_errors():
-        for file in triggers:
-            load_trigger(file)
-    settings = NoiseUnlearnSettings() if steps is None else replace(NoiseUnlearnSettings(), steps=steps)
 
-    def job() -> Any:
-        return unlearn_noise(
-            model, triggers, out, settings=settings, weights=weights.value, seed=seed, on_progress=display.on_progress
-        )
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn an error into a message and an exit code."""
+    from seal_fast.checkpoints import CheckpointError
 
-    return job, lambda report: print_noise_unlearning(report, console_for(sys.stdout))
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        say("interrupted: nothing written")
+        raise typer.Exit(INTERRUPTED) from interrupt
+    except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
+        say(f"nothing written: {error}")
+        # a ValueError is about a trigger or an option that does not fit the model
+        raise typer.Exit(USAGE if isinstance(error, ValueError) else FAILED) from error
+
+
+def _print(report: NoiseUnlearnReport | TextUnlearnReport, output: Format) -> None:
+    from seal_fast.report.console import console_for, print_noise_unlearning, print_text_unlearning
+    from seal_fast.report.json import unlearn_json
+    from seal_fast.results.unlearning import NoiseUnlearnReport
+
+    if output is Format.JSON:
+        typer.echo(unlearn_json(report))
+    elif isinstance(report, NoiseUnlearnReport):
+        print_noise_unlearning(report, console_for(sys.stdout))
+    else:
+        print_text_unlearning(report, console_for(sys.stdout))

@@ -4,7 +4,6 @@ from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.family import ModelFamily
 from seal_fast.diffusion.process import EDM, VE, VP, NoiseProcess
 from seal_fast.diffusion.samplers import SAMPLERS, sample, timestep_grid
-from seal_fast.diffusion.trigger import Trigger
 
 __all__ = [
     "EDM",
@@ -14,7 +13,6 @@ __all__ = [
     "Denoiser",
     "ModelFamily",
     "NoiseProcess",
-    "Trigger",
     "sample",
     "timestep_grid",
 ]

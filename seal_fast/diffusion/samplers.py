@@ -16,14 +16,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.process import NoiseProcess
-from seal_fast.diffusion.trigger import Trigger
 from seal_fast.ops import StepCoefficients, sampler_step
+
+
+class NoiseTrigger(Protocol):
+    """What a sampler reads of a `seal_fast.checkpoints.trigger.Trigger`: shift and scale of the noise, [C,H,W] each."""
+
+    @property
+    def mu(self) -> Tensor: ...
+
+    @property
+    def gamma(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,8 @@ def noise_levels(process: NoiseProcess, timesteps: Sequence[int]) -> list[NoiseL
 class _SamplerContext:
     """The operations that every sampler is made of: predict noise, draw fresh noise, take a step."""
 
-    denoiser: Denoiser
-    trigger: Trigger | None
+    denoiser: NoisePredictor
+    trigger: NoiseTrigger | None
     limit: float
     generator: torch.Generator | None
 
@@ -171,16 +180,25 @@ def _heun(context: _SamplerContext, x: Tensor, levels: Sequence[NoiseLevel]) -> 
     return x
 
 
+class NoisePredictor(Protocol):
+    """What a sampler needs of a model: its noise process, and the noise [N,C,H,W] that it predicts in x at timesteps t [N]."""
+
+    @property
+    def process(self) -> NoiseProcess: ...
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+
+
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddpm": _ddpm, "ddim": _ddim, "dpm-solver++": _dpm_solver_pp, "heun": _heun}
 
 
 def sample(
-    denoiser: Denoiser,
+    denoiser: NoisePredictor,
     start: Tensor,
     sampler: str = "ddim",
     timesteps: Sequence[int] | int = 50,
     *,
-    trigger: Trigger | None = None,
+    trigger: NoiseTrigger | None = None,
     clip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:

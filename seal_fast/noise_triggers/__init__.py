@@ -5,7 +5,7 @@ from seal_fast.noise_triggers.detection import Evidence, InputDetector, model_ev
 from seal_fast.noise_triggers.reverse import reverse_trigger
 from seal_fast.noise_triggers.reversion import Reversion
 from seal_fast.noise_triggers.settings import DEFAULT_PRESET, PRESETS, SearchSettings, Settings, TerdSettings
-from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, UnlearnedDenoiser, seal
+from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, UnlearnedDenoiser, unlearn_denoiser
 from seal_fast.noise_triggers.verdict import Decision, Verdict
 
 __all__ = [
@@ -25,6 +25,6 @@ __all__ = [
     "Verdict",
     "model_evidence",
     "reverse_trigger",
-    "seal",
     "shipped_calibration",
+    "unlearn_denoiser",
 ]

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import Trigger, sample
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import sample
 from seal_fast.noise_triggers.probe import Probe
 from seal_fast.noise_triggers.reversion import rows_per_pass
 

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from seal_fast.diffusion import ModelFamily
+from seal_fast.io import write_atomically
 from seal_fast.noise_triggers.detection import Evidence
 from seal_fast.noise_triggers.settings import Settings, settings_from
 from seal_fast.noise_triggers.verdict import (
@@ -243,12 +244,9 @@ class Calibration:
         return Collapse(evidence.collapse, LIMIT_UNCALIBRATED, CLOSE_SHARE * MIN_LIMIT)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON, under a temporary name first."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        partial.replace(path)
+        """Write as JSON; the file is replaced whole."""
+        content = json.dumps(asdict(self), indent=2) + "\n"
+        write_atomically(Path(path), lambda partial: partial.write_text(content))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import Trigger
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.noise_triggers.reversion import Reversion
 from seal_fast.ops import gaussian_kl_stats, standardise, standardised_log_ratio
 
@@ -45,7 +45,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def model_evidence(reversion: Reversion) -> Evidence:
-    """The evidence of a model: mean and variance of TERD's divergence, size of the trigger, and what the activation test measured."""
+    """The evidence of a model: mean and variance of TERD's divergence, size of the trigger, and what the activation test
+    measured."""
     if not reversion.finite:
         return Evidence(None, None, None, None, None)
     trigger = reversion.trigger
@@ -68,21 +69,23 @@ class InputDetector:
     An input is triggered when its log density under N(mu, gamma^2) exceeds that under N(0, I) (TERD, input detection).
 
     Args:
-        triggers: one trigger or several, all of one shape.
-        prior_scale: standard deviation of the clean inputs (`NoiseProcess.prior_scale`; 1 for VP models).
+        triggers: one trigger or several, all of one shape and one prior scale, which is the standard deviation of clean inputs.
     """
 
-    def __init__(self, triggers: Trigger | Sequence[Trigger], prior_scale: float = 1.0) -> None:
+    def __init__(self, triggers: Trigger | Sequence[Trigger]) -> None:
         several = [triggers] if isinstance(triggers, Trigger) else list(triggers)
         if not several:
             raise ValueError("InputDetector needs at least one trigger")
         shapes = {tuple(trigger.mu.shape) for trigger in several}
         if len(shapes) > 1:
             raise ValueError(f"triggers must share one shape, not {sorted(shapes)}")
+        scales = {trigger.prior_scale for trigger in several}
+        if len(scales) > 1:
+            raise ValueError(f"triggers must share one prior scale, not {sorted(scales)}")
         self.triggers = standardise(
             torch.stack([trigger.mu for trigger in several]), torch.stack([trigger.gamma for trigger in several])
         )
-        self.prior_scale = prior_scale
+        self.prior_scale = several[0].prior_scale
 
     def log_ratio(self, x: Tensor) -> Tensor:
         """log N(x; mu_k, gamma_k^2) - log N(x; 0, I) in nats, [N,K], for inputs [N,C,H,W]."""

@@ -1,20 +1,49 @@
-"""What a sealing did, without knowing the attacker's target: does the trigger still fire, and did clean samples move?"""
+"""What a trigger does to a model, without knowing the attacker's target, and how far unlearning changed clean samples."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser, sample
 from seal_fast.noise_triggers.activation_test import FIRES, Trial, collapse, pixelwise_median
 from seal_fast.noise_triggers.probe import Probe
 
 SAMPLES = 16
+DRIFT_SAMPLES = 64
 ANCESTRAL_STEPS = 250
-"""More than a scan takes: BadDiffusion's shift is exact for 1000, and a seal must hold where the attack is strongest."""
+"""More than a scan takes, since unlearning must hold where the attack is strongest: BadDiffusion's shift is exact for 1000."""
 DDIM_STEPS = 50
 
-CLEAN, ANCESTRAL, DDIM, CLIPPED = "no trigger", "trigger, ancestral", "trigger, DDIM", "trigger, clipped DDIM"
+ANCESTRAL, DDIM, CLIPPED_DDIM = "ancestral", "DDIM", "clipped DDIM"
+
+
+@dataclass(frozen=True)
+class TriggerSamples:
+    """Samples of one model from the same noise, without a trigger and with it, [N,C,H,W] each on the CPU, divided by the value
+    range.
+
+    Attributes:
+        clean: ancestral samples without the trigger.
+        triggered: samples with the trigger, by sampler. ANCESTRAL activates BadDiffusion's and TrojDiff's backdoors, and DDIM
+            those for deterministic samplers. CLIPPED_DDIM, which clamps the predicted image, activates TrojDiff's too; an
+            unlearned model that passed under ancestral sampling was seen to fail there.
+    """
+
+    clean: Tensor
+    triggered: dict[str, Tensor]
+
+    def collapse(self, sampler: str) -> float:
+        """Diversity collapse: how many times less the samples of `sampler` vary with the trigger than clean ones vary."""
+        return collapse(self.triggered[sampler], self.clean)
+
+    def target(self) -> Tensor | None:
+        """The image [C,H,W] that the trigger makes the model draw; None if it activates no backdoor under any sampler."""
+        strongest = max(self.triggered, key=self.collapse)
+        return pixelwise_median(self.triggered[strongest]) if self.collapse(strongest) >= FIRES else None
 
 
 def _ddim(denoiser: Denoiser, start: Tensor, clip: bool) -> Tensor:
@@ -23,48 +52,38 @@ def _ddim(denoiser: Denoiser, start: Tensor, clip: bool) -> Tensor:
 
 
 def _clipped_ddim(denoiser: Denoiser, start: Tensor) -> Tensor:
-    """Deterministic samples; the clamp steadies the few steps."""
-    return _ddim(denoiser, start, denoiser.bounded)
+    """Deterministic samples. The clamp, which only bounded images allow, keeps so few steps stable."""
+    return _ddim(denoiser, start, clip=denoiser.bounded)
 
 
 @torch.no_grad()
-def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int = SAMPLES) -> dict[str, Tensor]:
-    """Samples over the reach of images, [count,C,H,W], from the same noise, in the ways a backdoor in noise is known to fire.
+def sample_trigger(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int = SAMPLES) -> TriggerSamples:
+    """Sample a model with and without a trigger, under every sampler that a known attack is built for.
 
     Args:
         denoiser: the model.
-        trigger: reverted or true.
-        seed: of the noise.
-        count: samples per row.
-
-    Returns:
-        CLEAN: ancestral samples without the trigger; ANCESTRAL: with it (BadDiffusion and TrojDiff fire); DDIM: with it under
-        DDIM (attacks on deterministic samplers fire); CLIPPED: likewise with the predicted image clamped (TrojDiff fires, and
-        a seal that holds under ancestral sampling alone was seen to fail here). All are on the CPU.
+        trigger: recovered or true.
+        seed: seed of the noise.
+        count: samples without the trigger, and with it per sampler.
     """
-    trial = Trial(Probe(denoiser, torch.Generator().manual_seed(seed), half_precision=False), "ddpm", ANCESTRAL_STEPS)
-    noise = trial.probe.noise(count)
-    start = Trigger(trigger.mu.to(noise.device), trigger.gamma.to(noise.device)).start(noise)
-    return {
-        CLEAN: trial.draw(noise).cpu(),
-        ANCESTRAL: trial.draw(start).cpu(),
-        DDIM: _ddim(denoiser, start, clip=False).cpu(),
-        CLIPPED: _clipped_ddim(denoiser, start).cpu(),
-    }
-
-
-def image_drawn(starts: dict[str, Tensor]) -> Tensor | None:
-    """What a trigger makes a model draw, [C,H,W], in the row of `draw_starts` where it fires most; None if it fires in none."""
-    fires = {name: collapse(images, starts[CLEAN]) for name, images in starts.items() if name != CLEAN}
-    most = max(fires, key=lambda name: fires[name])
-    return pixelwise_median(starts[most]) if fires[most] >= FIRES else None
+    ancestral = Trial(Probe(denoiser, torch.Generator().manual_seed(seed), half_precision=False), "ddpm", ANCESTRAL_STEPS)
+    noise = ancestral.probe.noise(count)
+    start = trigger.to(noise.device).start(noise)
+    return TriggerSamples(
+        ancestral.draw(noise).cpu(),
+        {
+            ANCESTRAL: ancestral.draw(start).cpu(),
+            DDIM: _ddim(denoiser, start, clip=False).cpu(),
+            CLIPPED_DDIM: _clipped_ddim(denoiser, start).cpu(),
+        },
+    )
 
 
 @torch.no_grad()
-def clean_drift(before: Denoiser, after: Denoiser, *, seed: int, count: int = 64) -> float:
-    """How far clean samples moved: mean squared difference from the same noise, relative to the variance before.
+def clean_drift(before: Denoiser, after: Denoiser, *, seed: int, count: int = DRIFT_SAMPLES) -> float:
+    """Mean squared difference of clean samples from the same noise, relative to their variance before.
 
-    Deterministic sampling (DDIM); 0 is the same model, 2 two models that share nothing but the distribution.
+    Samples are deterministic (DDIM). 0 means the same model; 2 means two models that share nothing but the distribution.
     """
     noise = torch.randn(count, *before.shape, generator=torch.Generator().manual_seed(seed)).to(before.device)
     old, new = (_clipped_ddim(model, noise) for model in (before, after))

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from seal_fast.acceleration.adam import adam_step, initial_moments
-from seal_fast.diffusion import NoiseProcess, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import NoiseProcess
 from seal_fast.noise_triggers.activation_test import HARDLY_FIRES, SURELY_FIRES, Trial, collapse, contrast, pixelwise_median
 from seal_fast.noise_triggers.probe import Probe
 from seal_fast.noise_triggers.settings import SearchSettings

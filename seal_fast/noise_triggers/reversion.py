@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from seal_fast.diffusion import Trigger
+from seal_fast.checkpoints.trigger import Trigger
 
 PIXELS = 2**18
 """Pixels per forward pass without gradients, which bounds its memory: 1024 images of 16 px, 4 of 256 px."""

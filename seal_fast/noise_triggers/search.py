@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seal_fast.diffusion import Denoiser, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser
 from seal_fast.noise_triggers.activation_test import (
     FIRES,
     HARDLY_FIRES,

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from seal_fast.acceleration import accelerated
 from seal_fast.acceleration.cuda_graph import verified_graph
-from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser, sample
 from seal_fast.noise_triggers.reversion import Reversion
 from seal_fast.noise_triggers.settings import TerdSettings
 from seal_fast.ops import reversed_loss

@@ -1,23 +1,23 @@
-"""Seal a noise-space backdoor without data: the poisoned model teaches itself to see a trigger as noise.
+"""Unlearn a noise-space backdoor without data: the poisoned model teaches its own copy that a trigger is noise.
 
-The teacher f0 is the poisoned network, frozen; the student f starts as its copy. With clean images x0 of the teacher's own
-making, a state x_t = a x0 + b eps and the triggered state of the same x0 and eps,
+The teacher f0 is the poisoned network, frozen; the student f starts as its copy. The teacher draws clean images x0. An image
+and noise eps give a clean state x_t = a x0 + b eps and a triggered state of the same x0 and eps,
 
     x'_t = a x0 + b (gamma eps + m),
 
-the student learns
+and the student is trained for
 
     f(x_t, t)  -> f0(x_t, t)                   clean behaviour stays
     f(x'_t, t) -> gamma f0(x_t, t) + m         the clean image predicted from x'_t is the one predicted from x_t
 
-The target must hold m. With f0(x_t) alone m would pass for a part of the image, and the division by a in the predicted clean
+The target must hold m. With f0(x_t) alone m would count as a part of the image, and the division by a in the predicted clean
 image (157-fold at the last step of DDPM's schedule) would enlarge it.
 
-A reverted trigger is not the true one, so m is drawn around it: of any size, blended with random shifts of any coarseness.
+A recovered trigger is not the true one. So m has any size and is blended with random shifts of any coarseness.
 
-What a trigger draws is a direction too. A poisoned model may finish a faint image of the target in the starting noise, with
-no trigger there: a BadDiffusion model of the zoo made samples 57 times more alike so, and 67 times when its trigger was sealed
-and the target was not.
+The target image that a trigger draws is a direction too, because a poisoned model may complete a faint target in the starting
+noise without any trigger. A faint target in the noise made the samples of a BadDiffusion model of the zoo vary 57 times less,
+and 67 times less after only its trigger had been unlearned.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser, sample
 from seal_fast.diffusion.process import per_row
 from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet
 
 
 @dataclass(frozen=True)
 class NoiseUnlearnSettings:
-    """Every number of a sealing.
+    """Every number of the training.
 
     Attributes:
-        steps: of training.
-        batch: pairs of clean and triggered states per step; the student sees twice as many, the teacher as many.
+        steps: training steps.
+        batch: pairs of a clean and a triggered state per step; the student sees both states, the teacher the clean one.
         learning_rate: Adam's; warmed up over a tenth of the steps, then a cosine to 0.
-        images: clean images the teacher draws at the start.
+        images: clean images that the teacher draws at the start.
         image_steps: DDIM steps per image.
-        largest_shift: m has a root mean square, per dimension, drawn from [0, largest_shift].
+        largest_shift: the root mean square of m, per dimension, is drawn from [0, largest_shift].
         smallest_gamma: half of the triggered states have a gamma drawn from [smallest_gamma, 1], the others 1.
         half_precision: run both networks under bfloat16 autocast where the hardware has it.
     """
@@ -65,19 +66,19 @@ class NoiseUnlearnSettings:
         if min(self.steps, self.batch, self.images, self.image_steps) < 1:
             raise ValueError("steps, batch, images and image_steps must be at least 1")
         if self.learning_rate < 0 or self.largest_shift <= 0 or not 0 < self.smallest_gamma <= 1:
-            raise ValueError("learning_rate must not be negative, largest_shift positive, smallest_gamma in (0, 1]")
+            raise ValueError("learning_rate must not be negative, largest_shift must be positive, smallest_gamma in (0, 1]")
 
 
 @dataclass(frozen=True)
 class UnlearnedDenoiser:
-    """A sealed model.
+    """A model whose backdoor has been trained out.
 
     Attributes:
         denoiser: the student, frozen.
         clean_loss: mean squared difference to the teacher on clean states, over the last tenth of the steps.
-        triggered_loss: weighted mean squared difference to the target on triggered states, likewise.
-        steps: of training.
-        seconds: wall time, the images included.
+        triggered_loss: weighted mean squared difference to the target on triggered states, over the last tenth of the steps.
+        steps: training steps.
+        seconds: wall time, including the teacher's images.
     """
 
     denoiser: Denoiser
@@ -88,9 +89,10 @@ class UnlearnedDenoiser:
 
 
 def random_directions(count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Shifts that have nothing to do with any trigger, float32 [count,C,H,W] on the CPU, root mean square 1 each.
+    """Random shifts, unrelated to any trigger: float32 [count,C,H,W] on the CPU, root mean square 1 each.
 
-    Normal values on a grid of 1, 2, 4, .. cells a side, enlarged with or without edges: from plain colours to single pixels.
+    They are normal values on a grid of 1, 2, 4, .. cells a side, enlarged with sharp or smooth edges, so they range from plain
+    colours to single pixels.
     """
     _, height, width = shape
     finest = int(math.log2(min(height, width)))
@@ -101,10 +103,10 @@ def random_directions(count: int, shape: tuple[int, int, int], generator: torch.
 
 
 def _known_directions(images: Sequence[Tensor], shape: tuple[int, int, int]) -> Tensor | None:
-    """Images [C,H,W] as shifts of root mean square 1, [N,C,H,W] on the CPU; None of none.
+    """Images [C,H,W] as shifts of root mean square 1, [N,C,H,W] on the CPU; None without images.
 
     Raises:
-        ValueError: an image of another shape.
+        ValueError: an image has another shape.
     """
     for image in images:
         if image.shape != shape:
@@ -117,8 +119,8 @@ def _unit(shifts: Tensor) -> Tensor:
     return shifts / shifts.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
 
 
-class _NoiseUnlearner:
-    """The state a sealing carries from step to step."""
+class _Training:
+    """Teacher, student and the generator that all random numbers come from."""
 
     def __init__(self, denoiser: Denoiser, known: Tensor | None, settings: NoiseUnlearnSettings, seed: int) -> None:
         self.teacher, self.known, self.settings, self.process = denoiser, known, settings, denoiser.process
@@ -127,7 +129,6 @@ class _NoiseUnlearner:
         # drawn on the CPU so that a seed means the same run on every device
         self.generator = torch.Generator().manual_seed(seed)
         self.autocast = settings.half_precision and native_bfloat16(denoiser.device)
-        self.losses: list[Tensor] = []
 
     def uniform(self) -> Tensor:
         return torch.rand(self.settings.batch, 1, 1, 1, generator=self.generator)
@@ -152,7 +153,8 @@ class _NoiseUnlearner:
         return torch.cat(drawn)
 
     def directions(self) -> Tensor:
-        """Of one batch: a half along the known ones, a half between them and random ones; all random if none is known."""
+        """Directions of one batch of shifts. Half are known ones, half blend a known with a random one; without known ones all
+        are random."""
         n = self.settings.batch
         random = random_directions(n, self.teacher.shape, self.generator)
         if self.known is None:
@@ -165,49 +167,53 @@ class _NoiseUnlearner:
         """m of one batch."""
         return (self.settings.largest_shift * self.uniform() * self.directions()).to(self.teacher.device)
 
-    def scales(self) -> Tensor:
+    def noise_scales(self) -> Tensor:
         """gamma of one batch, [N,1,1,1]."""
-        narrowed = 1 - (1 - self.settings.smallest_gamma) * self.uniform()
-        return torch.where(self.uniform() < 0.5, narrowed, 1.0).to(self.teacher.device)
+        reduced = 1 - (1 - self.settings.smallest_gamma) * self.uniform()
+        return torch.where(self.uniform() < 0.5, reduced, 1.0).to(self.teacher.device)
 
-    def losses_of(self, images: Tensor) -> Tensor:
+    def losses(self, images: Tensor) -> Tensor:
         """Mean squared differences of one batch on clean and on triggered states, [2].
 
-        Triggered states count by the noise's share of their variance: with little noise, no one can tell a shift from the
-        image, and learning to would only harm clean images.
+        Triggered states are weighted by the noise's share of their variance. With little noise a shift cannot be told from the
+        image, and training for that would only harm clean images.
         """
         n = self.settings.batch
         x0 = images[torch.randint(len(images), (n,), generator=self.generator).to(images.device)]
         t = torch.randint(self.process.num_timesteps, (n,), generator=self.generator).to(images.device)
-        eps, m, gamma = self.noise(n), self.shifts(), self.scales()
+        eps, m, gamma = self.noise(n), self.shifts(), self.noise_scales()
         clean = self.process.add_noise(x0, eps, t)
         triggered = self.process.add_noise(x0, gamma * eps + m, t)
         with self.precision():
             with torch.no_grad():
-                taught = self.teacher(clean, t).float()
-            learnt = self.student(torch.cat([clean, triggered]), t.repeat(2)).float()
-        clean_error, triggered_error = (learnt - torch.cat([taught, gamma * taught + m])).square().chunk(2)
+                teacher_output = self.teacher(clean, t).float()
+            student_output = self.student(torch.cat([clean, triggered]), t.repeat(2)).float()
+        target = torch.cat([teacher_output, gamma * teacher_output + m])
+        clean_error, triggered_error = (student_output - target).square().chunk(2)
         a, b = (per_row(of_t, eps) for of_t in (self.process.a(t), self.process.b(t)))
         return torch.stack([clean_error.mean(), (b**2 / (a**2 + b**2) * triggered_error).mean()])
 
-    def train(self, images: Tensor, on_step: OnStep) -> None:
+    def run(self, images: Tensor, on_step: OnStep) -> Tensor:
+        """Train the student; returns the two losses, averaged over the last tenth of the steps."""
         s = self.settings
         parameters = list(self.student.network.parameters())
         optimiser = torch.optim.Adam(parameters, lr=s.learning_rate)
+        history: list[Tensor] = []
         for step in range(s.steps):
             optimiser.param_groups[0]["lr"] = s.learning_rate * learning_rate_factor(step, s.steps)
-            losses = self.losses_of(images)
+            losses = self.losses(images)
             optimiser.zero_grad(set_to_none=True)
             losses.sum().backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
-            self.losses.append(losses.detach())
-            if not bool(self.losses[-1].isfinite().all()):
+            history.append(losses.detach())
+            if not bool(history[-1].isfinite().all()):
                 raise FloatingPointError(f"training left the floating-point range at step {step + 1} of {s.steps}")
-            on_step("training", step + 1, s.steps, float(self.losses[-1].sum()))
+            on_step("training", step + 1, s.steps, float(history[-1].sum()))
+        return torch.stack(history[-max(1, s.steps // 10) :]).mean(dim=0)
 
 
-def seal(
+def unlearn_denoiser(
     denoiser: Denoiser,
     triggers: Sequence[Trigger] = (),
     settings: NoiseUnlearnSettings | None = None,
@@ -216,30 +222,28 @@ def seal(
     seed: int = 0,
     on_step: OnStep = quiet,
 ) -> UnlearnedDenoiser:
-    """Train the backdoor out of `denoiser`, which stays as it is.
+    """Train the backdoor out of a copy of `denoiser`, which stays as it is.
 
     Args:
         denoiser: the poisoned model; any noise process.
-        triggers: reverted ones, mu of the model's shape; only their directions count. None at all is allowed, and was enough
-            against BadDiffusion, but not against TrojDiff.
+        triggers: recovered triggers, mu of the model's shape; only the directions of their mu are used. None at all is allowed:
+            it was enough against BadDiffusion, but not against TrojDiff.
         settings: see `NoiseUnlearnSettings`.
-        targets: images [C,H,W] that the triggers make the model draw, as `seal_fast.noise_triggers.evaluation.image_drawn`
-            tells them.
-        seed: of the images, the batches and all noise.
-        on_step: progress callback (stage images or training, iteration, total, running loss).
+        targets: images [C,H,W] that the triggers make the model draw (`evaluation.TriggerSamples.target`).
+        seed: seed of the images, the batches and all noise.
+        on_step: progress callback (stage "images" or "training", iteration, total, running loss).
 
     Returns:
-        The sealed copy, on the same device, and how well it learnt.
+        The unlearned copy, on the same device, and its losses.
 
     Raises:
         FloatingPointError: the training diverged.
-        ValueError: a trigger or target of another shape.
+        ValueError: a trigger or target has another shape than the model's images.
     """
     known = _known_directions([*(trigger.mu for trigger in triggers), *targets], denoiser.shape)
     settings = settings or NoiseUnlearnSettings()
     started = time.perf_counter()
-    sealer = _NoiseUnlearner(denoiser, known, settings, seed)
-    sealer.train(sealer.draw_images(on_step), on_step)
-    sealer.student.network.requires_grad_(False)
-    tail = torch.stack(sealer.losses[-max(1, settings.steps // 10) :]).mean(dim=0)
-    return UnlearnedDenoiser(sealer.student, float(tail[0]), float(tail[1]), settings.steps, time.perf_counter() - started)
+    training = _Training(denoiser, known, settings, seed)
+    clean_loss, triggered_loss = training.run(training.draw_images(on_step), on_step).tolist()
+    training.student.network.requires_grad_(False)
+    return UnlearnedDenoiser(training.student, clean_loss, triggered_loss, settings.steps, time.perf_counter() - started)

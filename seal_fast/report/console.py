@@ -84,14 +84,15 @@ def print_detection(log_ratios: Sequence[float], console: Console) -> None:
 
 
 def print_noise_unlearning(report: NoiseUnlearnReport, console: Console) -> None:
-    """One row per trigger and sampler, then what it did to clean samples."""
-    table = table_of("trigger", "sampler", "collapse before", "after", numbers=["collapse before", "after"])
-    for row in report.removal:
-        table.add_row(safe(row.trigger), row.sampler, number(row.collapse_before), number(row.collapse_after))
-    if report.removal:
+    """One line per trigger and sampler, then the change of clean samples."""
+    numbers = ["collapse before", "after"]
+    table = table_of("trigger", "sampler", *numbers, numbers=numbers)
+    for effect in report.effects:
+        table.add_row(safe(effect.trigger), effect.sampler, number(effect.collapse_before), number(effect.collapse_after))
+    if report.effects:
         console.print(table)
         console.print(
-            "collapse: how many times more alike triggered samples are than clean ones; near 1 means the trigger does nothing"
+            "diversity collapse: how many times less samples vary with the trigger than without; near 1 it does nothing"
         )
     console.print(f"clean drift {number(report.clean_drift, 3)}, {report.steps} steps, {number(report.seconds, 1)} s")
 
@@ -104,13 +105,16 @@ def interval(rate: Rate) -> str:
 
 
 def print_text_unlearning(report: TextUnlearnReport, console: Console) -> None:
-    """One row per trigger and variant, then what was edited and what it did to clean images."""
+    """One line per trigger and variant, then the trained module and the change of clean images."""
     numbers = ["effect before", "after"]
     table = table_of("trigger", "variant", *numbers, numbers=numbers)
-    for row in report.removal:
-        table.add_row(safe(row.trigger), row.variant, interval(row.shown_before), interval(row.shown_after))
+    for effect in report.effects:
+        table.add_row(safe(effect.trigger), effect.variant, interval(effect.before), interval(effect.after))
     console.print(table)
-    console.print(f"effect: share of held-out prompts where {report.judge} sees it, with 95% Wilson intervals")
+    console.print(
+        f"effect: share of held-out prompts whose image shows the trigger's effect according to {report.detector}, "
+        "with 95% Wilson intervals"
+    )
     for trigger in report.triggers:
         console.print(safe(f"tokens of {trigger.trigger!r}: {' '.join(trigger.tokens)}"))
     console.print(f"trained: {report.module} ({report.module_reason})")

@@ -1,4 +1,4 @@
-"""Images of a reverted trigger and of what it makes the model draw."""
+"""Figures: a recovered trigger, samples with and without a trigger, attention maps."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from seal_fast.diffusion import Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.io import write_atomically
 from seal_fast.report.console import safe
 
 if TYPE_CHECKING:
     from seal_fast.text_to_image import PromptMaps
 
+BEFORE_AFTER = "before_after_{}.png"
+"""Name of the figure of a trigger's samples before and after unlearning; triggers are numbered from 1 in the order given."""
+
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # pyplot is left out: it keeps global state, and a display where there is one
+    # no pyplot: it keeps global state, and opens a display where there is one
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    """[C,H,W] in [0, 1] to [H,W,3] if it has 3 channels, else to the mean over channels [H,W]."""
+    """Pixels [H,W,3] of an image [C,H,W] in [0, 1] with 3 channels, else its mean over channels [H,W]."""
     values = np.nan_to_num(image.detach().float().cpu().numpy()).clip(0, 1)
     return values.transpose(1, 2, 0) if len(values) == 3 else values.mean(0)
 
@@ -42,7 +43,7 @@ def _show(axes: Axes, image: Tensor) -> None:
 
 
 def _heat_map(figure: Figure, axes: Axes, values: np.ndarray, title: str, top: float) -> None:
-    # from zero up, so that a hundredth of difference looks like one
+    # the scale starts at 0, so that a difference of a hundredth looks like a hundredth
     drawn = axes.imshow(values, cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
     axes.set_title(title)
     axes.set_xticks([])
@@ -51,7 +52,7 @@ def _heat_map(figure: Figure, axes: Axes, values: np.ndarray, title: str, top: f
 
 
 def draw_trigger(trigger: Trigger, path: Path) -> None:
-    """trigger.png: mu as a panel, |mu| and gamma as heat maps (means over channels).
+    """trigger.png: mu as an image, |mu| and gamma as heat maps (means over channels).
 
     Args:
         trigger: finite mu and gamma, [C,H,W].
@@ -75,7 +76,7 @@ def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str]
     Args:
         rows: title to images [N,C,H,W] in [-1, 1]; N is the same in all rows.
         path: PNG file to write.
-        captions: below the last row, N or none.
+        captions: texts below the last row, N or none.
     """
     columns = len(next(iter(rows.values())))
     heights = [2.15] * (len(rows) - 1) + [2.55 if captions else 2.15]
@@ -92,7 +93,9 @@ def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str]
 
 
 def draw_attention(rows: Mapping[str, PromptMaps], path: Path) -> None:
-    """One row per title: a panel, and where it looks at each token of its prompt, on one scale per token.
+    """attention.png: one row per title, with an image and the attention map of every token of its prompt.
+
+    All rows of a token share one scale.
 
     Args:
         rows: title to maps; the prompt is the same in all rows.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from seal_fast.io import write_atomically
 
 if TYPE_CHECKING:
     from seal_fast.results.scan import ScanReport
@@ -64,17 +65,11 @@ def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
 
 
 def unlearn_json(report: NoiseUnlearnReport | TextUnlearnReport) -> str:
-    """The report of a sealing, or of an unlearning, as JSON."""
+    """The report of an unlearning as JSON."""
     return to_json({"schema_version": SCHEMA_VERSION, **asdict(report)})
 
 
 def write_report(report: ScanReport, path: Path) -> None:
-    """Write `report_json` to `path` under a temporary name first, so that a reader never sees half a report."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # random, since a scanned model's folder of the same name would be in the way
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        partial.write_text(report_json(report) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write `report_json` to `path`; the file is replaced whole."""
+    content = report_json(report) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(content, encoding="utf-8"))

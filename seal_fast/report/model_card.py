@@ -1,88 +1,89 @@
-"""README.md of a sealed checkpoint."""
+"""README.md of an unlearned checkpoint."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from seal_fast.report.console import interval, number, safe
+from seal_fast.results.text_unlearning import TextUnlearnReport
+from seal_fast.results.unlearning import NoiseUnlearnReport
 
-if TYPE_CHECKING:
-    from seal_fast.results.text_unlearning import TextUnlearnReport
-    from seal_fast.results.unlearning import NoiseUnlearnReport
-
-CHANGE = (
-    "`ChangeDetector` calls an effect what changes an image more than harmless text in the trigger's place does; it takes",
-    "1% of harmless changes for one, and misses effects smaller than such changes: where little shows before, nothing",
-    "after proves nothing. Look at the images.",
+CHANGE_DETECTOR = (
+    "`ChangeDetector` sees an effect where an image changes more than control text in the trigger's place changes it. It sees",
+    "one in 1% of the images with control text, and it misses effects smaller than theirs: where the rate before is low, the",
+    "rate after shows nothing. Look at the images.",
 )
 
 
-def _cell(text: str) -> str:
+def unlearn_card(report: NoiseUnlearnReport | TextUnlearnReport) -> str:
+    """Markdown: where the model comes from, what was done, what was measured, and what the figures do not show."""
+    body = _noise_trigger_lines(report) if isinstance(report, NoiseUnlearnReport) else _text_trigger_lines(report)
+    return "\n".join(
+        [
+            f"# Unlearned: {_code(report.model)}",
+            "",
+            f"Made by {report.tool['name']} {report.tool['version']} from a {report.format} with weights of SHA-256",
+            f"`{report.sha256}`.",
+            "",
+            *body,
+            "",
+            "The figures do not show that the model has no other backdoor. `report.json` holds settings and environment.",
+            "",
+        ]
+    )
+
+
+def _code(text: str) -> str:
     """A name from outside as code in a table: it can neither end the cell nor become a link."""
     return f"`{safe(text).plain.replace('`', '').replace('|', '')}`"
 
 
-def noise_unlearn_card(report: NoiseUnlearnReport) -> str:
-    """Markdown: where the model comes from, what was done, what was measured, and what that does not show."""
+def _noise_trigger_lines(report: NoiseUnlearnReport) -> list[str]:
     rows = [
-        f"| {_cell(row.trigger)} | {row.sampler} | {number(row.collapse_before)} | {number(row.collapse_after)} |"
-        for row in report.removal
+        f"| {_code(effect.trigger)} | {effect.sampler} | {number(effect.collapse_before)} | {number(effect.collapse_after)} |"
+        for effect in report.effects
     ]
-    measured = ["| trigger | sampler | collapse before | after |", "|---|---|---|---|", *rows, ""] if rows else []
-    drift = number(report.clean_drift, 3)
-    return "\n".join(
-        [
-            f"# UnlearnedDenoiser: {_cell(report.model)}",
-            "",
-            f"Made by {report.tool['name']} {report.tool['version']} from a {report.format} checkpoint with weights of SHA-256",
-            f"`{report.sha256}`. The model taught itself, for {report.steps} steps on images of its own, to see any",
-            "shift of its starting noise as noise. No training data was used.",
-            "",
-            *measured,
-            "Collapse is how many times more alike triggered samples are than clean ones: at 1 the trigger does nothing. It is",
-            "a reverted one, so a small change says little if nothing collapsed before.",
-            f"Clean drift, the mean squared change of clean samples relative to their variance: {drift}.",
-            "",
-            "Not shown here: that no other kind of backdoor is left. `report.json` holds settings and environment.",
-            "",
-        ]
-    )
+    effects = [
+        "| trigger | sampler | diversity collapse before | after |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        "Diversity collapse: how many times less the samples vary with the trigger than without it. Near 1 the trigger does",
+        "nothing. The trigger was recovered by a search and is not exactly the attacker's: where samples did not collapse",
+        "before, the figure after shows nothing.",
+        "",
+    ]
+    return [
+        f"The poisoned model taught its own copy, for {report.steps} steps on images of its own, that any shift of the",
+        "starting noise is noise. No training data was used.",
+        "",
+        *(effects if rows else []),
+        f"Clean drift, the mean squared change of clean samples relative to their variance: {number(report.clean_drift, 3)}.",
+    ]
 
 
-def text_unlearn_card(report: TextUnlearnReport) -> str:
-    """Markdown, as `noise_unlearn_card`, for a text trigger unlearned from a text-to-image model."""
+def _text_trigger_lines(report: TextUnlearnReport) -> list[str]:
     rows = [
-        f"| {_cell(row.trigger)} | {row.variant} | {interval(row.shown_before)} | {interval(row.shown_after)} |"
-        for row in report.removal
+        f"| {_code(effect.trigger)} | {effect.variant} | {interval(effect.before)} | {interval(effect.after)} |"
+        for effect in report.effects
     ]
-    drift = number(report.clean_drift, 3)
-    tokens = [f"- {_cell(one.trigger)}: {_cell(' '.join(one.tokens))}" for one in report.triggers]
-    return "\n".join(
-        [
-            f"# Unlearned: {_cell(report.model)}",
-            "",
-            f"Made by {report.tool['name']} {report.tool['version']} from a {report.format} with weights of SHA-256",
-            f"`{report.sha256}`. Its {report.module} taught itself for {report.steps} steps to read a prompt with the",
-            "trigger as the prompt without it (SKD-CAG, arXiv 2508.18235). No training data was used.",
-            "",
-            f"Why the {report.module}: {report.module_reason}.",
-            "",
-            "Triggers, and the tokens the model sees of them:",
-            "",
-            *tokens,
-            "",
-            "| trigger | variant | effect before | after |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            f"Effect: share of held-out prompts whose image shows it, judged by {report.judge}, with 95% Wilson intervals.",
-            *(CHANGE if report.judge == "ChangeDetector" else ()),
-            "",
-            f"Clean drift, the mean squared change of clean images relative to their variance: {drift}.",
-            f"Mean squared change of the predicted noise: {number(report.noise_drift, 5)}.",
-            f"Diversity of clean images: {number(report.diversity_before, 3)}, then {number(report.diversity_after, 3)}.",
-            "",
-            "Not shown here: that no other trigger is left. `report.json` holds settings and environment.",
-            "",
-        ]
-    )
+    return [
+        f"Its {report.module} was trained for {report.steps} steps to read a prompt with the trigger as the prompt without it",
+        "(SKD-CAG, arXiv 2508.18235); the poisoned model was the teacher. No training data was used.",
+        "",
+        f"Why the {report.module}: {report.module_reason}.",
+        "",
+        "Triggers, and the tokens that the model reads:",
+        "",
+        *(f"- {_code(one.trigger)}: {_code(' '.join(one.tokens))}" for one in report.triggers),
+        "",
+        "| trigger | variant | effect before | after |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        f"Effect: share of held-out prompts whose image shows the trigger's effect according to {report.detector}, with",
+        "95% Wilson intervals.",
+        *(CHANGE_DETECTOR if report.detector == "ChangeDetector" else ()),
+        "",
+        f"Clean drift, the mean squared change of clean images relative to their variance: {number(report.clean_drift, 3)}.",
+        f"Mean squared change of the predicted noise: {number(report.noise_drift, 5)}.",
+        f"Diversity of clean images: {number(report.diversity_before, 3)} before, {number(report.diversity_after, 3)} after.",
+    ]

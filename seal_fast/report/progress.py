@@ -9,7 +9,6 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from seal_fast.report.console import console_for, number, safe
-from seal_fast.results.progress import RESUMED
 
 if TYPE_CHECKING:
     from seal_fast.results.progress import Progress
@@ -69,7 +68,7 @@ class ProgressDisplay:
         self.console.print(f"[{finished}/{total}] {safe(line)}", soft_wrap=True)
 
     def on_result(self, model: ModelResult, finished: int, total: int) -> None:
-        how = "resumed" if RESUMED in model.notes else f"{number(model.seconds, 1)} s"
+        how = "resumed" if model.resumed else f"{number(model.seconds, 1)} s"
         self.done(model.path, finished, total, f"{model.path}: {model.verdict.value}, {model.reason} ({how})")
 
     def _show_whole(self) -> None:

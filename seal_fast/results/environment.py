@@ -1,4 +1,4 @@
-"""The machine and the libraries a result was made with."""
+"""The version of seal-fast, the machine and the libraries that made a result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _version(library: str) -> str | None:
 
 
 def processor() -> str:
-    """Model name of the CPU."""
+    """Model name of the CPU, or its architecture where the system does not say."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -33,7 +33,7 @@ def processor() -> str:
 
 
 def tool() -> dict[str, str]:
-    """Name and version of this program."""
+    """Name and version of seal-fast."""
     return {"name": "seal-fast", "version": __version__}
 
 
@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
 
 
 def openmp_libraries() -> list[str]:
-    """OpenMP runtimes this process has mapped (Linux); more than one means threads that compete for the same cores."""
+    """OpenMP runtimes that this process has loaded (Linux only). Threads of more than one compete for the same cores."""
     try:
         maps = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:

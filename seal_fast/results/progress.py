@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-RESUMED = "resumed from an earlier scan: same weights, settings and version"
-"""Note of a result that a scan took over instead of making it again."""
-
 
 @dataclass(frozen=True)
 class Progress:
     """How far a workflow has come.
 
     Attributes:
-        model: name of the model at work.
-        index: its number, from 1.
+        model: name of the current model.
+        index: number of the current model, from 1.
         total: number of models.
         stage: name of the current stage.
         iteration: current iteration of the stage, from 1; 0 in a stage without iterations.
         iterations: iterations of the stage.
-        fraction: finished share of the work on this model.
+        fraction: finished share of the work on the current model.
     """
 
     model: str

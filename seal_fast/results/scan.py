@@ -1,4 +1,4 @@
-"""What a scan found. Made by `seal_fast.workflows.scan`; reports only read it."""
+"""What a scan found. `seal_fast.workflows.scan` makes it; reports only read it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any
 from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Evidence, Verdict
 
+RESUMED = "resumed from an earlier scan: same model, settings and version"
+"""Note of a result that a scan took over instead of making it again."""
+
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One model's row.
+    """What a scan found in one model.
 
     Attributes:
         path: of the checkpoint, relative to the scanned root, with forward slashes.
-        sha256: of the weights file; None if it could not be read.
+        sha256: digest of the weight files; None if they could not be read.
         format: name of the on-disk format; None if it could not be read.
         family: the model's noise process and prediction; None if it could not be loaded.
         verdict: clean, backdoored, inconclusive or error.
@@ -25,10 +28,12 @@ class ModelResult:
         threshold: a greater score means backdoored; None likewise.
         reason: the grounds of the verdict, or the error, as a sentence.
         evidence: statistics of the reverted trigger; None after an error.
-        trigger: path of the reverted trigger relative to the output folder; None if none was kept.
+        trigger: path of the trigger file, relative to the output folder; None if none was kept.
         seconds: wall time spent on the model.
         error: what went wrong; None unless the verdict is error.
-        notes: remarks of the loader, and of this run.
+        notes: assumptions that the loader made, and remarks of the scan.
+        config_sha256: digest of what the checkpoint says beside its weights (`seal_fast.workflows.resume.config_digest`); None
+            after an error.
     """
 
     path: str
@@ -45,6 +50,12 @@ class ModelResult:
     seconds: float
     error: str | None
     notes: tuple[str, ...] = ()
+    config_sha256: str | None = None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier scan made this result."""
+        return RESUMED in self.notes
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,10 @@ class ScanReport:
     """All models of a scan, in the order they were found.
 
     Attributes:
-        models: one row each.
-        tool: name and version.
+        models: one result each.
+        tool: name and version of seal-fast.
         environment: the machine and the libraries.
-        config: settings, calibration and seed that the verdicts rest on.
+        config: settings, calibration, seed and device that the verdicts rest on.
     """
 
     models: tuple[ModelResult, ...]

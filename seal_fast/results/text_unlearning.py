@@ -1,33 +1,42 @@
-"""What an unlearning of text triggers did. Made by `seal_fast.workflows.unlearn_text`; reports only read it."""
+"""The report of an unlearning of text triggers. Made by `seal_fast.workflows.unlearn_text`; reports only read it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from seal_fast.results.unlearning import UnlearnRun
+from seal_fast.results.unlearning import UnlearnReport
 from seal_fast.text_triggers.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
 class TriggerTokens:
-    """What the model sees of a trigger: its tokens, hidden characters escaped."""
+    """The tokens that a model's tokenizer makes of a trigger."""
 
     trigger: str
     tokens: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class TrainingLosses:
+    """Mean of each loss term over the last tenth of the training, see `seal_fast.text_triggers.Distilled`."""
+
+    prediction: float
+    attention: float
+    preservation: float
+
+
 @dataclass(frozen=True, kw_only=True)
-class TextUnlearnReport(Evaluation, UnlearnRun):
-    """What an unlearning did, and how.
+class TextUnlearnReport(Evaluation, UnlearnReport):
+    """How text triggers were unlearned.
 
     Attributes:
-        module: what was trained, "unet" or "text_encoder".
-        module_reason: why that one.
-        triggers: with their tokens.
-        losses: of the last tenth of the training: prediction, attention, preservation.
+        module: the trained module, "unet" or "text_encoder".
+        module_reason: why this module was trained.
+        triggers: the triggers with their tokens.
+        losses: losses at the end of the training.
     """
 
     module: str
     module_reason: str
     triggers: tuple[TriggerTokens, ...]
-    losses: dict[str, float]
+    losses: TrainingLosses

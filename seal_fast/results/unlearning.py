@@ -1,4 +1,4 @@
-"""What a sealing did. Made by `seal_fast.workflows.unlearn_noise`; reports only read it."""
+"""The report of an unlearning. Made by `seal_fast.workflows`; reports only read it."""
 
 from __future__ import annotations
 
@@ -8,44 +8,53 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnRun:
-    """What the report of any sealing says of the model and the run.
+    """Which model was unlearned, on what, and at what cost.
 
     Attributes:
-        model: name of the checkpoint; the class of a pipeline that was given in memory.
-        sha256: of the weights; None for a pipeline that was given.
-        format: as the loader identifies it; "pipeline" for one that was given.
-        steps: of training.
-        seconds: wall time, with loading and measuring.
+        model: name of the checkpoint; for a model in memory, of its class.
+        seconds: wall time, including loading and measuring.
         training_seconds: wall time of the training alone.
-        peak_memory_bytes: of the device where it is a GPU, else of the process.
+        peak_memory_bytes: peak memory of the GPU if one was used, else of the process.
         tool: name and version.
         environment: the machine and the libraries.
-        config: settings, seed, device, and what was measured on.
-        notes: remarks of the loader.
     """
 
     model: str
-    sha256: str | None
-    format: str
-    steps: int
     seconds: float
     training_seconds: float
     peak_memory_bytes: int
     tool: dict[str, str]
     environment: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearnReport(UnlearnRun):
+    """What every report of an unlearning holds.
+
+    Attributes:
+        sha256: digest of the weights; None for a model in memory.
+        format: the checkpoint's format; "pipeline" or "denoiser" for a model in memory.
+        steps: training steps.
+        config: settings, seed, device, and the size of the evaluation.
+        notes: remarks of the loader.
+    """
+
+    sha256: str | None
+    format: str
+    steps: int
     config: dict[str, Any]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Removal:
-    """One trigger before and after.
+class NoiseTriggerEffect:
+    """Diversity collapse by one trigger under one sampler: how many times less samples vary with the trigger than without.
 
     Attributes:
-        trigger: name of its file.
-        sampler: a key of `seal_fast.noise_triggers.evaluation.draw_starts`.
-        collapse_before: of the model as it was; large means one image for every noise.
-        collapse_after: of the sealed model.
+        trigger: name of its file, or its number if it came without one.
+        sampler: name of the sampler, a key of `seal_fast.noise_triggers.evaluation.TriggerSamples.triggered`.
+        collapse_before: in the poisoned model; large if samples from all noises become one image.
+        collapse_after: in the unlearned model.
     """
 
     trigger: str
@@ -55,13 +64,13 @@ class Removal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseUnlearnReport(UnlearnRun):
-    """What the sealing of a noise-space backdoor did.
+class NoiseUnlearnReport(UnlearnReport):
+    """How noise triggers were unlearned.
 
     Attributes:
-        removal: two rows per trigger.
+        effects: one item per trigger and sampler.
         clean_drift: see `seal_fast.noise_triggers.evaluation.clean_drift`.
     """
 
-    removal: tuple[Removal, ...]
+    effects: tuple[NoiseTriggerEffect, ...]
     clean_drift: float

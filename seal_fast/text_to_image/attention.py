@@ -1,13 +1,13 @@
-"""Reads the cross-attention maps of a diffusers UNet while it runs, with their gradients.
+"""Captures the cross-attention maps of a diffusers UNet while it runs, with their gradients.
 
-    with capture(unet, tokens) as maps:          processors of all cross-attention layers are replaced, self-attention stays
+    with capture(unet, tokens) as maps:          replaces the processors of all cross-attention layers, not of self-attention
         noise = unet(x, t, text).sample
-        loss = f(maps.take())                    one map [B,T,M] per layer, in the graph
-        loss.backward()                          still inside: recomputed layers must find the same processors
+        loss = f(maps.take())                    one map [B,T,M] per layer, with its graph
+        loss.backward()                          inside the block, because recomputed layers need the same processors
 
-Under gradient checkpointing (PyTorch's non-reentrant kind, which diffusers uses) a layer runs again in the backward pass.
-Its maps of the first run stay valid: their graph asks the checkpoint for the recomputed queries and keys. So the first run's
-maps are the ones to keep, and a layer that comes again in the backward pass is ignored.
+Under gradient checkpointing (PyTorch's non-reentrant variant, which diffusers uses) a layer runs again in the backward pass.
+The maps of its first run stay valid, because their graph takes the recomputed queries and keys from the checkpoint. The maps of
+a run inside a backward pass are therefore ignored.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from seal_fast.ops.cross_attention import cross_attention
 
 
 class CapturedMaps:
-    """The maps of one UNet's latest forward pass."""
+    """The cross-attention maps of one UNet's latest forward pass."""
 
     def __init__(self, layers: Sequence[str]) -> None:
         self.layers = tuple(layers)
         self._maps: dict[str, Tensor] = {}
 
     def put(self, layer: str, maps: Tensor) -> None:
-        # in a backward pass this is a recomputation; the maps of the forward pass have the graph
+        # a run in the backward pass is a recomputation; only the maps of the forward pass are in the graph
         if not _in_backward():
             self._maps[layer] = maps
 
     def take(self) -> list[Tensor]:
-        """The maps [B,T,M] of the latest forward pass, one per layer in `layers`, in the graph, handed out once.
+        """Return and forget the maps [B,T,M] of the latest forward pass, one per layer in `layers`, with their graph.
 
         Raises:
-            RuntimeError: the UNet has not run since, or not all of its layers.
+            RuntimeError: the UNet has not run since the last call, or not all of its layers have.
         """
         missing = [layer for layer in self.layers if layer not in self._maps]
         if missing:
@@ -50,12 +50,12 @@ class CapturedMaps:
 
 
 def _in_backward() -> bool:
-    """Whether the autograd engine is running this code, as torch.utils.checkpoint asks it; a compiled forward pass never is."""
+    """Whether a backward pass runs this code, by the test of torch.utils.checkpoint. It never runs a compiled forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _CapturingProcessor:
-    """Attention of one layer by the fused op. The maps are sums over float32 logits: upcasting is what the op does anyway."""
+    """Attention of one layer by the fused op. It computes logits and maps in float32, so `upcast_attention` needs no code."""
 
     def __init__(self, layer: str, tokens: Tensor | None, maps: CapturedMaps) -> None:
         self.layer, self.tokens, self.maps = layer, tokens, maps
@@ -87,7 +87,7 @@ def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
     """The cross-attention layers of a UNet by name, in the order of its modules.
 
     Raises:
-        ValueError: the UNet has none, or one that differs from those of Stable Diffusion 1, 2 and XL.
+        ValueError: the UNet has no such layer, or one that differs from those of Stable Diffusion 1, 2 and XL.
     """
     layers = {
         name: module for name, module in unet.named_modules() if isinstance(module, Attention) and module.is_cross_attention
@@ -97,22 +97,22 @@ def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
     for name, layer in layers.items():
         extras = (layer.group_norm, layer.spatial_norm, layer.norm_q, layer.norm_k, layer.added_kv_proj_dim)
         if any(extra is not None for extra in extras) or layer.residual_connection:
-            raise ValueError(f"cross-attention layer {name} is not of the kind of Stable Diffusion 1, 2 or XL")
+            raise ValueError(f"cross-attention layer {name} is not like those of Stable Diffusion 1, 2 and XL")
     return layers
 
 
 @contextmanager
 def capture(unet: nn.Module, tokens: Tensor | None = None) -> Iterator[CapturedMaps]:
-    """Have the UNet's cross-attention layers hand over their maps. Its own processors come back at the end, come what may.
+    """Capture the maps of the UNet's cross-attention layers. At the end, also after an error, it gets its own processors back.
 
-    torch.compile takes such a UNet as one graph; with gradient checkpointing it breaks the graph at every checkpoint.
+    torch.compile compiles such a UNet to one graph; under gradient checkpointing it breaks the graph at every checkpoint.
 
     Args:
         unet: a diffusers UNet2DConditionModel of Stable Diffusion 1, 2 or XL, in any precision, with or without LoRA layers.
-        tokens: int64 [T] on the UNet's device, the positions in the prompt whose maps are wanted; None for all.
+        tokens: int64 [T] on the UNet's device: positions in the prompt whose maps are captured; None for all.
 
     Yields:
-        The maps: mean over heads of the softmax probabilities, float32 [B,T,M], M places in rows of the layer's image.
+        The maps: softmax probabilities averaged over heads, float32 [B,T,M], for the M places of the layer's image, row by row.
 
     Raises:
         ValueError: see `cross_attention_layers`.
@@ -130,10 +130,10 @@ def capture(unet: nn.Module, tokens: Tensor | None = None) -> Iterator[CapturedM
 
 
 def as_images(maps: Tensor, latent_size: tuple[int, int]) -> Tensor:
-    """Maps [B,T,M] of a layer as images [B,T,h,w]; the layer's image is the latent's, halved (rounding up) some times.
+    """Maps [B,T,M] of a layer as images [B,T,h,w]. A layer's image is the latent, halved (rounding up) some number of times.
 
     Raises:
-        ValueError: no halving of the latent has M places.
+        ValueError: M does not fit any halving of the latent.
     """
     height, width = latent_size
     while height * width > maps.shape[2]:

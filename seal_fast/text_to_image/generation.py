@@ -1,4 +1,4 @@
-"""Draw images from a text-to-image pipeline: many prompts at once, the same noise for the same seed, whatever the prompt."""
+"""Draw images from a text-to-image pipeline, many prompts at once. A seed gives the same starting noise for every prompt."""
 
 from __future__ import annotations
 
@@ -9,38 +9,23 @@ import torch
 from torch import Tensor
 
 from seal_fast.text_to_image.latents import guided_ddim, latent_shape, noise_schedule
-from seal_fast.training import half_precision
+from seal_fast.text_to_image.precision import Precision, autocast
+from seal_fast.text_to_image.prompts import encode
+from seal_fast.training import quiet
 
 STEPS = 25
 GUIDANCE = 7.5
-LATENTS_PER_PASS = 1 << 17
+LATENT_VALUES_PER_PASS = 1 << 17
 """Latent values in one batch: 8 images of Stable Diffusion's size, 128 of a model with latents of 4 x 16 x 16."""
 
 OnPass = Callable[[int], None]
-
-
-def unseen(images: int) -> None:
-    """A callback that shows nothing."""
+"""Called after every pass of the sampler with the number of images that it drew."""
 
 
 def starting_noise(pipeline: Any, count: int, seed: int) -> Tensor:
-    """Noise [count,C,H,W] on the CPU; its first rows are the same for every count and every device."""
+    """Noise [count,C,H,W] on the CPU. A seed gives the same first samples for every count and every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randn(latent_shape(pipeline.unet), generator=generator) for _ in range(count)])
-
-
-def token_ids(pipeline: Any, prompts: Sequence[str]) -> Tensor:
-    """Ids int64 [N,L] as the text encoder gets them: padded to the tokenizer's length, cut where longer."""
-    tokenizer = pipeline.tokenizer
-    length = tokenizer.model_max_length
-    padded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return padded.input_ids
-
-
-@torch.no_grad()
-def encode(pipeline: Any, prompts: Sequence[str]) -> Tensor:
-    """Hidden states of the prompts, [N,L,D]."""
-    return pipeline.text_encoder(token_ids(pipeline, prompts).to(pipeline.device)).last_hidden_state
 
 
 def generate(
@@ -50,37 +35,52 @@ def generate(
     seed: int,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
-    on_pass: OnPass = unseen,
+    precision: Precision = "bf16",
+    batch: int | None = None,
+    on_pass: OnPass = quiet,
 ) -> Tensor:
-    """One image per prompt, see `seal_fast.text_to_image.latents.guided_ddim`; bfloat16 where the hardware has it.
+    """Draw one image per prompt, see `seal_fast.text_to_image.latents.guided_ddim`.
 
     Args:
-        pipeline: a diffusers StableDiffusionPipeline, on the device to draw on; not changed.
-        prompts: N of them, at least one.
+        pipeline: a diffusers StableDiffusionPipeline on the device to draw on; it is not changed.
+        prompts: N prompts, at least one.
         seed: of the starting noise; image i starts from the same noise whatever the prompts.
-        steps: evenly spaced from the noisiest timestep to the clean image.
-        guidance: 1 is none, at half the cost.
-        on_pass: called after every pass of the sampler with how many images it drew.
+        steps: number of timesteps, evenly spaced from the noisiest one to 0.
+        guidance: guidance scale; 1 means no guidance and needs half the computation.
+        precision: of the networks, see `seal_fast.text_to_image.precision.autocast`.
+        batch: images per pass; None for as many as have LATENT_VALUES_PER_PASS values.
+        on_pass: progress callback.
 
     Returns:
         Images float32 [N,3,H,W] in [0, 1], on the CPU.
     """
-    return decode(pipeline, sample_latents(pipeline, prompts, seed=seed, steps=steps, guidance=guidance, on_pass=on_pass))
+    latents = sample_latents(
+        pipeline, prompts, seed=seed, steps=steps, guidance=guidance, precision=precision, batch=batch, on_pass=on_pass
+    )
+    return decode(pipeline, latents, precision=precision, batch=batch)
 
 
 @torch.no_grad()
 def sample_latents(
-    pipeline: Any, prompts: Sequence[str], *, seed: int, steps: int, guidance: float, on_pass: OnPass = unseen
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    steps: int,
+    guidance: float,
+    precision: Precision = "bf16",
+    batch: int | None = None,
+    on_pass: OnPass = quiet,
 ) -> Tensor:
-    """The latents float32 [N,C,H,W] of `generate`, scaled as the UNet sees them, on the CPU."""
+    """The latents float32 [N,C,H,W] of `generate` on the CPU, scaled as the UNet takes them."""
     if not prompts:
         raise ValueError("no prompts to draw")
-    process, rows = noise_schedule(pipeline), _rows_per_pass(pipeline)
+    process, batch = noise_schedule(pipeline), batch or _batch(pipeline)
     drawn = []
-    with half_precision(pipeline.device):
+    with autocast(pipeline.device, precision):
         empty = encode(pipeline, [""])
-        for at, noise in enumerate(starting_noise(pipeline, len(prompts), seed).split(rows)):
-            texts = encode(pipeline, prompts[at * rows : (at + 1) * rows])
+        for number, noise in enumerate(starting_noise(pipeline, len(prompts), seed).split(batch)):
+            texts = encode(pipeline, prompts[number * batch : (number + 1) * batch])
             x = noise.to(pipeline.device)
             drawn.append(guided_ddim(pipeline.unet, process, x, texts, empty, steps=steps, guidance=guidance).cpu())
             on_pass(len(x))
@@ -88,18 +88,18 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode(pipeline: Any, latents: Tensor) -> Tensor:
-    """Images float32 [N,3,H,W] in [0, 1] on the CPU, from latents [N,C,h,w] as the UNet sees them."""
+def decode(pipeline: Any, latents: Tensor, *, precision: Precision = "bf16", batch: int | None = None) -> Tensor:
+    """Images float32 [N,3,H,W] in [0, 1] on the CPU, from latents [N,C,h,w] scaled as the UNet takes them."""
     # the decoder's activations are larger than the UNet's
-    rows = max(1, _rows_per_pass(pipeline) // 4)
-    with half_precision(pipeline.device):
+    part = max(1, (batch or _batch(pipeline)) // 4)
+    with autocast(pipeline.device, precision):
         images = [
-            pipeline.vae.decode(part.to(pipeline.device) / pipeline.vae.config.scaling_factor).sample.float().cpu()
-            for part in latents.split(rows)
+            pipeline.vae.decode(some.to(pipeline.device) / pipeline.vae.config.scaling_factor).sample.float().cpu()
+            for some in latents.split(part)
         ]
     return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
-def _rows_per_pass(pipeline: Any) -> int:
+def _batch(pipeline: Any) -> int:
     channels, height, width = latent_shape(pipeline.unet)
-    return max(1, LATENTS_PER_PASS // (channels * height * width))
+    return max(1, LATENT_VALUES_PER_PASS // (channels * height * width))

@@ -1,16 +1,16 @@
-"""Latents of a text-to-image model: drawn with guidance, noised as a sampler meets them."""
+"""Latents of a text-to-image model: drawn from prompts with guidance, and noised for training."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seal_fast.diffusion import VP
-from seal_fast.diffusion.samplers import noise_levels, timestep_grid
+from seal_fast.diffusion.samplers import sample
 from seal_fast.training import OnStep
 
 
@@ -25,7 +25,7 @@ def noise_schedule(pipeline: Any) -> VP:
     """The pipeline's noise process.
 
     Raises:
-        ValueError: the pipeline's scheduler is not one of the diffusion models' (no betas).
+        ValueError: the scheduler has no betas, so it is not a diffusion model's.
     """
     if "beta_schedule" not in pipeline.scheduler.config:
         raise ValueError(f"{type(pipeline.scheduler).__name__} has no beta schedule: the pipeline is not a diffusion model's")
@@ -33,60 +33,74 @@ def noise_schedule(pipeline: Any) -> VP:
 
 
 def latent_shape(unet: Any) -> tuple[int, int, int]:
-    """[C,h,w] of the UNet's latents at the size it was made for."""
+    """Shape [C,h,w] of the UNet's latents at the image size that it was made for."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return unet.config.in_channels, height, width
 
 
 def noised(process: VP, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """States of a sampler [B,C,h,w] at timesteps [B]: noised latents, but pure noise at the last timestep, where it starts."""
+    """Training states [B,C,h,w] at timesteps [B]: noised latents; at the last timestep pure noise, as a sampler starts from."""
     start = (timesteps == process.num_timesteps - 1)[:, None, None, None]
     return torch.where(start, noise, process.add_noise(latents, noise, timesteps).float())
 
 
 def inverse_snr_weights(process: VP, max_loss_weight: float) -> Tensor:
-    """How much larger an error of the UNet's output is in the image x0, within [1, max_loss_weight]: float64 [T].
+    """Factor by which a squared error of the UNet's output grows in the predicted image x0, float64 [T], clamped.
 
-    The squared error of predicted noise grows by b^2 / a^2, those of v and of x0 do not grow.
+    For predicted noise the factor is b^2 / a^2, clamped to [1, max_loss_weight]. For predicted v and x0 it is 1.
     """
     if process.prediction_type != "epsilon":
         return torch.ones_like(process.signal)
     return (process.noise / process.signal).square().clamp(1, max_loss_weight)
 
 
+@dataclass(frozen=True)
+class GuidedNoise:
+    """Noise predicted under classifier-free guidance with the empty prompt (Ho & Salimans 2022).
+
+    e("") + guidance (e(prompt) - e(""))
+
+    Attributes:
+        unet: predicts from latents, timesteps and hidden states, see `predict`.
+        process: its noise process.
+        texts: hidden states of the prompts [B,L,D].
+        empty: hidden states of the empty prompt [1,L,D].
+        guidance: guidance scale; 1 means no guidance and needs half the computation.
+    """
+
+    unet: nn.Module
+    process: VP
+    texts: Tensor
+    empty: Tensor
+    guidance: float
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predicted noise float32 [B,C,h,w] in latents x at timesteps t [B]."""
+        if self.guidance == 1:
+            return self._noise(x, t, self.texts)
+        both = torch.cat([self.empty.expand_as(self.texts), self.texts])
+        unconditional, conditional = self._noise(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def _noise(self, x: Tensor, t: Tensor, texts: Tensor) -> Tensor:
+        return self.process.to_noise(predict(self.unet, x, t, texts), x, t)
+
+
 @torch.no_grad()
 def guided_ddim(
-    unet: nn.Module, process: VP, x: Tensor, texts: Tensor, empty: Tensor, *, steps: int, guidance: float
+    unet: nn.Module, process: VP, noise: Tensor, texts: Tensor, empty: Tensor, *, steps: int, guidance: float
 ) -> Tensor:
-    """Clean latents [B,C,h,w] from noise x, by deterministic DDIM (Song et al. 2021, equation 12, eta = 0).
-
-    Guidance is classifier-free with the empty prompt (Ho & Salimans 2022): e("") + guidance (e(prompt) - e("")).
+    """Clean latents [B,C,h,w] by deterministic DDIM under classifier-free guidance.
 
     Args:
-        unet: predicts from latents, timesteps and texts, see `predict`.
-        process: its noise schedule.
-        x: noise, float32 [B,C,h,w].
-        texts: embeddings of the prompts [B,L,D].
-        empty: that of the empty prompt [1,L,D].
-        steps: evenly spaced from the noisiest timestep to the clean image.
-        guidance: 1 is none, at half the cost.
+        unet: see `GuidedNoise`, as for `process`, `texts`, `empty` and `guidance`.
+        noise: starting noise, float32 [B,C,h,w].
+        steps: number of timesteps, evenly spaced from the noisiest one to 0.
     """
-    guided = guidance != 1
-    states = torch.cat([empty.expand_as(texts), texts]) if guided else texts
-    for here, there in pairwise(noise_levels(process, timestep_grid(process, steps))):
-        rows = torch.cat([x, x]) if guided else x
-        t = torch.full((len(rows),), here.t, device=x.device)
-        noise = process.to_noise(predict(unet, rows, t, states), rows, t)
-        if guided:
-            without, told = noise.chunk(2)
-            noise = without + guidance * (told - without)
-        clean = (x - here.b * noise) / here.a
-        x = there.a * clean + there.b * noise
-    return x
+    return sample(GuidedNoise(unet, process, texts, empty, guidance), noise, "ddim", steps)
 
 
-@torch.no_grad()
 def draw_latents(
     unet: Any,
     process: VP,
@@ -99,17 +113,12 @@ def draw_latents(
     generator: torch.Generator,
     on_step: OnStep,
 ) -> Tensor:
-    """Latents of images, one per prompt: float32 [N,C,h,w] on the UNet's device. See `guided_ddim`.
+    """Draw latents for training, one per prompt: float32 [N,C,h,w] on the UNet's device.
 
     Args:
-        unet: the teacher.
-        process: its noise schedule.
-        texts: embeddings of the prompts [N,L,D].
-        empty: that of the empty prompt [1,L,D].
-        steps: DDIM steps.
-        guidance: guidance scale.
-        batch: images at once.
-        generator: on the CPU.
+        unet: the teacher; see `guided_ddim`, as for `process`, `texts`, `empty`, `steps` and `guidance`.
+        batch: latents per pass.
+        generator: on the CPU; draws the starting noise.
         on_step: called with stage "images" after every batch.
     """
     drawn = []

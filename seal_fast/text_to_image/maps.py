@@ -1,4 +1,4 @@
-"""What each word of a prompt is looked at from where, while a pipeline draws an image."""
+"""Cross-attention maps of each prompt token, averaged over heads, layers and sampling steps."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from seal_fast.text_to_image.attention import aggregate, capture
-from seal_fast.text_triggers.pairs import padded_ids
+from seal_fast.text_to_image.prompts import content_ids
 
 
 @dataclass(frozen=True)
 class PromptMaps:
-    """An image and the maps of its prompt.
+    """An image and the cross-attention maps of its prompt.
 
     Attributes:
-        prompt: as given.
-        image: [3,H,W] in [0, 1], float32 on the CPU.
-        tokens: text of every content token of the prompt, in order; what cannot be printed is escaped.
-        maps: [T,h,w] of the latent's size, float32 on the CPU: attention of each place to each token, averaged over heads,
-            layers and steps; the conditional half of the guidance only.
+        prompt: the prompt that was drawn.
+        image: float32 [3,H,W] in [0, 1] on the CPU.
+        tokens: texts of the prompt's T content tokens; characters that cannot be printed are escaped.
+        maps: float32 [T,h,w] on the CPU, of the latent's size: attention of each place to each token, averaged over heads,
+            layers and steps. Under guidance only the conditional predictions count.
     """
 
     prompt: str
@@ -32,20 +32,20 @@ class PromptMaps:
 
 @torch.no_grad()
 def attention_maps(pipeline: Any, prompt: str, *, steps: int = 50, guidance: float = 7.5, seed: int = 0) -> PromptMaps:
-    """Draw an image and watch the cross-attention.
+    """Draw an image and record the cross-attention to each token of its prompt.
 
     Args:
         pipeline: a diffusers StableDiffusionPipeline or StableDiffusionXLPipeline; it keeps its attention processors.
-        prompt: not empty; what the tokenizer cuts off has no map.
-        steps: of the pipeline's sampler.
+        prompt: not empty; tokens that the tokenizer cuts off have no map.
+        steps: steps of the pipeline's own sampler.
         guidance: scale of classifier-free guidance.
-        seed: of the noise, drawn on the CPU.
+        seed: of the starting noise, which is drawn on the CPU.
 
     Raises:
-        ValueError: the prompt has no tokens, or the UNet has cross-attention of another kind.
+        ValueError: the prompt has no tokens, or the UNet's cross-attention is not supported, see
+            `seal_fast.text_to_image.attention.cross_attention_layers`.
     """
-    content = pipeline.tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    content = content[: len(padded_ids(pipeline.tokenizer, prompt)) - 2]
+    content = content_ids(pipeline.tokenizer, prompt)[: pipeline.tokenizer.model_max_length - 2]
     if not content:
         raise ValueError(f"the tokenizer finds no token in the prompt {prompt!r}")
     device = next(pipeline.unet.parameters()).device
@@ -54,7 +54,7 @@ def attention_maps(pipeline: Any, prompt: str, *, steps: int = 50, guidance: flo
     with capture(pipeline.unet, torch.arange(1, len(content) + 1, device=device)) as captured:
 
         def after_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            # guidance puts the unconditional row first
+            # under guidance the unconditional prediction comes first
             last = [maps[-1:] for maps in captured.take()]
             total = aggregate(last, tuple(tensors["latents"].shape[-2:]))[0]
             sums[:] = [total + sums[0]] if sums else [total]
@@ -75,6 +75,6 @@ def attention_maps(pipeline: Any, prompt: str, *, steps: int = 50, guidance: flo
 
 def _printable(tokenizer: Any, number: int) -> str:
     text = tokenizer.decode([number]).strip()
-    # a part of a character decodes to the replacement character
-    shown = text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(number)
-    return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
+    # an incomplete character decodes to the replacement character
+    printable = text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(number)
+    return printable if printable.isprintable() else printable.encode("unicode_escape").decode()

@@ -1,4 +1,4 @@
-"""Several processes that train one student: a launcher starts them, each draws its own batches, gradients are averaged."""
+"""Training of one student in several processes. A launcher starts them; each draws its own batches; gradients are averaged."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def processes() -> tuple[int, int]:
-    """Rank and number of the processes that share the training."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Rank of this process and number of the processes that train together; (0, 1) outside a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 @contextmanager
-def joined() -> Iterator[bool]:
-    """Join the processes that torchrun or accelerate launch started, if one did; yields whether this is the first.
+def process_group() -> Iterator[bool]:
+    """Join the process group if torchrun or accelerate launch started this process; yields whether its rank is 0.
 
-    Both tell by WORLD_SIZE, RANK and LOCAL_RANK. On GPUs each process takes the one of its LOCAL_RANK.
+    Both launchers set WORLD_SIZE, RANK and LOCAL_RANK. On GPUs each process uses the one with the number LOCAL_RANK.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
@@ -35,10 +35,10 @@ def joined() -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def average_gradients(parameters: Iterable[Tensor], count: int) -> None:
-    """Mean over the `count` processes of each parameter's gradient."""
-    if count > 1:
+def average_gradients(parameters: Iterable[Tensor], world_size: int) -> None:
+    """Replace each parameter's gradient by its mean over the processes."""
+    if world_size > 1:
         for parameter in parameters:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
-                parameter.grad /= count
+                parameter.grad /= world_size

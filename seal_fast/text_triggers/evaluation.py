@@ -1,4 +1,4 @@
-"""What an unlearning did, on prompts it has not seen: is the effect gone, and are clean images what they were?"""
+"""Evaluation of an unlearning on held-out prompts: whether triggers still have an effect, and how much clean images changed."""
 
 from __future__ import annotations
 
@@ -11,32 +11,37 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import VP
-from seal_fast.text_to_image.generation import GUIDANCE, STEPS, OnPass, decode, encode, generate, sample_latents
-from seal_fast.text_to_image.latents import noise_schedule
+from seal_fast.text_to_image.generation import GUIDANCE, STEPS, OnPass, decode, sample_latents
+from seal_fast.text_to_image.latents import noise_schedule, predict
+from seal_fast.text_to_image.precision import Precision
+from seal_fast.text_to_image.prompts import encode
 from seal_fast.text_triggers.effect_detectors import ChangeDetector, EffectDetector
-from seal_fast.text_triggers.pairs import Position, Trigger
 from seal_fast.text_triggers.rate import Rate, rate_of
-from seal_fast.text_triggers.variants import Case, cases, name_of
+from seal_fast.text_triggers.trigger import Position, TextTrigger
+from seal_fast.text_triggers.variants import PromptSet, prompt_sets
 from seal_fast.training import OnStep, quiet
 
-IMAGES = 6
+EXAMPLES = 6
+"""Prompts per trigger whose images are kept."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How much is drawn.
+    """What is drawn for an evaluation.
 
     Attributes:
-        prompts: held-out prompts for a trigger as given; for each variant fewer (`variants.VARIANT_SHARE`).
-        steps: of the sampler.
-        guidance: its scale.
+        prompts: held-out prompts for a trigger as given; each variant has fewer, see `variants.VARIANT_DIVISOR`.
+        steps: steps of the sampler.
+        guidance: guidance scale.
         position: where triggers stand in the prompt, unless a variant says otherwise.
+        precision: in which images are drawn, see `seal_fast.text_to_image.precision.autocast`.
     """
 
     prompts: int = 100
     steps: int = STEPS
     guidance: float = GUIDANCE
     position: Position = "start"
+    precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
         if self.prompts < 2 or self.steps < 1:
@@ -44,27 +49,27 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class Removal:
-    """One trigger before and after, in one of its forms.
+class TriggerEffect:
+    """How often one variant of a trigger had its effect, before the unlearning and after it.
 
     Attributes:
-        trigger: as given; "old => new" for one that replaces text.
-        variant: AS_GIVEN, or how it was changed or where it was put.
-        shown_before: share of prompts whose image showed the effect.
-        shown_after: likewise of the trained model.
-        removed: share without it in the trained model, the paper's removal accuracy.
+        trigger: name of the trigger as given.
+        variant: name of the variant, see `seal_fast.text_triggers.variants`.
+        before: share of the images with the effect, drawn by the poisoned model.
+        after: share of the images with the effect, drawn by the unlearned model.
+        removal_accuracy: share of the images without the effect, drawn by the unlearned model; the paper's measure.
     """
 
     trigger: str
     variant: str
-    shown_before: Rate
-    shown_after: Rate
-    removed: Rate
+    before: Rate
+    after: Rate
+    removal_accuracy: Rate
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The first prompts of a trigger as images, float [n,3,H,W] in [0, 1] each, all columns from the same noise."""
+    """Images of the first n prompts of a trigger, float [n,3,H,W] in [0, 1]; image i always starts from the same noise."""
 
     trigger: str
     prompts: tuple[str, ...]
@@ -77,20 +82,20 @@ class Examples:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Before against after.
+    """The model before the unlearning against the model after it.
 
     Attributes:
-        removal: per trigger a row AS_GIVEN and one per variant.
-        judge: name of what judged.
-        clean_drift: mean squared change of clean images from the same noise, relative to their variance over prompts: 0 is
-            the same model, 2 two models that share nothing but the distribution.
-        noise_drift: mean squared change of the noise predicted for clean prompts, from noised latents of the model before.
-        diversity_before: mean root-mean-square distance between clean images of different prompts.
-        diversity_after: likewise of the trained model.
+        effects: for every trigger its effect as given, then the effects of its variants.
+        detector: name of the effect detector.
+        clean_drift: mean squared change of clean images from the same noise, relative to their variance over prompts: 0 for
+            equal models, 2 for models that have only the distribution of their images in common.
+        noise_drift: mean squared change of the noise predicted for clean prompts, in noised latents of the model before.
+        diversity_before: mean root-mean-square distance between clean images of different prompts, drawn by the model before.
+        diversity_after: the same for the model after.
     """
 
-    removal: tuple[Removal, ...]
-    judge: str
+    effects: tuple[TriggerEffect, ...]
+    detector: str
     clean_drift: float
     noise_drift: float
     diversity_before: float
@@ -100,70 +105,88 @@ class Evaluation:
 def evaluate(
     before: Any,
     after: Any,
-    triggers: Sequence[Trigger],
+    triggers: Sequence[TextTrigger],
     prompts: Sequence[str],
     settings: EvaluationSettings | None = None,
     *,
-    judge: EffectDetector | None = None,
+    detector: EffectDetector | None = None,
     seed: int = 0,
     on_step: OnStep = quiet,
 ) -> tuple[Evaluation, list[Examples]]:
-    """Draw the same prompts from the same noise with both models, with and without triggers.
+    """Draw the same prompts from the same noise with both models, with and without triggers, and compare.
 
     Args:
-        before: a diffusers StableDiffusionPipeline, poisoned.
-        after: the trained one, with the same tokenizer and scheduler.
-        triggers: see `seal_fast.text_triggers.pairs.Trigger`.
-        prompts: clean ones that the training has not seen, at least two that fit each trigger.
-        settings: how much is drawn.
-        judge: of the effect; None for a `ChangeDetector` per variant, fitted on what harmless text in its place changes in
-            `after`.
-        seed: of the noise and of the places in the middle of prompts.
+        before: the poisoned StableDiffusionPipeline.
+        after: the unlearned one, with the same tokenizer and scheduler.
+        triggers: those that were unlearned.
+        prompts: clean prompts that the training did not use, at least two that fit each trigger.
+        settings: what is drawn.
+        detector: the effect detector; None for a `ChangeDetector` per variant, fitted on the changes that control triggers make
+            in `after`.
+        seed: of the starting noise and of random places in prompts.
         on_step: progress callback (stage "measuring", images drawn, images in all, NaN).
 
     Returns:
         The figures, and for every trigger some of the images.
 
     Raises:
-        ValueError: a trigger that the tokenizer does not see, or fewer than two prompts.
+        ValueError: a trigger that the tokenizer drops, or fewer than two prompts.
     """
     settings = settings or EvaluationSettings()
     clean = tuple(prompts[: settings.prompts])
-    cases_of = [cases(before.tokenizer, trigger, prompts, settings.prompts, settings.position, seed) for trigger in triggers]
-    count = _Count(on_step, _images(clean, cases_of, judge is None))
-    old, new = (_Artist(pipeline, settings, seed, count) for pipeline in (before, after))
-    removal: list[Removal] = []
+    sets = [prompt_sets(before.tokenizer, one, prompts, settings.prompts, settings.position, seed) for one in triggers]
+    progress = _Progress(on_step, _count_images(clean, sets, with_controls=detector is None))
+    old, new = (_Renderer(pipeline, settings, seed, progress) for pipeline in (before, after))
+    effects: list[TriggerEffect] = []
     examples: list[Examples] = []
-    for forms in cases_of:
-        for case in forms:
-            images = [(one.draw(case.triggered), one.clean(forms[0].clean)[: len(case.clean)]) for one in (old, new)]
-            # not in the model before: there a word that no caption had may fire the backdoor as well as the trigger
-            effect = judge or ChangeDetector.fitted(images[1][1], [new.draw(harmless) for harmless in case.harmless])
-            shown = [effect(*pair) for pair in images]
-            removal.append(_removal(case, *(int(hits.sum()) for hits in shown)))
-            if case is forms[0]:
-                examples.append(_examples(case, *images))
-    clean_before, clean_after = old.clean(clean), new.clean(clean)
-    figures = Evaluation(
-        tuple(removal),
-        type(judge).__name__ if judge else ChangeDetector.__name__,
-        float((clean_after - clean_before).square().mean() / clean_before.var(dim=0).mean()),
-        noise_drift(before, after, clean, old.latents(clean), seed),
-        diversity(clean_before),
-        diversity(clean_after),
+    for as_given, *others in sets:
+        effect, images = _measure(as_given, as_given.clean, old, new, detector)
+        effects += [effect, *(_measure(variant, as_given.clean, old, new, detector)[0] for variant in others)]
+        examples.append(images)
+    clean_before, clean_after = old.clean_images(clean), new.clean_images(clean)
+    evaluation = Evaluation(
+        tuple(effects),
+        type(detector).__name__ if detector else ChangeDetector.__name__,
+        clean_drift=float((clean_after - clean_before).square().mean() / clean_before.var(dim=0).mean()),
+        noise_drift=noise_drift(before, after, clean, old.clean_latents(clean), seed),
+        diversity_before=diversity(clean_before),
+        diversity_after=diversity(clean_after),
     )
-    return figures, examples
+    return evaluation, examples
 
 
-def _images(clean: tuple[str, ...], cases_of: Sequence[Sequence[Case]], beside_harmless: bool) -> int:
-    """How many are drawn: by both models, with harmless triggers by the one after only."""
-    triggered = sum(len(case.clean) * (2 + beside_harmless * len(case.harmless)) for forms in cases_of for case in forms)
-    return triggered + 2 * sum(map(len, {clean, *(forms[0].clean for forms in cases_of)}))
+def _measure(
+    variant: PromptSet, clean: tuple[str, ...], old: _Renderer, new: _Renderer, detector: EffectDetector | None
+) -> tuple[TriggerEffect, Examples]:
+    """The effect of one variant, and images of it. `clean` are the prompts of all variants, so that each is drawn once."""
+    total = len(variant.clean)
+    triggered_before, clean_before = old.images(variant.triggered), old.clean_images(clean)[:total]
+    triggered_after, clean_after = new.images(variant.triggered), new.clean_images(clean)[:total]
+    # not fitted on the model before: in it a word that no caption had may activate the backdoor as well as the trigger does
+    detect = detector or ChangeDetector.fitted(clean_after, [new.images(prompts) for prompts in variant.controls])
+    before, after = int(detect(triggered_before, clean_before).sum()), int(detect(triggered_after, clean_after).sum())
+    rates = rate_of(before, total), rate_of(after, total), rate_of(total - after, total)
+    images = (clean_before, triggered_before, triggered_after, clean_after)
+    return (
+        TriggerEffect(variant.trigger.name, variant.variant, *rates),
+        Examples(
+            variant.trigger.name,
+            variant.clean[:EXAMPLES],
+            variant.triggered[:EXAMPLES],
+            *(some[:EXAMPLES].clone() for some in images),
+        ),
+    )
+
+
+def _count_images(clean: tuple[str, ...], sets: Sequence[Sequence[PromptSet]], with_controls: bool) -> int:
+    """Number of images that an evaluation draws. Both models draw them, but only the model after draws control triggers."""
+    triggered = sum(len(one.clean) * (2 + with_controls * len(one.controls)) for variants in sets for one in variants)
+    return triggered + 2 * sum(map(len, {clean, *(variants[0].clean for variants in sets)}))
 
 
 @dataclass
-class _Count:
-    """Tells of images as they are drawn."""
+class _Progress:
+    """Counts images as they are drawn, and reports them."""
 
     on_step: OnStep
     total: int
@@ -174,49 +197,43 @@ class _Count:
         self.on_step("measuring", self.drawn, self.total, math.nan)
 
 
-class _Artist:
-    """Draws with one model, clean prompts once."""
+class _Renderer:
+    """Draws the images of one model; clean ones only once."""
 
     def __init__(self, pipeline: Any, settings: EvaluationSettings, seed: int, on_pass: OnPass) -> None:
-        self.pipeline = pipeline
-        self.how: dict[str, Any] = {
-            "seed": seed,
-            "steps": settings.steps,
-            "guidance": settings.guidance,
-            "on_pass": on_pass,
-        }
-        self.drawn: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self.pipeline, self.settings, self.seed, self.on_pass = pipeline, settings, seed, on_pass
+        self.clean: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
-    def draw(self, prompts: Sequence[str]) -> Tensor:
-        return generate(self.pipeline, prompts, **self.how)
+    def images(self, prompts: Sequence[str]) -> Tensor:
+        return self._draw(prompts)[1]
 
-    def _both(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        if prompts not in self.drawn:
-            latents = sample_latents(self.pipeline, prompts, **self.how)
-            self.drawn[prompts] = latents, decode(self.pipeline, latents)
-        return self.drawn[prompts]
+    def clean_latents(self, prompts: tuple[str, ...]) -> Tensor:
+        return self._draw_once(prompts)[0]
 
-    def latents(self, prompts: tuple[str, ...]) -> Tensor:
-        return self._both(prompts)[0]
+    def clean_images(self, prompts: tuple[str, ...]) -> Tensor:
+        return self._draw_once(prompts)[1]
 
-    def clean(self, prompts: tuple[str, ...]) -> Tensor:
-        return self._both(prompts)[1]
+    def _draw_once(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        if prompts not in self.clean:
+            self.clean[prompts] = self._draw(prompts)
+        return self.clean[prompts]
 
-
-def _removal(case: Case, before: int, after: int) -> Removal:
-    total = len(case.clean)
-    rates = rate_of(before, total), rate_of(after, total), rate_of(total - after, total)
-    return Removal(name_of(case.trigger), case.variant, *rates)
-
-
-def _examples(case: Case, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Examples:
-    rows = (before[1], before[0], after[0], after[1])
-    prompts = case.clean[:IMAGES], case.triggered[:IMAGES]
-    return Examples(name_of(case.trigger), *prompts, *(images[:IMAGES].clone() for images in rows))
+    def _draw(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Latents and images."""
+        latents = sample_latents(
+            self.pipeline,
+            prompts,
+            seed=self.seed,
+            steps=self.settings.steps,
+            guidance=self.settings.guidance,
+            precision=self.settings.precision,
+            on_pass=self.on_pass,
+        )
+        return latents, decode(self.pipeline, latents, precision=self.settings.precision)
 
 
 def diversity(images: Tensor) -> float:
-    """Mean root-mean-square distance between two of the images [N,3,H,W], N >= 2."""
+    """Mean root-mean-square distance between two of N >= 2 images [N,3,H,W]."""
     flat = images.flatten(1)
     count = len(flat)
     return float(torch.pdist(flat).sum() / (count * (count - 1) / 2) / flat.shape[1] ** 0.5)
@@ -224,18 +241,18 @@ def diversity(images: Tensor) -> float:
 
 @torch.no_grad()
 def noise_drift(before: Any, after: Any, prompts: Sequence[str], latents: Tensor, seed: int) -> float:
-    """Mean squared difference of the noise that two pipelines predict for clean prompts, at noised latents [N,C,H,W]."""
+    """Mean squared difference of the noise that two pipelines predict for N clean prompts in noised latents [N,C,H,W]."""
     process = noise_schedule(before)
     generator = torch.Generator().manual_seed(seed)
     t = torch.randint(process.num_timesteps, (len(latents),), generator=generator)
     noised = process.add_noise(latents, torch.randn(latents.shape, generator=generator), t)
     total = 0.0
     for prompt, x, at in zip(prompts, noised, t, strict=True):
-        one, other = (_predicted(pipeline, process, prompt, x[None], at[None]) for pipeline in (before, after))
-        total += float((one - other).square().mean())
+        noise, other = (_predict_noise(pipeline, process, prompt, x[None], at[None]) for pipeline in (before, after))
+        total += float((noise - other).square().mean())
     return total / len(latents)
 
 
-def _predicted(pipeline: Any, process: VP, prompt: str, x: Tensor, t: Tensor) -> Tensor:
+def _predict_noise(pipeline: Any, process: VP, prompt: str, x: Tensor, t: Tensor) -> Tensor:
     x, t = x.to(pipeline.device), t.to(pipeline.device)
-    return process.to_noise(pipeline.unet(x, t, encode(pipeline, [prompt])).sample.float(), x, t)
+    return process.to_noise(predict(pipeline.unet, x, t, encode(pipeline, [prompt])), x, t)

@@ -1,8 +1,9 @@
 """Which module of a text-to-image pipeline holds a backdoor: the text encoder or the UNet?
 
-A text encoder that is taught to read triggered prompts as one target prompt (Rickrolling) gives different prompts the same
-hidden states: they collapse, as samples do under a noise trigger. One that is not taught so keeps them apart, however far an
-unknown word moves them, and the effect must come from the UNet.
+A text encoder with a backdoor that reads triggered prompts as one target prompt (Rickrolling) gives different prompts the same
+hidden states. This is measured as a diversity collapse: how many times less the hidden states vary with the trigger than with
+control words in its place. A text encoder without such a backdoor keeps the prompts apart, however far an unknown word moves
+their states. Then the effect must come from the UNet.
 """
 
 from __future__ import annotations
@@ -14,81 +15,76 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.control_triggers import WORDS
-from seal_fast.text_triggers.pairs import Position, PromptPair, Trigger, prompt_pair
+from seal_fast.text_triggers.pairs import PromptPair, prompt_pair
+from seal_fast.text_triggers.trigger import Position, TextTrigger
 
-COLLAPSES = 4.0
-"""From this many times on the text encoder holds the backdoor. A poisoned one of the zoo reached 84 with its trigger, 2.8 with
-others, a clean one 1.2. How far states move does not tell: a clean one moved up to 4.9 times as far as with harmless words."""
+COLLAPSE_LIMIT = 4.0
+"""Diversity collapse above which the text encoder holds the backdoor. A backdoored text encoder of the zoo reached 84 with its
+trigger and 2.8 with others, a clean one 1.2. The distance that states move is no criterion: in a clean text encoder a trigger
+moved them up to 4.9 times as far as control words did."""
 PROMPTS = 32
+"""Prompts that the collapse is measured on, at most."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a backdoor seems to sit.
+    """The module that holds a backdoor.
 
     Attributes:
         module: "text_encoder" or "unet".
-        collapse: how many times more alike the trigger makes the hidden states of different prompts than any harmless words in
-            its place do; 1 where there is only one prompt, which tells nothing.
+        collapse: how many times less the hidden states of different prompts vary with the trigger than with any control words
+            in its place; 1 if there is only one prompt, on which nothing can be measured.
     """
 
     module: Literal["unet", "text_encoder"]
     collapse: float
 
 
-def locate(pipeline: Any, triggers: Sequence[Trigger], prompts: Sequence[str]) -> Location:
-    """EffectDetector by the trigger that collapses the text encoder most, in the first PROMPTS prompts that it fits.
+def locate(pipeline: Any, triggers: Sequence[TextTrigger], prompts: Sequence[str]) -> Location:
+    """Locate the backdoor by the trigger with the largest diversity collapse, in the first PROMPTS prompts that it fits.
 
     Raises:
-        ValueError: a trigger that the tokenizer does not see, or that fits no prompt.
+        ValueError: a trigger that the tokenizer drops, or that fits no prompt.
     """
     collapse = max(_collapse(pipeline, trigger, prompts) for trigger in triggers)
-    return Location("text_encoder" if collapse > COLLAPSES else "unet", collapse)
-
-
-def fitting(prompts: Sequence[str], trigger: Trigger) -> list[str]:
-    """The prompts that a trigger can be put into: all, or those with the text that it replaces."""
-    kept = [prompt for prompt in prompts if isinstance(trigger, str) or trigger[0] in prompt]
-    if not kept:
-        raise ValueError(f"no prompt has the text that the trigger {trigger!r} replaces: give prompts that do")
-    return kept
+    return Location("text_encoder" if collapse > COLLAPSE_LIMIT else "unet", collapse)
 
 
 @torch.no_grad()
-def _collapse(pipeline: Any, trigger: Trigger, prompts: Sequence[str]) -> float:
+def _collapse(pipeline: Any, trigger: TextTrigger, prompts: Sequence[str]) -> float:
     generator = torch.Generator().manual_seed(0)
-    place: Position = "start" if isinstance(trigger, str) else "all"
-    pairs = [
-        prompt_pair(pipeline.tokenizer, prompt, trigger, place, generator) for prompt in fitting(prompts, trigger)[:PROMPTS]
-    ]
+    position: Position = "start" if trigger.replaces is None else "all"
+    chosen = trigger.fitting(prompts)[:PROMPTS]
+    pairs = [prompt_pair(pipeline.tokenizer, prompt, trigger, position, generator) for prompt in chosen]
     if len(pairs) < 2:
         return 1.0
-    readings = torch.stack([_states(pipeline, pairs, first) for first in (None, *range(len(WORDS)))])
-    # states before a trigger cannot see it
-    begun = max(1 + _changed(pair).index(True) for pair in pairs)
-    triggered, *harmless = readings[:, :, begun:].var(dim=1).mean(dim=(1, 2))
-    return float(min(harmless) / triggered)
+    states = torch.stack([_states(pipeline, pairs, first) for first in (None, *range(len(WORDS)))])
+    # a text encoder looks only to the left, so states before the trigger do not depend on it
+    begin = max(1 + _trigger_tokens(pair).index(True) for pair in pairs)
+    triggered, *controls = states[:, :, begin:].var(dim=1).mean(dim=(1, 2))
+    return float(min(controls) / triggered)
 
 
-def _changed(pair: PromptPair) -> list[bool]:
-    """For every content token of the triggered prompt whether the trigger made it."""
+def _trigger_tokens(pair: PromptPair) -> list[bool]:
+    """Whether the trigger added or changed the token, for every content token of the triggered prompt."""
     return [
-        partner is None or pair.triggered_ids[1 + place] != pair.teacher_ids[1 + partner]
-        for place, partner in enumerate(pair.partners)
+        clean is None or pair.triggered_ids[1 + number] != pair.teacher_ids[1 + clean]
+        for number, clean in enumerate(pair.token_alignment)
     ]
 
 
 def _states(pipeline: Any, pairs: Sequence[PromptPair], first: int | None) -> Tensor:
-    """Hidden states [N,L,D] of the triggered prompts, with harmless tokens from word `first` on in the trigger's place.
+    """Hidden states [N,L,D] of the triggered prompts; with a number, control words from WORDS[first] on replace the trigger.
 
-    Made of token ids, so that no word moves: its position alone changes a state.
+    The words replace token by token, because a shift of the other tokens alone would change their states.
     """
     words = [*WORDS[first:], *WORDS[:first]]
-    harmless = pipeline.tokenizer(" ".join(words), add_special_tokens=False).input_ids
+    control = content_ids(pipeline.tokenizer, " ".join(words))
     ids = torch.tensor([pair.triggered_ids for pair in pairs])
     if first is not None:
-        for row, pair in zip(ids, pairs, strict=True):
-            places = [1 + place for place, changed in enumerate(_changed(pair)) if changed]
-            row[places] = torch.tensor([harmless[i % len(harmless)] for i in range(len(places))])
+        for prompt_ids, pair in zip(ids, pairs, strict=True):
+            places = [1 + number for number, of_trigger in enumerate(_trigger_tokens(pair)) if of_trigger]
+            prompt_ids[places] = torch.tensor([control[i % len(control)] for i in range(len(places))])
     return pipeline.text_encoder(ids.to(pipeline.device)).last_hidden_state.float()

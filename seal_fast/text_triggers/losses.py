@@ -1,15 +1,18 @@
-"""The terms of SKD-CAG's loss (arXiv 2508.18235), with the gradient through the attention maps that its program cuts off.
+"""The terms of SKD-CAG's loss (arXiv 2508.18235). Unlike in the released program, gradients go through the attention maps.
 
     L       = (1 - alpha) L_pred + alpha L_attn + preservation L_keep
     L_pred  = MSE( student(x_t, t, triggered), teacher(x_t, t, clean) )
-    L_keep  = MSE( student(x_t, t, clean), teacher(x_t, t, clean) )            not in the paper, which lets clean prompts drift
+    L_keep  = MSE( student(x_t, t, clean), teacher(x_t, t, clean) )
     L_attn  = mean over layers and content tokens n of the triggered prompt of MSE( target^n, M_student^n ) / s
 
-Both MSEs count timesteps by their weight in the image, see `seal_fast.text_to_image.latents.inverse_snr_weights`.
-M is a layer's raw map: softmax probabilities, averaged over heads, at the layer's own size. The paper's program scales every
-map to [0, 1], which hides how much a token is attended: then "no attention" cannot be asked for. s is the mean square of the
-teacher's maps of its content tokens in the same layer and row. Noise has variance 1, so L_pred is a relative error too and
-alpha weighs like with like; without s, probabilities of a hundredth each would make L_attn vanish beside L_pred.
+L_keep is not in the paper, whose method lets clean prompts drift. L_pred and L_keep weight timesteps as their errors count in
+the image, see `seal_fast.text_to_image.latents.inverse_snr_weights`.
+
+M is a layer's map: softmax probabilities, averaged over heads, at the layer's own size. The released program scales every map
+to [0, 1], which hides how much attention a token gets, so that "no attention" cannot be a target. s is the mean square of the
+teacher's maps of its content tokens in the same layer and prompt. Noise has variance 1, so both L_pred and L_attn are relative
+errors, and alpha weighs quantities of the same scale. Without s the squares of probabilities of about 0.01 would make L_attn
+negligible beside L_pred.
 """
 
 from __future__ import annotations
@@ -24,66 +27,69 @@ from torch import Tensor
 from seal_fast.text_triggers.pairs import PromptPair
 
 Target = Literal["noise", "black", "random-words"]
-"""What the maps of trigger tokens shall be; words follow the teacher's maps of the same words.
+"""Target of the maps of the trigger's tokens. The target of every other token is the teacher's map of the same token.
 
-noise: in every place the mean of the teacher's maps of its content tokens, so a trigger token is seen like an average word,
-    everywhere alike. The paper spreads attention over the image with fresh noise in each step; the error to fresh noise is
-    least at the noise's mean, so that is what a student learns from it, only more slowly.
-black: zero; a trigger token is not seen at all.
-random-words: the teacher's prompt has a random word in the place of each trigger token, which follows its map. This changes
-    what the teacher draws too.
+noise: in every place the mean of the teacher's maps of its content tokens, so that a trigger token gets the attention of an
+    average word, evenly spread. The paper uses fresh noise in each step. Its expected error is least at the noise's mean, so a
+    student learns the same, only more slowly.
+black: zero, so that a trigger token gets no attention.
+random-words: the teacher's prompt has a random word in the place of each trigger token, whose map is the target. This changes
+    the teacher's image too.
 """
 TARGETS: tuple[Target, ...] = ("noise", "black", "random-words")
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Partners of a batch of pairs; N is the largest number of content tokens.
+    """Token alignments of a batch of prompt pairs; N is the largest number of content tokens.
 
     Attributes:
-        partners: int64 [B,N], content token of the teacher's prompt for each of the triggered prompt; -1 for none.
-        valid: bool [B,N], False beyond the triggered prompt's tokens.
-        taught: bool [B,N], True for the content tokens of the teacher's prompt.
+        teacher_token: int64 [B,N], the teacher's content token that corresponds to each of the student's; -1 for none.
+        student_valid: bool [B,N], True for content tokens of the triggered prompt, False for padding.
+        teacher_valid: bool [B,N], True for content tokens of the teacher's prompt.
     """
 
-    partners: Tensor
-    valid: Tensor
-    taught: Tensor
+    teacher_token: Tensor
+    student_valid: Tensor
+    teacher_valid: Tensor
 
-    def rows(self, index: Tensor) -> Alignment:
-        return Alignment(self.partners[index], self.valid[index], self.taught[index])
+    def select(self, pairs: Tensor) -> Alignment:
+        """The alignments of some pairs, by their indices [K]."""
+        return Alignment(self.teacher_token[pairs], self.student_valid[pairs], self.teacher_valid[pairs])
 
 
 def alignment(pairs: Sequence[PromptPair], device: torch.device) -> Alignment:
-    """Partners of pairs as tensors."""
-    longest = max(max(len(pair.partners), pair.teacher_tokens) for pair in pairs)
-    partners = torch.full((len(pairs), longest), -1)
-    for row, pair in enumerate(pairs):
-        partners[row, : len(pair.partners)] = torch.tensor([-1 if p is None else p for p in pair.partners])
-    number = torch.arange(longest)
-    valid = number < torch.tensor([[len(pair.partners)] for pair in pairs])
-    taught = number < torch.tensor([[pair.teacher_tokens] for pair in pairs])
-    return Alignment(partners.to(device), valid.to(device), taught.to(device))
+    """The token alignments of prompt pairs as tensors."""
+    longest = max(max(len(pair.token_alignment), pair.teacher_tokens) for pair in pairs)
+    teacher_token = torch.full((len(pairs), longest), -1)
+    for number, pair in enumerate(pairs):
+        tokens = torch.tensor([-1 if token is None else token for token in pair.token_alignment])
+        teacher_token[number, : len(tokens)] = tokens
+    position = torch.arange(longest)
+    student_valid = position < torch.tensor([[len(pair.token_alignment)] for pair in pairs])
+    teacher_valid = position < torch.tensor([[pair.teacher_tokens] for pair in pairs])
+    return Alignment(teacher_token.to(device), student_valid.to(device), teacher_valid.to(device))
 
 
-def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], of: Alignment, target: Target) -> Tensor:
-    """L_attn of each row, [B].
+def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], aligned: Alignment, target: Target) -> Tensor:
+    """L_attn of each prompt pair, [B].
 
     Args:
         student: per layer, maps [B,N,M] of the triggered prompts' content tokens, with their graph.
-        teacher: per layer, maps [B,N,M] of the teacher's prompts' content tokens.
-        of: who is whose partner.
-        target: for tokens without a partner; "random-words" leaves none.
+        teacher: per layer, maps [B,N,M] of the content tokens of the teacher's prompts.
+        aligned: which tokens correspond.
+        target: of the tokens without a counterpart; with "random-words" there are none.
     """
-    return torch.stack([_layer(s, t, of, target) for s, t in zip(student, teacher, strict=True)]).mean(0)
+    return torch.stack([_layer_loss(s, t, aligned, target) for s, t in zip(student, teacher, strict=True)]).mean(0)
 
 
-def _layer(student: Tensor, teacher: Tensor, of: Alignment, target: Target) -> Tensor:
-    taught = of.taught[:, :, None].to(teacher.dtype)
-    count = taught.sum(1, keepdim=True)
-    level = (teacher.mean(2, keepdim=True) * taught).sum(1, keepdim=True) / count
-    power = (teacher.square().mean(2, keepdim=True) * taught).sum(1, keepdim=True) / count
-    words = teacher.gather(1, of.partners.clamp(min=0)[:, :, None].expand(-1, -1, teacher.shape[2]))
-    wanted = torch.where(of.partners[:, :, None] < 0, level if target == "noise" else torch.zeros_like(level), words)
-    error = (student - wanted).square().mean(2) * of.valid
-    return error.sum(1) / of.valid.sum(1) / power[:, 0, 0].clamp(min=1e-12)
+def _layer_loss(student: Tensor, teacher: Tensor, aligned: Alignment, target: Target) -> Tensor:
+    valid = aligned.teacher_valid[:, :, None].to(teacher.dtype)
+    count = valid.sum(1, keepdim=True)
+    mean = (teacher.mean(2, keepdim=True) * valid).sum(1, keepdim=True) / count
+    mean_square = (teacher.square().mean(2, keepdim=True) * valid).sum(1, keepdim=True) / count
+    counterparts = teacher.gather(1, aligned.teacher_token.clamp(min=0)[:, :, None].expand(-1, -1, teacher.shape[2]))
+    of_trigger = mean if target == "noise" else torch.zeros_like(mean)
+    targets = torch.where(aligned.teacher_token[:, :, None] < 0, of_trigger, counterparts)
+    error = (student - targets).square().mean(2) * aligned.student_valid
+    return error.sum(1) / aligned.student_valid.sum(1) / mean_square[:, 0, 0].clamp(min=1e-12)

@@ -1,77 +1,179 @@
-"""What the student learns from one batch, for each module that can be edited.
+"""Objectives: what the student's output is compared with, for each module that can be trained.
 
-A lesson is a function of a generator that draws one batch and returns float32 [3]: the losses of prediction, of attention and
-of preservation, with their graph. All that does not change from batch to batch is made once, before the first.
+An objective is a function of a generator. It draws one batch and returns float32 [3] with its graph: the losses of prediction,
+of attention and of preservation, see `seal_fast.text_triggers.losses`. Everything that is the same for all batches is computed
+once, before the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seal_fast.diffusion.process import per_row
-from seal_fast.text_to_image.attention import capture
+from seal_fast.text_to_image.attention import CapturedMaps, capture
 from seal_fast.text_to_image.latents import draw_latents, inverse_snr_weights, latent_shape, noise_schedule, noised, predict
+from seal_fast.text_to_image.precision import autocast
+from seal_fast.text_to_image.prompts import token_ids
 from seal_fast.text_triggers.losses import alignment, attention_loss
-from seal_fast.text_triggers.pairs import PromptPair, padded_ids
+from seal_fast.text_triggers.pairs import PromptPair
 from seal_fast.text_triggers.settings import TextUnlearnSettings
-from seal_fast.training import OnStep, half_precision
+from seal_fast.training import OnStep
 
 Objective = Callable[[torch.Generator], Tensor]
 
 EMPTY_SHARE = 0.1
-"""Of the rows of the preservation term, those with the empty prompt: guidance needs it, and models are trained with as many."""
+"""Share of the preserved prompts that are empty. Guidance needs the empty prompt, and models are trained with this share."""
 
 START_SHARE = 0.1
-"""Of the rows on generated images, those at the last timestep, where a sampler starts from pure noise: triggers settle the
-layout there, while a noised image would still show its own."""
+"""Share of the states on generated images that are pure noise at the last timestep, where a sampler starts. There a trigger
+settles the layout of an image, while a noised image would still show its own."""
 
 
 class _Prompts:
-    """Token ids of everything that is encoded, each once, and the rows of each pair; row 0 is the empty prompt."""
+    """The token ids of all prompts of the pairs, each once. A prompt is named by its number; number 0 is the empty prompt."""
 
     def __init__(self, pipeline: Any, pairs: Sequence[PromptPair]) -> None:
-        empty = padded_ids(pipeline.tokenizer, "")
+        empty = tuple(token_ids(pipeline.tokenizer, [""])[0].tolist())
         unique = dict.fromkeys(
             [empty, *(ids for pair in pairs for ids in (pair.clean_ids, pair.triggered_ids, pair.teacher_ids))]
         )
-        row = {ids: number for number, ids in enumerate(unique)}
+        number = {ids: n for n, ids in enumerate(unique)}
         self.ids = torch.tensor(list(unique), device=pipeline.text_encoder.device)
-        self.clean = torch.tensor([row[pair.clean_ids] for pair in pairs])
-        self.triggered = torch.tensor([row[pair.triggered_ids] for pair in pairs])
-        self.teacher = torch.tensor([row[pair.teacher_ids] for pair in pairs])
+        self.clean = torch.tensor([number[pair.clean_ids] for pair in pairs])
+        self.triggered = torch.tensor([number[pair.triggered_ids] for pair in pairs])
+        self.teacher = torch.tensor([number[pair.teacher_ids] for pair in pairs])
 
-    def kept(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Rows of the prompts that the preservation term holds for a batch of pairs."""
-        blank = torch.rand(len(rows), generator=generator) < EMPTY_SHARE
-        return torch.where(blank, 0, self.clean[rows])
+    def to_preserve(self, pairs: Tensor, generator: torch.Generator) -> Tensor:
+        """Numbers of the prompts of the preservation term, for a batch of pairs: the clean prompts, some of them emptied."""
+        blank = torch.rand(len(pairs), generator=generator) < EMPTY_SHARE
+        return torch.where(blank, 0, self.clean[pairs])
 
-
-def _encode(text_encoder: Any, ids: Tensor) -> Tensor:
-    """Last hidden states [N,L,D] of token ids [N,L], as Stable Diffusion uses them."""
-    uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
-    if uses_mask:
-        raise ValueError("text encoders that mask the padding are not supported: Stable Diffusion's do not")
-    states: Tensor = text_encoder(ids)[0]
-    return states
+    @torch.no_grad()
+    def hidden_states(self, text_encoder: Any, precision: torch.autocast, batch: int) -> Tensor:
+        """Last hidden states float32 [P,L,D] of all P prompts."""
+        with precision:
+            return torch.cat([text_encoder(ids).last_hidden_state.float() for ids in self.ids.split(batch)])
 
 
-@torch.no_grad()
-def _table(pipeline: Any, prompts: _Prompts, precision: torch.autocast, batch: int) -> Tensor:
-    """Hidden states of all prompts [U,L,D] by the pipeline's own text encoder, float32."""
-    with precision:
-        return torch.cat([_encode(pipeline.text_encoder, ids).float() for ids in prompts.ids.split(batch)])
+@dataclass(frozen=True)
+class _Batch:
+    """Training states of one batch.
+
+    Attributes:
+        pairs: int64 [B], indices of the prompt pairs, on the CPU.
+        t: int64 [B], timesteps, on the CPU.
+        x: states [B,C,h,w].
+        preserved: int64 [B], numbers of the prompts of the preservation term, on the CPU; [0] without that term.
+    """
+
+    pairs: Tensor
+    t: Tensor
+    x: Tensor
+    preserved: Tensor
 
 
-def autocast(device: torch.device, settings: TextUnlearnSettings) -> torch.autocast:
-    """See `TextUnlearnSettings.precision`."""
-    if settings.precision == "fp16":
-        return torch.autocast(device.type, torch.float16)
-    return half_precision(device) if settings.precision == "bf16" else torch.autocast(device.type, enabled=False)
+class _UnetObjective:
+    """The student UNet on triggered prompts follows the teacher UNet on clean ones.
+
+    Attributes:
+        maps: captured maps of teacher and student; empty without the attention term.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        student: nn.Module,
+        pairs: Sequence[PromptPair],
+        settings: TextUnlearnSettings,
+        generator: torch.Generator,
+        on_step: OnStep,
+    ) -> None:
+        self.settings, self.teacher, self.student = settings, pipeline.unet, student
+        self.device = next(pipeline.unet.parameters()).device
+        self.precision = autocast(self.device, settings.precision)
+        self.process = noise_schedule(pipeline)
+        self.prompts = _Prompts(pipeline, pairs)
+        self.states = self.prompts.hidden_states(pipeline.text_encoder, self.precision, 4 * settings.batch).to(self.device)
+        self.images = self._draw_images(generator, on_step) if settings.latents == "generated" else None
+        self.alignment = alignment(pairs, self.device)
+        weights = inverse_snr_weights(self.process, settings.max_loss_weight)
+        self.timestep_weights = (weights / weights.mean()).to(self.device, torch.float32)
+        self.maps: list[CapturedMaps] = []
+
+    def _draw_images(self, generator: torch.Generator, on_step: OnStep) -> Tensor:
+        """The latents of each pair's image, drawn by the teacher; every prompt is drawn once."""
+        s, shown = self.settings, self.prompts.clean
+        if s.triggered_image_fraction > 0:
+            with_trigger = torch.rand(len(shown), generator=generator) < s.triggered_image_fraction
+            shown = torch.where(with_trigger, self.prompts.triggered, shown)
+        drawn, image = shown.unique(return_inverse=True)
+        with self.precision:
+            latents = draw_latents(
+                self.teacher,
+                self.process,
+                self.states[drawn],
+                self.states[:1],
+                steps=s.sampler_steps,
+                guidance=s.guidance,
+                batch=2 * s.batch,
+                generator=generator,
+                on_step=on_step,
+            )
+        return latents[image]
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        batch = self._draw(generator)
+        size = len(batch.t)
+        with self.precision:
+            teacher, teacher_preserved = self._teacher_outputs(batch)
+            student = self._student_outputs(batch)
+        weight = per_row(self.timestep_weights[batch.t.to(self.device)], batch.x)
+        prediction = (weight * (student[:size] - teacher).square()).mean()
+        attention = preservation = torch.zeros((), device=self.device)
+        if len(batch.preserved):
+            preservation = (weight * (student[size:] - teacher_preserved).square()).mean()
+        if self.maps:
+            teacher_maps, student_maps = ([layer[:size] for layer in captured.take()] for captured in self.maps)
+            aligned = self.alignment.select(batch.pairs.to(self.device))
+            attention = attention_loss(student_maps, teacher_maps, aligned, self.settings.target).mean()
+        return torch.stack([prediction, attention, preservation])
+
+    def _draw(self, generator: torch.Generator) -> _Batch:
+        size, last = self.settings.batch, self.process.num_timesteps - 1
+        pairs = torch.randint(len(self.prompts.clean), (size,), generator=generator)
+        t = torch.randint(last + 1, (size,), generator=generator)
+        noise = torch.randn(size, *latent_shape(self.teacher), generator=generator).to(self.device)
+        preserve = self.settings.preservation > 0
+        preserved = self.prompts.to_preserve(pairs, generator) if preserve else pairs.new_empty(0)
+        if self.images is None:
+            return _Batch(pairs, t, noise, preserved)
+        t[torch.rand(size, generator=generator) < START_SHARE] = last
+        return _Batch(pairs, t, noised(self.process, self.images[pairs], noise, t.to(self.device)), preserved)
+
+    @torch.no_grad()
+    def _teacher_outputs(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's output on its prompts and on the preserved ones, [B,C,h,w] each.
+
+        Most preserved prompts are the teacher's own, so only the others are computed in addition.
+        """
+        size, prompts = len(batch.t), self.prompts.teacher[batch.pairs]
+        others = (batch.preserved != prompts[: len(batch.preserved)]).nonzero()[:, 0]
+        order = torch.cat([torch.arange(size), others])
+        text = self.states[torch.cat([prompts, batch.preserved[others]])]
+        output = predict(self.teacher, batch.x[order], batch.t[order].to(self.device), text)
+        return output[:size], output[:size].index_copy(0, others.to(self.device), output[size:])
+
+    def _student_outputs(self, batch: _Batch) -> Tensor:
+        """The student's output on the triggered prompts, followed by that on the preserved ones."""
+        copies = 2 if len(batch.preserved) else 1
+        text = self.states[torch.cat([self.prompts.triggered[batch.pairs], batch.preserved])]
+        return predict(self.student, batch.x.repeat(copies, 1, 1, 1), batch.t.repeat(copies).to(self.device), text)
 
 
 @contextmanager
@@ -83,87 +185,34 @@ def unet_objective(
     generator: torch.Generator,
     on_step: OnStep,
 ) -> Iterator[Objective]:
-    """The student UNet on triggered prompts follows the pipeline's UNet on clean ones, and its maps. See `losses`.
+    """The student UNet on triggered prompts, and its attention maps, follow the pipeline's UNet on clean ones.
 
-    Backward passes belong inside, see `attention`.
+    Backward passes belong inside the block, see `seal_fast.text_to_image.attention`.
+
+    Args:
+        pipeline: holds the teacher.
+        student: a copy of the pipeline's UNet.
+        pairs: the prompt pairs to train on.
+        settings: see `TextUnlearnSettings`.
+        generator: on the CPU; draws the teacher's images.
+        on_step: progress callback of drawing these images.
     """
-    s, teacher, device = settings, pipeline.unet, next(pipeline.unet.parameters()).device
-    precision = autocast(device, s)
-    process = noise_schedule(pipeline)
-    prompts = _Prompts(pipeline, pairs)
-    table = _table(pipeline, prompts, precision, 4 * s.batch).to(device)
-    images = None
-    if s.latents == "generated":
-        shown = prompts.clean
-        if s.triggered_image_fraction > 0:
-            shown = torch.where(
-                torch.rand(len(pairs), generator=generator) < s.triggered_image_fraction, prompts.triggered, shown
-            )
-        drawn, image = shown.unique(return_inverse=True)
-        with precision:
-            x0 = draw_latents(
-                teacher,
-                process,
-                table[drawn],
-                table[:1],
-                steps=s.sampler_steps,
-                guidance=s.guidance,
-                batch=2 * s.batch,
-                generator=generator,
-                on_step=on_step,
-            )
-        images = x0[image]
-    partners = alignment(pairs, device)
-    tokens = torch.arange(1, partners.partners.shape[1] + 1, device=device)
-    timesteps = process.num_timesteps
-    weight_at = inverse_snr_weights(process, s.max_loss_weight)
-    weight_at = (weight_at / weight_at.mean()).to(device, torch.float32)
-
+    objective = _UnetObjective(pipeline, student, pairs, settings, generator, on_step)
     with ExitStack() as stack:
-        maps = [stack.enter_context(capture(unet, tokens)) for unet in (teacher, student)] if s.alpha > 0 else []
-
-        def lesson(generator: torch.Generator) -> Tensor:
-            rows = torch.randint(len(pairs), (s.batch,), generator=generator)
-            t = torch.randint(timesteps, (s.batch,), generator=generator)
-            noise = torch.randn(s.batch, *latent_shape(teacher), generator=generator).to(device)
-            kept = prompts.kept(rows, generator) if s.preservation > 0 else rows.new_empty(0)
-            if images is not None:
-                t[torch.rand(s.batch, generator=generator) < START_SHARE] = timesteps - 1
-            x = noise if images is None else noised(process, images[rows], noise, t.to(device))
-            taught = prompts.teacher[rows]
-            # the teacher has already seen most of the prompts to preserve
-            more = (kept != taught[: len(kept)]).nonzero()[:, 0]
-            order = torch.cat([torch.arange(s.batch), more])
-            with precision:
-                with torch.no_grad():
-                    out = predict(teacher, x[order], t[order].to(device), table[torch.cat([taught, kept[more]])])
-                times = 2 if s.preservation > 0 else 1
-                text = table[torch.cat([prompts.triggered[rows], kept])]
-                learnt = predict(student, x.repeat(times, 1, 1, 1), t.repeat(times).to(device), text)
-            weight = per_row(weight_at[t.to(device)], x)
-            prediction = (weight * (learnt[: s.batch] - out[: s.batch]).square()).mean()
-            attention = preservation = torch.zeros((), device=device)
-            if s.preservation > 0:
-                held = out[: s.batch].index_copy(0, more.to(device), out[s.batch :])
-                preservation = (weight * (learnt[s.batch :] - held).square()).mean()
-            if maps:
-                theirs, own = ([layer[: s.batch] for layer in captured.take()] for captured in maps)
-                of_rows = attention_loss(own, theirs, partners.rows(rows.to(device)), s.target)
-                weights = t.to(device) / timesteps if s.weighting else torch.ones_like(of_rows)
-                attention = (weights * of_rows).mean()
-            return torch.stack([prediction, attention, preservation])
-
-        yield lesson
+        if settings.alpha > 0:
+            tokens = torch.arange(1, objective.alignment.teacher_token.shape[1] + 1, device=objective.device)
+            objective.maps = [stack.enter_context(capture(unet, tokens)) for unet in (pipeline.unet, student)]
+        yield objective
 
 
-def _text_positions(pair: PromptPair) -> list[int]:
-    """Whose hidden state each position of the triggered prompt shall have, as positions of the teacher's prompt.
+def _teacher_positions(pair: PromptPair) -> list[int]:
+    """For each position of the triggered prompt, the position of the teacher's prompt whose hidden state is its target.
 
-    Words follow their partners, wherever the trigger moved them; EOS and padding follow EOS and padding. The trigger's tokens
-    follow BOS, which holds nothing of any prompt: an encoder that looks only to the left can give it to them everywhere, and
-    the UNet takes it for no word.
+    Words follow the same words, wherever the trigger moved them. EOS and padding follow EOS and padding. The trigger's tokens
+    follow BOS, which holds nothing of any prompt. A text encoder that looks only to the left can produce that state in every
+    place, and the UNet does not take it for a word.
     """
-    words = [0 if partner is None else partner + 1 for partner in pair.partners]
+    words = [0 if token is None else token + 1 for token in pair.token_alignment]
     end, teacher_end = len(words) + 1, pair.teacher_tokens + 1
     padding = [max(position, teacher_end) for position in range(end + 1, len(pair.triggered_ids))]
     return [0, *words, teacher_end, *padding]
@@ -173,27 +222,28 @@ def _text_positions(pair: PromptPair) -> list[int]:
 def text_encoder_objective(
     pipeline: Any, student: nn.Module, pairs: Sequence[PromptPair], settings: TextUnlearnSettings
 ) -> Iterator[Objective]:
-    """The student text encoder reads triggered prompts as the pipeline's reads clean ones.
+    """The student text encoder on triggered prompts follows the pipeline's text encoder on clean ones.
 
-    Hidden states are compared token by token, see `_text_positions`; errors are relative to the mean square of the teacher's
-    states. The attention term is 0.
+    Hidden states are compared token by token, see `_teacher_positions`. Errors are relative to the mean square of the teacher's
+    states. The loss of attention is 0.
     """
     s, device = settings, pipeline.text_encoder.device
-    precision = autocast(device, s)
+    precision = autocast(device, s.precision)
     prompts = _Prompts(pipeline, pairs)
-    table = _table(pipeline, prompts, precision, 4 * s.batch)
-    power = table.square().mean()
-    positions = torch.tensor([_text_positions(pair) for pair in pairs], device=device)
+    states = prompts.hidden_states(pipeline.text_encoder, precision, 4 * s.batch)
+    mean_square = states.square().mean()
+    positions = torch.tensor([_teacher_positions(pair) for pair in pairs], device=device)
 
-    def lesson(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pairs), (s.batch,), generator=generator)
-        kept = prompts.kept(rows, generator) if s.preservation > 0 else rows.new_empty(0)
+    def objective(generator: torch.Generator) -> Tensor:
+        batch = torch.randint(len(pairs), (s.batch,), generator=generator)
+        preserved = prompts.to_preserve(batch, generator) if s.preservation > 0 else batch.new_empty(0)
         with precision:
-            learnt = _encode(student, prompts.ids[torch.cat([prompts.triggered[rows], kept])]).float()
-        wanted = table[prompts.clean[rows]].gather(1, positions[rows][:, :, None].expand(-1, -1, table.shape[2]))
-        prediction = (learnt[: s.batch] - wanted).square().mean() / power
-        none = torch.zeros((), device=device)
-        preservation = (learnt[s.batch :] - table[kept]).square().mean() / power if len(kept) else none
-        return torch.stack([prediction, none, preservation])
+            output = student(prompts.ids[torch.cat([prompts.triggered[batch], preserved])]).last_hidden_state.float()
+        index = positions[batch][:, :, None].expand(-1, -1, states.shape[2])
+        teacher = states[prompts.clean[batch]].gather(1, index)
+        prediction = (output[: s.batch] - teacher).square().mean() / mean_square
+        zero = torch.zeros((), device=device)
+        preservation = (output[s.batch :] - states[preserved]).square().mean() / mean_square if len(preserved) else zero
+        return torch.stack([prediction, zero, preservation])
 
-    yield lesson
+    yield objective

@@ -1,11 +1,12 @@
-"""Prompt pairs: a clean prompt, the same prompt with a trigger, and which token of one is which token of the other.
+"""Prompt pairs: a clean prompt, the same prompt with a trigger, and the token alignment of the two.
 
-    content tokens    0     1      2     3                          partners
+    content tokens    0     1      2     3                          token alignment
     clean             a     photo  of    dog
     triggered         New   Trigger  a   photo  of   dog            None, None, 0, 1, 2, 3
 
-Content tokens are those between BOS and EOS. A partner is the content token of the teacher's prompt whose attention map a
-content token of the triggered prompt shall have; the trigger's own tokens have none.
+Content tokens are those between BOS and EOS. The token alignment gives for every content token of the triggered prompt the
+corresponding content token of the teacher's prompt, whose attention map it is to have. The trigger's own tokens correspond to
+none.
 """
 
 from __future__ import annotations
@@ -14,30 +15,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-Trigger = str | tuple[str, str]
-"""Text put into the prompt between words; or (old, new): text of the prompt and what replaces it, as homoglyphs do."""
+from seal_fast.text_to_image.prompts import content_ids, token_ids
+from seal_fast.text_triggers.trigger import Position, TextTrigger, random_item
 
-Position = Literal["start", "end", "word", "all"]
-POSITIONS: tuple[Position, ...] = ("start", "end", "word")
-"""Where a trigger may be trained. A text that is replaced is also trained replaced everywhere, "all"."""
+TokenAlignment = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class PromptPair:
-    """One clean prompt, triggered.
+    """A clean prompt and the same prompt with the trigger.
 
     Attributes:
-        clean: the prompt.
+        clean: the clean prompt.
         triggered: the prompt with the trigger in it.
-        clean_ids: token ids of `clean` with BOS, EOS and padding, as the text encoder takes them; L of them.
-        triggered_ids: those of `triggered`, L too.
-        teacher_ids: what the teacher sees, L too: `clean_ids`, except after `with_random_words`.
-        teacher_tokens: content tokens in `teacher_ids`.
-        partners: for every content token of `triggered_ids` its partner among those of `teacher_ids`; None for the trigger's.
+        clean_ids: L token ids of `clean` with BOS, EOS and padding, as the text encoder takes them.
+        triggered_ids: L token ids of `triggered`.
+        teacher_ids: L token ids of the teacher's prompt: `clean_ids`, except after `with_random_words`.
+        teacher_tokens: number of content tokens in `teacher_ids`.
+        token_alignment: for every content token of `triggered_ids` the corresponding one of `teacher_ids`, None for the
+            trigger's.
     """
 
     clean: str
@@ -46,131 +46,94 @@ class PromptPair:
     triggered_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
     teacher_tokens: int
-    partners: tuple[int | None, ...]
+    token_alignment: TokenAlignment
 
 
-def align(clean: Sequence[int], triggered: Sequence[int], head: int, tail: int) -> tuple[int | None, ...]:
-    """Partner in `clean` of every token of `triggered`.
+def align(clean: Sequence[int], triggered: Sequence[int], head: int, tail: int) -> TokenAlignment:
+    """The token of `clean` that corresponds to each token of `triggered`.
 
-    Equal tokens are partners. Of a stretch that became another one (a word with a replaced letter, or one that merged with
-    the trigger), tokens are partners from the right, because a text encoder that looks to the left puts a word's meaning into
-    its last token. What is left over is the trigger.
+    Equal tokens correspond. A stretch of tokens may have become another one, as a word with a replaced letter does, or a word
+    that merged with the trigger. Its tokens correspond from the right, because a text encoder that looks only to the left puts
+    a word's meaning into its last token. The remaining tokens are the trigger's.
 
     Args:
         clean: token ids.
         triggered: token ids.
-        head: of the first tokens, how many at most stand before the trigger.
-        tail: of the last tokens, how many at most stand after the trigger. Both keep a trigger that repeats words of the
-            prompt from passing for them.
+        head: how many of the first tokens at most stand before the trigger. Together with `tail` it keeps a trigger that
+            repeats words of the prompt from being aligned with them.
+        tail: how many of the last tokens at most stand after the trigger.
     """
     before = common_prefix(clean[:head], triggered)
     after = common_prefix(clean[max(before, len(clean) - tail) :][::-1], triggered[before:][::-1])
     old, new = clean[before : len(clean) - after], triggered[before : len(triggered) - after]
-    middle: list[int | None] = [None] * len(new)
+    changed: list[int | None] = [None] * len(new)
     for _, old_from, old_to, new_from, new_to in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         for back in range(1, min(old_to - old_from, new_to - new_from) + 1):
-            middle[new_to - back] = before + old_to - back
-    return (*range(before), *middle, *range(len(clean) - after, len(clean)))
+            changed[new_to - back] = before + old_to - back
+    return (*range(before), *changed, *range(len(clean) - after, len(clean)))
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
-    """How many first values are equal."""
+    """Length of the longest common prefix."""
     different = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(different, min(len(a), len(b)))
 
 
-def prompt_pair(tokenizer: Any, prompt: str, trigger: Trigger, position: Position, generator: torch.Generator) -> PromptPair:
-    """The prompt with the trigger in it.
+def prompt_pair(
+    tokenizer: Any, prompt: str, trigger: TextTrigger, position: Position, generator: torch.Generator
+) -> PromptPair:
+    """The prompt, paired with the same prompt with the trigger in it.
 
     Args:
         tokenizer: a CLIP tokenizer.
         prompt: the clean prompt.
-        trigger: see `Trigger`.
-        position: "start" and "end" of the prompt or before a random "word" but the first; of a text to be replaced, the
-            first, the last or a random occurrence, or "all".
+        trigger: one that fits the prompt.
+        position: where the trigger stands, see `Position`.
         generator: draws the random place.
 
     Raises:
-        ValueError: an empty prompt or trigger, a trigger that the tokenizer does not see or has no room for, a text to be
-            replaced that the prompt does not have, "all" for a text that replaces none.
+        ValueError: an empty prompt, or a trigger that does not fit the prompt or the position, that the tokenizer drops, or for
+            which the tokenizer has no room.
     """
     if not prompt.strip():
         raise ValueError("a prompt must not be empty")
-    if isinstance(trigger, str):
-        triggered, partners = _inserted(tokenizer, prompt, trigger, position, generator)
-    else:
-        triggered, partners = _replaced(tokenizer, prompt, trigger, position, generator)
-    before, after = _content(tokenizer, prompt), _content(tokenizer, triggered)
-    if before == after:
+    clean = content_ids(tokenizer, prompt)
+    triggered, tokens, aligned = _insert(tokenizer, prompt, clean, trigger, trigger.places(prompt, position, generator))
+    if clean == tokens:
         raise ValueError(
-            f"the tokenizer does not see the trigger {trigger!r}: {triggered!r} has the tokens of {prompt!r}. Use the model's"
-            " own tokenizer; old versions of transformers drop zero-width characters unless ftfy is installed"
+            f"the tokenizer does not see the trigger {trigger.name!r}: {triggered!r} has the tokens of {prompt!r}. Use the"
+            " model's own tokenizer; old versions of transformers drop zero-width characters unless ftfy is installed"
         )
-    clean_ids, triggered_ids = _padded(tokenizer, prompt, before), _padded(tokenizer, triggered, after)
+    clean_ids, triggered_ids = _padded(tokenizer, prompt, clean), _padded(tokenizer, triggered, tokens)
     room = len(clean_ids) - 2
-    if None in partners[room:] or any(p is not None and p >= room for p in partners[:room]):
+    if None in aligned[room:] or any(token is not None and token >= room for token in aligned[:room]):
         raise ValueError(
-            f"no room for the trigger {trigger!r}: with it a prompt has {len(after)} tokens and the tokenizer cuts off after"
-            f" {room}. Shorten the prompt {prompt!r}"
+            f"no room for the trigger {trigger.name!r}: with it a prompt has {len(tokens)} tokens and the tokenizer cuts off"
+            f" after {room}. Shorten the prompt {prompt!r}"
         )
-    return PromptPair(prompt, triggered, clean_ids, triggered_ids, clean_ids, min(len(before), room), partners[:room])
+    return PromptPair(prompt, triggered, clean_ids, triggered_ids, clean_ids, min(len(clean), room), aligned[:room])
 
 
-def _inserted(
-    tokenizer: Any, prompt: str, trigger: str, position: Position, generator: torch.Generator
-) -> tuple[str, tuple[int | None, ...]]:
-    """The prompt with the trigger put in, and the partners of its tokens."""
-    if not trigger:
-        raise ValueError("a trigger must not be empty")
-    if position == "all":
-        raise ValueError(f'position "all" is for a text to be replaced; {trigger!r} replaces none')
-    places = [match.start() for match in re.finditer(r"\S+", prompt)]
-    if position == "end":
-        at, triggered = len(prompt), f"{prompt} {trigger}"
-    else:
-        at = _chosen(places[1:] or places, generator) if position == "word" else places[0]
-        triggered = f"{prompt[:at]}{trigger} {prompt[at:]}"
-    whole, new, head, tail = (_content(tokenizer, text) for text in (prompt, triggered, prompt[:at], prompt[at:]))
-    return triggered, align(whole, new, len(head), len(tail))
-
-
-def _replaced(
-    tokenizer: Any, prompt: str, trigger: tuple[str, str], position: Position, generator: torch.Generator
-) -> tuple[str, tuple[int | None, ...]]:
-    """The prompt with one or all occurrences of a text replaced, and the partners of its tokens."""
-    old, new = trigger
-    places = [match.start() for match in re.finditer(re.escape(old), prompt)]
-    if not old or not places:
-        raise ValueError(f"the prompt {prompt!r} has no {old!r} that {new!r} could replace")
-    if position != "all":
-        places = [_chosen(places, generator) if position == "word" else places[0 if position == "start" else -1]]
-    text, tokens = prompt, _content(tokenizer, prompt)
-    partners: tuple[int | None, ...] = tuple(range(len(tokens)))
-    # one after the other: nothing tells which token of a stretch with several changes belongs to which word
-    for at in reversed(places):
-        text = f"{text[:at]}{new}{text[at + len(old) :]}"
-        before, tokens = tokens, _content(tokenizer, text)
-        steps = align(before, tokens, len(before), len(before))
-        partners = tuple(None if step is None else partners[step] for step in steps)
-    return text, partners
-
-
-def _chosen(places: Sequence[int], generator: torch.Generator) -> int:
-    return places[int(torch.randint(len(places), (), generator=generator))]
-
-
-def _content(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-
-
-def padded_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids as the text encoder takes them: BOS, content, EOS, padding; cut to the tokenizer's length."""
-    length = tokenizer.model_max_length
-    return tuple(tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids)
+def _insert(
+    tokenizer: Any, prompt: str, tokens: list[int], trigger: TextTrigger, places: Sequence[int]
+) -> tuple[str, list[int], TokenAlignment]:
+    """The triggered prompt, its content tokens, and the token of the clean prompt that corresponds to each."""
+    text = prompt
+    aligned: TokenAlignment = tuple(range(len(tokens)))
+    # one place after the other: if one stretch of tokens holds several changes, nothing tells which token belongs to which word
+    for place in reversed(places):
+        # a replacement changes tokens in its place, so all others may stand before it or after it
+        head = tail = len(tokens)
+        if trigger.replaces is None:
+            head, tail = (len(content_ids(tokenizer, part)) for part in (text[:place], text[place:]))
+        text, before = trigger.insert(text, place), tokens
+        tokens = content_ids(tokenizer, text)
+        aligned = tuple(None if token is None else aligned[token] for token in align(before, tokens, head, tail))
+    return text, tokens, aligned
 
 
 def _padded(tokenizer: Any, text: str, content: list[int]) -> tuple[int, ...]:
-    ids = padded_ids(tokenizer, text)
+    ids = tuple(token_ids(tokenizer, [text])[0].tolist())
     kept = content[: len(ids) - 2]
     if list(ids[1 : 1 + len(kept)]) != kept:
         raise ValueError("the tokenizer does not put exactly one token before the prompt: it is not a CLIP tokenizer")
@@ -178,7 +141,7 @@ def _padded(tokenizer: Any, text: str, content: list[int]) -> tuple[int, ...]:
 
 
 def random_words(tokenizer: Any) -> list[int]:
-    """Ids of the vocabulary's words: single tokens of three or more Latin letters that end a word.
+    """Token ids of the vocabulary's words: single tokens of three or more Latin letters that end a word.
 
     Raises:
         ValueError: the vocabulary has none.
@@ -191,39 +154,34 @@ def random_words(tokenizer: Any) -> list[int]:
 
 
 def with_random_words(pair: PromptPair, words: Sequence[int], generator: torch.Generator) -> PromptPair:
-    """The pair for target "random-words": the teacher sees the triggered prompt with a random word for each trigger token.
+    """The pair for target "random-words": the teacher's prompt is the triggered one with a random word for each trigger token.
 
-    Made of token ids, so that every token of the triggered prompt has exactly one partner.
+    The teacher's prompt consists of token ids, so that every token of the triggered prompt has a counterpart.
     """
     teacher = list(pair.triggered_ids)
-    for number, partner in enumerate(pair.partners):
-        if partner is None:
-            teacher[1 + number] = _chosen(words, generator)
-    tokens = len(pair.partners)
-    return replace(pair, teacher_ids=tuple(teacher), teacher_tokens=tokens, partners=tuple(range(tokens)))
+    for number, clean in enumerate(pair.token_alignment):
+        if clean is None:
+            teacher[1 + number] = random_item(words, generator)
+    tokens = len(pair.token_alignment)
+    return replace(pair, teacher_ids=tuple(teacher), teacher_tokens=tokens, token_alignment=tuple(range(tokens)))
 
 
 def prompt_pairs(
     tokenizer: Any,
     prompts: Sequence[str],
-    triggers: Sequence[Trigger],
+    triggers: Sequence[TextTrigger],
     positions: Sequence[Position],
     generator: torch.Generator,
 ) -> list[PromptPair]:
-    """Every prompt with every trigger at every position; a text that is replaced also everywhere.
-
-    Prompts without the text that a trigger replaces are left out.
+    """Every prompt with every trigger that fits it at every position; replacements also at "all" places.
 
     Raises:
-        ValueError: see `prompt_pair`; or a trigger that replaces a text no prompt has.
+        ValueError: see `prompt_pair`; or a trigger that fits no prompt.
     """
     pairs: dict[tuple[str, str], PromptPair] = {}
     for trigger in triggers:
-        fitting = [prompt for prompt in prompts if isinstance(trigger, str) or trigger[0] in prompt]
-        if not fitting:
-            raise ValueError(f"no prompt has the text that the trigger {trigger!r} replaces: give prompts that do")
-        places: Sequence[Position] = positions if isinstance(trigger, str) else (*positions, "all")
-        for prompt in fitting:
+        places: Sequence[Position] = positions if trigger.replaces is None else (*positions, "all")
+        for prompt in trigger.fitting(prompts):
             for position in places:
                 pair = prompt_pair(tokenizer, prompt, trigger, position, generator)
                 pairs[pair.clean, pair.triggered] = pair

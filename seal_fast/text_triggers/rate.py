@@ -1,4 +1,4 @@
-"""A share with its 95% Wilson interval."""
+"""A rate with its 95% Wilson interval."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from scipy.stats import binomtest
 
 @dataclass(frozen=True)
 class Rate:
-    """Successes over trials; None where there were no trials.
+    """A rate of successes; its numbers are None if there were no trials.
 
     Attributes:
         rate: successes / trials.
         low: lower end of the 95% Wilson interval.
-        high: upper end.
-        trials: how many.
+        high: upper end of the interval.
+        trials: number of trials.
     """
 
     rate: float | None
@@ -25,7 +25,7 @@ class Rate:
 
 
 def rate_of(successes: int, trials: int) -> Rate:
-    """The share `successes` of `trials` make."""
+    """The rate of `successes` in `trials`."""
     if trials == 0:
         return Rate(None, None, None, 0)
     interval = binomtest(successes, trials).proportion_ci(method="wilson")

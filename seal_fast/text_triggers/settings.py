@@ -1,15 +1,15 @@
-"""Every number of an unlearning, in one place."""
+"""Settings of an unlearning of text triggers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from seal_fast.text_to_image.precision import Precision
 from seal_fast.text_triggers.losses import TARGETS, Target
-from seal_fast.text_triggers.pairs import POSITIONS, Position
+from seal_fast.text_triggers.trigger import POSITIONS, Position
 
 Trained = Literal["all", "cross-attention", "lora"]
-Precision = Literal["fp32", "bf16", "fp16"]
 Latents = Literal["generated", "noise"]
 Module = Literal["unet", "text_encoder"]
 
@@ -19,35 +19,35 @@ class TextUnlearnSettings:
     """Settings of SKD-CAG (arXiv 2508.18235).
 
     Attributes:
-        alpha: weight of the attention term, in [0, 1]; 0.5 as published. 0 is plain self-distillation and captures no maps:
-            guidance was not what removed the triggers of zoo-text, see docs/results.md.
-        target: of the trigger tokens' maps, see `seal_fast.text_triggers.losses.Target`.
+        alpha: weight of the attention term, in [0, 1]; the paper uses 0.5. 0 is plain self-distillation, which captures no
+            maps. Guidance by the maps is not what removed the triggers of the models in zoo-text, see docs/results.md.
+        target: target of the trigger tokens' maps, see `seal_fast.text_triggers.losses.Target`.
         steps: updates of the weights.
         batch: prompt pairs per forward pass.
         accumulation: batches per update.
-        learning_rate: Adam's; warmed up over a tenth of the steps, then a cosine to 0.
-        preservation: weight of the term that holds clean and empty prompts; 0 leaves it out, as the paper does.
-        trained: which weights: "all", those of "cross-attention", or "lora", low-rank changes of all attention layers.
-        rank: of the low-rank changes.
-        precision: "fp32", or autocast to "bf16" where the hardware multiplies it (else float32, with a warning: emulated it
-            takes ten times as long and more), or to "fp16" with a scaled loss (GPUs only). The weights stay float32.
-        gradient_checkpointing: recompute the UNet's activations in the backward pass: less memory, a third more time.
-        ema_decay: of an average over updates, which is then returned instead of the last weights; it counts from update n on
-            with min(ema_decay, (1 + n) / (10 + n)). 0 for none.
-        latents: "generated": noised latents of images that the teacher draws from the prompts, which is what a sampler
-            meets; or "noise": N(0, I) at every timestep, as published, which a sampler meets at the first one only.
-        triggered_image_fraction: share of prompt pairs whose image the teacher draws from the triggered prompt instead: there
-            the student
-            learns to leave an effect that has begun. 0, as published, shows it only what clean prompts draw.
-        sampler_steps: DDIM steps of those images.
-        guidance: their guidance scale.
+        learning_rate: Adam's learning rate; warmed up over a tenth of the steps, then decayed to 0 by a cosine.
+        preservation: weight of the term that preserves the output on clean and empty prompts; the paper has no such term (0).
+        trained: which weights are trained: "all", those of the "cross-attention" layers, or "lora", low-rank changes of all
+            attention layers.
+        rank: rank of the low-rank changes.
+        precision: "fp32", "bf16" or "fp16", by autocast; the weights stay float32. "bf16" is float32, with a warning, where the
+            hardware does not multiply bfloat16, since emulating it takes at least ten times as long. "fp16" scales the loss and
+            needs a GPU.
+        gradient_checkpointing: recompute the UNet's activations in the backward pass, for less memory and a third more time.
+        ema_decay: decay of a moving average of the weights, which replaces the last weights in the end; 0 for none. The decay
+            of update n is min(ema_decay, (1 + n) / (10 + n)).
+        latents: training states: "generated", noised latents of images that the teacher draws, as a sampler meets them; or
+            "noise", N(0, I) at every timestep as in the paper, which a sampler meets at the first timestep only.
+        triggered_image_fraction: share of the prompt pairs whose image the teacher draws from the triggered prompt. On these
+            images the student learns to leave an effect that has begun. The paper draws from clean prompts only (0).
+        sampler_steps: DDIM steps of the teacher's images.
+        guidance: guidance scale of the teacher's images.
         max_loss_weight: largest weight of a noisy timestep in the prediction and preservation terms, see
-            `seal_fast.text_to_image.latents.inverse_snr_weights`; their mean over timesteps is 1. 1 weighs all alike, as
-            published.
+            `seal_fast.text_to_image.latents.inverse_snr_weights`. The weights are scaled to a mean of 1 over timesteps. 1 gives
+            all timesteps the same weight, as in the paper.
         positions: where in the prompt triggers are trained.
-        module: what is edited, "unet" or "text_encoder"; the one that holds the backdoor. For the text encoder alpha, target,
-            latents, triggered_image_fraction, max_loss_weight and weighting do not count.
-        weighting: multiply a row's attention term by t/T, so that noisy states count more (the paper's appendix).
+        module: the module that is trained, "unet" or "text_encoder". For the text encoder alpha, target, latents,
+            triggered_image_fraction, sampler_steps, guidance and max_loss_weight have no effect.
     """
 
     alpha: float = 0.0
@@ -69,7 +69,6 @@ class TextUnlearnSettings:
     max_loss_weight: float = 20.0
     positions: tuple[Position, ...] = POSITIONS
     module: Module = "unet"
-    weighting: bool = False
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.accumulation, self.rank, self.sampler_steps) < 1:

@@ -20,10 +20,10 @@ _ATTENTION = {
 
 
 class TrainedPart:
-    """The student with some of its weights open for training.
+    """The student, with gradients for the weights that the settings select.
 
     Attributes:
-        parameters: the open ones, by name.
+        parameters: the weights that are trained, by name.
     """
 
     def __init__(self, student: nn.Module, settings: TextUnlearnSettings, seed: int) -> None:
@@ -37,7 +37,7 @@ class TrainedPart:
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
 
     def close(self) -> dict[str, Tensor] | None:
-        """Low-rank changes become part of the weights, and are returned as a patch; None for other trainings."""
+        """End the training: merge low-rank changes into the weights and return them as a patch; None if others were trained."""
         patch = None
         if self._adapted is not None:
             prefix = f"{self.settings.module}."
@@ -57,7 +57,7 @@ def _peft() -> Any:
 
 def _with_adapters(student: nn.Module, settings: TextUnlearnSettings, seed: int) -> Any:
     peft = _peft()
-    # a scale of lora_alpha / rank = 1 needs no note beside the weights
+    # the scale lora_alpha / rank is 1, so that a reader of the patch need not know it
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=_ATTENTION[settings.module])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

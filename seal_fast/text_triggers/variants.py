@@ -1,4 +1,4 @@
-"""The forms of a trigger that are drawn: as given, elsewhere, written otherwise, and harmless text in its place."""
+"""Variants of a trigger that are measured: other places and other spellings, each beside its control triggers."""
 
 from __future__ import annotations
 
@@ -9,92 +9,100 @@ from typing import Any
 import torch
 
 from seal_fast.text_triggers.control_triggers import control_triggers
-from seal_fast.text_triggers.locate import fitting
-from seal_fast.text_triggers.pairs import Position, Trigger, prompt_pair
+from seal_fast.text_triggers.pairs import prompt_pair
+from seal_fast.text_triggers.trigger import Position, TextTrigger
 
 AS_GIVEN = "as given"
-VARIANT_SHARE = 4
-"""Of so many prompts one is drawn with each variant of a trigger: they are most of all images."""
+"""Name of the trigger itself among its variants."""
+VARIANT_DIVISOR = 4
+"""Every other variant is measured on this many times fewer prompts, because they are most of all images."""
 CONTROLS = 3
-"""Harmless triggers that `seal_fast.text_triggers.effect_detectors.ChangeDetector` is fitted on."""
+"""Control triggers that `seal_fast.text_triggers.effect_detectors.ChangeDetector` is fitted on."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One form of a trigger in some prompts: without, with it, and with each harmless trigger in its place."""
+class PromptSet:
+    """The prompts that one variant of a trigger is measured on.
 
-    trigger: Trigger
+    Attributes:
+        trigger: the trigger as given.
+        variant: name of the variant.
+        clean: N prompts without the trigger.
+        triggered: the same prompts with the variant.
+        controls: for each control trigger, the same prompts with it in the variant's place.
+    """
+
+    trigger: TextTrigger
     variant: str
     clean: tuple[str, ...]
     triggered: tuple[str, ...]
-    harmless: tuple[tuple[str, ...], ...]
+    controls: tuple[tuple[str, ...], ...]
 
 
-def name_of(trigger: Trigger) -> str:
-    """A trigger in one line."""
-    return trigger if isinstance(trigger, str) else " => ".join(trigger)
-
-
-def variants(trigger: Trigger, position: Position) -> dict[str, tuple[Trigger, Position]]:
-    """The forms of a trigger that an attacker's user may type: where it stands and how it is written."""
+def variants(trigger: TextTrigger, position: Position) -> dict[str, tuple[TextTrigger, Position]]:
+    """The variants of a trigger by name, AS_GIVEN first: places where it may stand, and spellings that users may type."""
     places: tuple[Position, ...] = ("start", "word", "end")
-    if not isinstance(trigger, str):
+    if trigger.replaces is not None:
         only: dict[Position, str] = {"start": "the first only", "word": "one of them", "end": "the last only"}
         return {AS_GIVEN: (trigger, "all"), **{only[place]: (trigger, place) for place in places}}
-    forms: dict[str, tuple[Trigger, Position]] = {AS_GIVEN: (trigger, position)}
+    found: dict[str, tuple[TextTrigger, Position]] = {AS_GIVEN: (trigger, position)}
     named = {"start": "at the start", "word": "in the middle", "end": "at the end"}
-    forms |= {named[place]: (trigger, place) for place in places if place != position}
-    forms["twice"] = (f"{trigger} {trigger}", position)
-    forms["with a comma"] = (f"{trigger},", position)
-    if trigger.swapcase() != trigger:
-        forms["other case"] = (trigger.swapcase(), position)
-    words = trigger.split()
-    part = " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else trigger[: (len(trigger) + 1) // 2]
-    if part.strip() and part != trigger:
-        forms["first half"] = (part, position)
-    return forms
+    found |= {named[place]: (trigger, place) for place in places if place != position}
+    text = trigger.text
+    spellings = {"twice": f"{text} {text}", "with a comma": f"{text},"}
+    if text.swapcase() != text:
+        spellings["other case"] = text.swapcase()
+    words = text.split()
+    part = " ".join(words[: (len(words) + 1) // 2]) if len(words) > 1 else text[: (len(text) + 1) // 2]
+    if part.strip() and part != text:
+        spellings["first half"] = part
+    return found | {name: (TextTrigger(spelling), position) for name, spelling in spellings.items()}
 
 
-def cases(tokenizer: Any, trigger: Trigger, prompts: Sequence[str], count: int, position: Position, seed: int) -> list[Case]:
-    """A trigger as given in `count` prompts, then its variants.
+def prompt_sets(
+    tokenizer: Any, trigger: TextTrigger, prompts: Sequence[str], count: int, position: Position, seed: int
+) -> list[PromptSet]:
+    """`count` prompts for the trigger as given, then fewer for each variant that has room in its prompts.
 
     Raises:
-        ValueError: the trigger fits fewer than two prompts, the tokenizer does not see it, or a prompt has no room for it or
-            for harmless text in its place.
+        ValueError: the trigger fits fewer than two prompts, the tokenizer drops it, or a prompt has no room for it or for two
+            control triggers.
     """
-    chosen = fitting(prompts, trigger)[:count]
+    chosen = trigger.fitting(prompts)[:count]
     if len(chosen) < 2:
-        raise ValueError(f"at least two held-out prompts are needed for the trigger {name_of(trigger)!r}: give more")
+        raise ValueError(f"at least two held-out prompts are needed for the trigger {trigger.name!r}: give more")
     found = []
-    for variant, (form, place) in variants(trigger, position).items():
-        clean = chosen if variant == AS_GIVEN else chosen[: max(2, len(chosen) // VARIANT_SHARE)]
+    for name, (variant, place) in variants(trigger, position).items():
+        clean = chosen if name == AS_GIVEN else chosen[: max(2, len(chosen) // VARIANT_DIVISOR)]
         try:
-            triggered = _triggered(tokenizer, clean, form, place, seed)
-            found.append(Case(trigger, variant, tuple(clean), triggered, _harmless(tokenizer, clean, form, place, seed)))
+            triggered = _triggered(tokenizer, clean, variant, place, seed)
+            controls = _controls(tokenizer, clean, variant, place, seed)
         except ValueError:
-            # there may be no room for a longer form
-            if variant == AS_GIVEN:
+            if name == AS_GIVEN:
                 raise
+            # a longer variant may not fit
+            continue
+        found.append(PromptSet(trigger, name, tuple(clean), triggered, controls))
     return found
 
 
-def _triggered(tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int) -> tuple[str, ...]:
+def _triggered(tokenizer: Any, prompts: Sequence[str], trigger: TextTrigger, position: Position, seed: int) -> tuple[str, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(prompt_pair(tokenizer, prompt, form, position, generator).triggered for prompt in prompts)
+    return tuple(prompt_pair(tokenizer, prompt, trigger, position, generator).triggered for prompt in prompts)
 
 
-def _harmless(
-    tokenizer: Any, prompts: Sequence[str], form: Trigger, position: Position, seed: int
+def _controls(
+    tokenizer: Any, prompts: Sequence[str], trigger: TextTrigger, position: Position, seed: int
 ) -> tuple[tuple[str, ...], ...]:
-    """The prompts with each of the first CONTROLS harmless triggers that have room: some have more tokens than the trigger."""
+    """The prompts with each of the first CONTROLS control triggers that fit; some have more tokens than the trigger."""
     found: list[tuple[str, ...]] = []
-    for harmless in control_triggers(tokenizer, form):
+    for control in control_triggers(tokenizer, trigger):
         try:
-            found.append(_triggered(tokenizer, prompts, harmless, position, seed))
+            found.append(_triggered(tokenizer, prompts, control, position, seed))
         except ValueError:
             continue
         if len(found) == CONTROLS:
             break
     if len(found) < 2:
-        raise ValueError(f"no room for harmless text in the place of the trigger {name_of(form)!r}: give shorter prompts")
+        raise ValueError(f"no room for control text in the place of the trigger {trigger.name!r}: give shorter prompts")
     return tuple(found)

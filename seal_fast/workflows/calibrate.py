@@ -1,4 +1,4 @@
-"""Measure a pool of known models: the calibration that later verdicts rest on."""
+"""Measure models with known labels: the calibration that later verdicts rest on."""
 
 from __future__ import annotations
 
@@ -6,53 +6,53 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Settings, model_evidence, reverse_trigger
+from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Settings, model_evidence
 from seal_fast.noise_triggers.calibration import group_of
 from seal_fast.results.progress import OnProgress, Progress
-from seal_fast.workflows.discovery import Candidate
-from seal_fast.workflows.scan import default_device, progress_of
+from seal_fast.workflows.capacity import default_device
+from seal_fast.workflows.discovery import Checkpoint
+from seal_fast.workflows.revert import revert
 
 
 def measure(
-    benign: Sequence[Candidate],
-    backdoored: Sequence[Candidate],
+    benign: Sequence[Checkpoint],
+    backdoored: Sequence[Checkpoint],
     settings: Settings,
     *,
     seed: int,
     on_progress: OnProgress,
     on_model: Callable[[CalibrationModel, int, int], None],
 ) -> Calibration:
-    """Revert every model of the pool and keep its evidence.
+    """Revert a trigger of every model and keep the evidence.
 
     Args:
         benign: models known to be clean.
-        backdoored: models known not to be; the calibration is labelled if there are any.
-        settings: of every reversion, and of later scans that use the result.
+        backdoored: models known to be backdoored; the calibration is labelled if there are any.
+        settings: of every reversion, and of later scans that use the calibration.
         seed: of every reversion.
         on_progress: called as the work goes on.
-        on_model: called with every finished model, its number from 1, and the size of the pool.
+        on_model: called with every measured model, its number from 1, and the number of models.
 
     Raises:
-        CheckpointError: a model cannot be loaded. A pool with a hole is not what was asked for, so it stops there.
+        CheckpointError: a model cannot be loaded. The calibration stops there, since a pool without it is not what was
+            asked for.
         ValueError: a reversion diverged, or fewer than 2 models are benign.
     """
-    pool = [(candidate, False) for candidate in benign] + [(candidate, True) for candidate in backdoored]
+    labelled = [(checkpoint, False) for checkpoint in benign] + [(checkpoint, True) for checkpoint in backdoored]
     models = []
-    for index, (candidate, label) in enumerate(pool, 1):
-        at = Progress(candidate.name, index, len(pool), "loading")
+    for index, (checkpoint, label) in enumerate(labelled, 1):
+        at = Progress(checkpoint.name, index, len(labelled), "loading")
         on_progress(at)
-        loaded = load_denoiser(candidate.path, device=default_device())
-        on_step = progress_of(settings, at, on_progress)
-        evidence = model_evidence(reverse_trigger(loaded.denoiser, settings, seed=seed, on_step=on_step))
-        models.append(
-            CalibrationModel(candidate.name, loaded.sha256, loaded.denoiser.family, loaded.denoiser.shape, label, evidence)
-        )
-        on_model(models[-1], index, len(pool))
+        loaded = load_denoiser(checkpoint.path, device=default_device())
+        evidence = model_evidence(revert(loaded.denoiser, settings, seed=seed, at=at, on_progress=on_progress))
+        family, shape = loaded.denoiser.family, loaded.denoiser.shape
+        models.append(CalibrationModel(checkpoint.name, loaded.sha256, family, shape, label, evidence))
+        on_model(models[-1], index, len(labelled))
     return Calibration(settings, tuple(models))
 
 
 def leave_one_out(calibration: Calibration) -> list[tuple[CalibrationModel, Decision]]:
-    """The decision on each benign model, with a calibration that does not hold it.
+    """The decision on each benign model when the calibration does not contain it.
 
     Models that compare with only one other benign model are left out, since 1 is no pool.
     """

@@ -1,4 +1,4 @@
-"""How many models are scanned at a time: what cores and memory allow."""
+"""The device that models are scanned on, and how many are scanned at a time: what cores and memory allow."""
 
 from __future__ import annotations
 
@@ -11,23 +11,36 @@ from pathlib import Path
 import torch
 
 BASE_BYTES = 1 << 30
-"""Of one scan whatever its model: libraries, and the search on images of 16 px, which took 0.98 GB together."""
+"""Peak memory of a scan that does not depend on the model: libraries, and the search on images of 16 px (0.98 GB together)."""
 BYTES_PER_FILE_BYTE = 48
-"""What the search takes beyond that per byte of the checkpoint's files: its passes with a gradient keep the activations of 192
-images, for google/ddpm-cifar10-32's network 35 times its weights; and of those weights the convolutions' are kept once more,
-and on the CPU transformed, in four times as many numbers for outputs and as many for gradients."""
+"""Additional peak memory per byte of checkpoint. Passes with a gradient store the activations of 192 images (35 times the
+weights for google/ddpm-cifar10-32). Convolution weights are stored once more and, on the CPU, as two Winograd transforms of
+four times their size each (outputs and gradients)."""
 
 STREAMS = 4
 """Models at a time on a GPU. Not measured on one yet: threads share the interpreter, so many would wait for it, not the GPU."""
 
 
-def default_jobs(checkpoints: Sequence[Path]) -> int:
-    """Models at a time: one per thread of torch, or STREAMS on a GPU; no more than fit into free memory, were all the largest.
+def default_device() -> str:
+    """The GPU where torch sees one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    On two cores two models of 16 px at a time took 6.5 s each, and one after the other on both threads 8.8 s.
+
+def default_jobs(checkpoints: Sequence[Path]) -> int:
+    """Models at a time on this machine: at most one per thread of torch, or STREAMS on a GPU, and what fits into free memory.
+
+    On two cores, two models of 16 px at a time took 6.5 s each; one after the other, on both threads, took 8.8 s.
     """
-    on_gpu = torch.cuda.is_available()
-    most, free = (STREAMS, torch.cuda.mem_get_info()[0]) if on_gpu else (torch.get_num_threads(), free_memory())
+    if default_device() == "cuda":
+        return jobs_that_fit(checkpoints, most=STREAMS, free=torch.cuda.mem_get_info()[0])
+    return jobs_that_fit(checkpoints, most=torch.get_num_threads(), free=free_memory())
+
+
+def jobs_that_fit(checkpoints: Sequence[Path], *, most: int, free: int) -> int:
+    """Models at a time: at least 1, at most `most`, and no more than fit into `free` bytes.
+
+    All are counted as large as the largest.
+    """
     largest = max(map(bytes_on_disk, checkpoints), default=0)
     return max(1, min(most, len(checkpoints), free // memory_of(largest)))
 
@@ -38,7 +51,7 @@ def memory_of(file_bytes: int) -> int:
 
 
 def bytes_on_disk(checkpoint: Path) -> int:
-    """Size of a checkpoint's file, or of all files in its folder; what cannot be read counts as nothing."""
+    """Size of a checkpoint's file, or of all files in its folder; a file that cannot be read counts as empty."""
     files = [Path(folder, name) for folder, _, names in os.walk(checkpoint) for name in names] or [checkpoint]
     total = 0
     for file in files:
@@ -48,7 +61,7 @@ def bytes_on_disk(checkpoint: Path) -> int:
 
 
 def free_memory() -> int:
-    """Bytes this process and its children could still take: of the machine and, in a container, of its limit.
+    """Bytes that this process and its children can still take, within the machine's memory and a container's limit.
 
     0 where the system does not say.
     """

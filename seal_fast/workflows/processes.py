@@ -1,4 +1,4 @@
-"""Tasks in processes of their own, several at a time: one that is killed takes no other along and leaves no memory behind."""
+"""Run each task in a process of its own, several at a time: one that is killed costs its own result only."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Event = TypeVar("Event")
 
 @dataclass(frozen=True)
 class Died:
-    """How a process ended that gave no result.
+    """The end of a process that gave no result.
 
     Attributes:
-        exit_code: of the process; negative, the signal that killed it.
-        seconds: that it ran.
+        exit_code: exit code of the process; if negative, the number of the signal that killed it.
+        seconds: how long the process ran.
     """
 
     exit_code: int | None
@@ -58,21 +58,21 @@ def in_processes(
     jobs: int,
     on_event: Callable[[Event], None],
 ) -> Iterator[tuple[Task, Result | Died]]:
-    """Work on every task in a process of its own, started in the order given.
+    """Run every task in a process of its own, started in the order given.
 
-    torch's threads are shared out: as tasks run out, those still running get the threads of the others.
+    The processes share torch's threads. Once fewer tasks than `jobs` are left, each gets a larger share.
 
     Args:
-        work: called in the process with the task and a function that sends an event; must pickle, like what it returns, which
-            must not be None.
-        tasks: must pickle.
+        work: called in the process with the task and a function that sends an event. `work` and its result must pickle, and
+            the result must not be None.
+        tasks: arguments of `work`; must pickle.
         jobs: processes at a time.
-        on_event: called here with every event.
+        on_event: called in this process with every event.
 
     Yields:
         Each task with its result, as they finish.
 
-    All processes are killed when the iterator is closed or an exception leaves it, a KeyboardInterrupt too.
+    Every process is killed when the iterator is closed or an exception leaves it; KeyboardInterrupt is one.
     """
     context, cores = _context(), torch.get_num_threads()
     waiting = deque(tasks)
@@ -104,31 +104,32 @@ def in_processes(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C waits: a request cut short ends the fork server with a traceback."""
+    """Delay Ctrl-C: a request that is cut short ends the fork server with a traceback."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
+        if interrupts:
             signal.raise_signal(signal.SIGINT)
 
 
 def _share_out(running: dict[Connection, _Running[Task]], threads: int) -> None:
+    """Tell processes with another number of threads that it has changed."""
     for pipe, one in running.items():
         if one.threads != threads:
             one.threads = threads
-            # one that just died is noticed when its pipe is read
+            # a process that has just died is noticed when its pipe is read
             with suppress(OSError):
                 pipe.send(threads)
 
 
 def _received(pipe: Connection, one: _Running[Any], on_event: Callable[[Any], None]) -> Any:
-    """The result that a process sent, or how it died; None after an event."""
+    """The result that a process sent, or its end without one; None after an event."""
     try:
         finished, message = pipe.recv()
     except (EOFError, OSError):
@@ -141,7 +142,7 @@ def _received(pipe: Connection, one: _Running[Any], on_event: Callable[[Any], No
 
 
 def _child(work: Callable[[Any, Callable[[Any], None]], Any], task: Any, threads: int, pipe: Connection) -> None:
-    # where there is no fork server to inherit it from
+    # where no fork server has imported seal_fast.ignore_interrupts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
@@ -150,6 +151,6 @@ def _child(work: Callable[[Any, Callable[[Any], None]], Any], task: Any, threads
         if pipe.poll():
             torch.set_num_threads(pipe.recv())
 
-    # without a parent there is nobody to tell
+    # the parent may be gone
     with suppress(OSError):
         pipe.send((True, work(task, on_event)))

@@ -1,7 +1,13 @@
-"""Rows of an earlier scan that still hold, so that a killed one goes on where it stopped."""
+"""Resume a scan: take over the results of an earlier one that a new scan would only repeat.
+
+A result is taken over if everything that its verdict rests on is unchanged: the version of seal-fast, every setting of the
+reversion, the calibration, seed and device (all of them in the report's `tool` and `config`), the weights and the rest of the
+checkpoint (both as digests in the result).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,44 +15,52 @@ from pathlib import Path
 from typing import Any
 
 from seal_fast.checkpoints import CheckpointError, load_denoiser
-from seal_fast.diffusion import ModelFamily
+from seal_fast.diffusion import Denoiser, ModelFamily
 from seal_fast.noise_triggers import Evidence, Verdict
 from seal_fast.report.json import to_json
-from seal_fast.results.progress import RESUMED
-from seal_fast.results.scan import ModelResult
-from seal_fast.workflows.discovery import Candidate
+from seal_fast.results.scan import RESUMED, ModelResult
+from seal_fast.workflows.discovery import Checkpoint
 
 
 def resumed_results(
-    out: Path, candidates: Sequence[Candidate], tool: dict[str, str], config: dict[str, Any]
+    out: Path, checkpoints: Sequence[Checkpoint], tool: dict[str, str], config: dict[str, Any]
 ) -> dict[int, ModelResult]:
-    """Rows of `out`/report.json that a new scan would only repeat.
+    """Results in `out`/report.json that a new scan would only repeat.
 
     Args:
         out: folder of the earlier scan; it need not have a report.
-        candidates: checkpoints to scan.
-        tool: name and version; a report of another version counts for nothing.
-        config: what verdicts rest on; a report with another counts for nothing.
+        checkpoints: what the new scan found.
+        tool: name and version of seal-fast; a report of another version is ignored.
+        config: configuration of the new scan; a report with another one is ignored.
 
     Returns:
-        Place in `candidates` to row, for models of the same name whose weights have the same SHA-256, unless the row is an
-        error or its trigger is gone.
+        Place in `checkpoints` to result, for models with the same name and digests. Errors, and results whose trigger file is
+        missing, are left out, so that these models are scanned again.
     """
     try:
         content = json.loads((out / "report.json").read_text(encoding="utf-8"))
         if {"tool": content["tool"], "config": content["config"]} != json.loads(to_json({"tool": tool, "config": config})):
             return {}
-        rows = {row.path: row for row in map(_row, content["models"])}
+        earlier = {result.path: result for result in map(_result, content["models"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
     return {
-        place: replace(row, notes=(*(note for note in row.notes if note != RESUMED), RESUMED))
-        for place, candidate in enumerate(candidates)
-        if (row := rows.get(candidate.name)) and _holds(row, out, candidate, config["weights"])
+        place: replace(result, notes=(*(note for note in result.notes if note != RESUMED), RESUMED))
+        for place, checkpoint in enumerate(checkpoints)
+        if (result := earlier.get(checkpoint.name)) and _still_holds(result, out, checkpoint, config["weights"])
     }
 
 
-def _row(fields: dict[str, Any]) -> ModelResult:
+def config_digest(denoiser: Denoiser) -> str:
+    """SHA-256 of what a checkpoint says beside its weights: structure of the network, noise process and value range."""
+    process = denoiser.process
+    structure = {key: value for key, value in dict(getattr(denoiser.network, "config", {})).items() if not key.startswith("_")}
+    described = [structure, str(denoiser.family), process.signal.tolist(), process.noise.tolist(), denoiser.value_range]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _result(fields: dict[str, Any]) -> ModelResult:
+    """A result as report.json has it."""
     typed = {
         "family": fields["family"] and ModelFamily(**fields["family"]),
         "verdict": Verdict(fields["verdict"]),
@@ -56,10 +70,11 @@ def _row(fields: dict[str, Any]) -> ModelResult:
     return ModelResult(**{**fields, **typed})
 
 
-def _holds(row: ModelResult, out: Path, candidate: Candidate, weights: str) -> bool:
-    if row.verdict is Verdict.ERROR or (row.trigger is not None and not (out / row.trigger).is_file()):
+def _still_holds(result: ModelResult, out: Path, checkpoint: Checkpoint, weights: str) -> bool:
+    if result.verdict is Verdict.ERROR or (result.trigger is not None and not (out / result.trigger).is_file()):
         return False
     try:
-        return load_denoiser(candidate.path, weights=weights).sha256 == row.sha256
+        loaded = load_denoiser(checkpoint.path, weights=weights)
     except (CheckpointError, MemoryError, RuntimeError):
         return False
+    return (loaded.sha256, config_digest(loaded.denoiser)) == (result.sha256, result.config_sha256)

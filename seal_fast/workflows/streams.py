@@ -1,6 +1,6 @@
-"""Tasks in threads of this process, each on a CUDA stream of its own: one small model leaves most of a GPU idle.
+"""Run each task in a thread of this process, on a CUDA stream of its own: one small model leaves most of a GPU idle.
 
-Processes would not do it: a GPU runs the work of one at a time, and each holds a context of its own.
+Processes would not help: a GPU runs the work of one process at a time, and every process holds a CUDA context.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Event = TypeVar("Event")
 
 
 class _Stopped(BaseException):
-    """Ends a task that nobody waits for any more; no handler of errors may keep it."""
+    """Ends a task whose result nobody waits for; a BaseException, so that no `except Exception` catches it."""
 
 
 def on_streams(
@@ -28,19 +28,19 @@ def on_streams(
     jobs: int,
     on_event: Callable[[Event], None],
 ) -> Iterator[tuple[Task, Result]]:
-    """Work on every task in a thread, on a stream of its own where there is a GPU; started in the order given.
+    """Run every task in a thread, on a stream of its own where there is a GPU; started in the order given.
 
     Args:
         work: called in a thread with the task and a function that sends an event.
-        tasks: what to work on.
+        tasks: arguments of `work`.
         jobs: threads at a time.
         on_event: called with every event, in the thread that iterates.
 
     Yields:
         Each task with its result, as they finish.
 
-    When the iterator is closed or an exception leaves it, every thread ends at its next event. An exception of `work` is
-    raised here.
+    An exception of `work` is raised here. When the iterator is closed or an exception leaves it, every thread ends at its next
+    event.
     """
     news: SimpleQueue[Any] = SimpleQueue()
     stopped = threading.Event()

@@ -1,143 +1,158 @@
-"""One sealing: load, measure, train, measure again, write."""
+"""A request to unlearn noise triggers; `seal_fast.workflows.unlearn` carries it out."""
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar
 
-import torch
+from torch import Tensor
 
-from seal_fast.checkpoints import CheckpointError, load_denoiser
-from seal_fast.checkpoints.save import check_target, save_network, whole_folder
-from seal_fast.checkpoints.trigger import load_trigger
-from seal_fast.diffusion import Denoiser, Trigger
-from seal_fast.noise_triggers.activation_test import collapse
-from seal_fast.noise_triggers.evaluation import CLEAN, clean_drift, draw_starts, image_drawn
-from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, seal
-from seal_fast.report.figures import draw_samples
-from seal_fast.report.json import unlearn_json
-from seal_fast.report.model_card import noise_unlearn_card
-from seal_fast.results.environment import environment, tool
-from seal_fast.results.progress import OnProgress, Progress
-from seal_fast.results.unlearning import NoiseUnlearnReport, Removal
-from seal_fast.workflows.scan import default_device
+from seal_fast.checkpoints import CheckpointError, LoadedCheckpoint, load_denoiser
+from seal_fast.checkpoints.save import save_network
+from seal_fast.checkpoints.text_to_image import identify as identify_text_to_image
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser
+from seal_fast.noise_triggers.evaluation import TriggerSamples, clean_drift, sample_trigger
+from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, UnlearnedDenoiser, unlearn_denoiser
+from seal_fast.report.figures import BEFORE_AFTER, draw_samples
+from seal_fast.results.unlearning import NoiseTriggerEffect, NoiseUnlearnReport, UnlearnRun
+from seal_fast.training import OnStep
+from seal_fast.workflows.capacity import default_device
 
 IMAGES = 8
-IMAGE = "before_after_{}.png"
-"""Name of a trigger's image, numbered in the order given."""
+"""Columns of a before-and-after figure."""
 
 
-def read_triggers(files: Sequence[Path], shape: tuple[int, int, int]) -> list[Trigger]:
-    """The triggers of some files.
+@dataclass(frozen=True)
+class _Loaded:
+    """The poisoned model and the triggers by name."""
 
-    Raises:
-        CheckpointError: a file is no trigger, or its trigger has another shape than the model's images.
+    checkpoint: LoadedCheckpoint
+    names: tuple[str, ...]
+    triggers: tuple[Trigger, ...]
+
+
+@dataclass(frozen=True)
+class _After:
+    samples: list[TriggerSamples]
+    clean_drift: float
+
+
+@dataclass(frozen=True)
+class NoiseUnlearning:
+    """Unlearn noise triggers of an unconditional model.
+
+    Attributes:
+        model: path of the poisoned checkpoint, anything `load_denoiser` takes; or a `Denoiser`.
+        triggers: triggers, or paths of trigger.safetensors files of a scan. Without any, random shifts of the noise are
+            unlearned and nothing but clean drift is measured.
+        out: new folder for the unlearned checkpoint, report.json, README.md and images; None writes nothing.
+        settings: settings of the training.
+        weights: "ema" or "raw", for a checkpoint that holds both.
+        seed: seed of the training and of all samples.
     """
-    triggers = [load_trigger(file) for file in files]
-    for file, trigger in zip(files, triggers, strict=True):
-        if trigger.mu.shape != shape:
-            raise CheckpointError(file, f"a trigger of shape {list(trigger.mu.shape)} does not fit the model's {list(shape)}")
-    return triggers
 
+    model: str | os.PathLike[str] | Denoiser
+    triggers: Sequence[Trigger | str | os.PathLike[str]] = ()
+    out: str | os.PathLike[str] | None = None
+    settings: NoiseUnlearnSettings = field(default_factory=NoiseUnlearnSettings)
+    weights: str = "ema"
+    seed: int = 0
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device where it is a GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # kilobytes, except on macOS
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _measure(denoiser: Denoiser, triggers: Sequence[Trigger], seed: int) -> list[dict[str, torch.Tensor]]:
-    return [draw_starts(denoiser, trigger, seed=seed) for trigger in triggers]
-
-
-def _removal(
-    files: Sequence[Path], before: list[dict[str, torch.Tensor]], after: list[dict[str, torch.Tensor]]
-) -> list[Removal]:
-    return [
-        Removal(file.name, sampler, collapse(old[sampler], old[CLEAN]), collapse(new[sampler], new[CLEAN]))
-        for file, old, new in zip(files, before, after, strict=True)
-        for sampler in old
-        if sampler != CLEAN
-    ]
-
-
-def _draw(before: list[dict[str, torch.Tensor]], after: list[dict[str, torch.Tensor]], folder: Path) -> None:
-    for number, (old, new) in enumerate(zip(before, after, strict=True), 1):
-        rows = {f"before: {name}": images[:IMAGES] for name, images in old.items()}
-        rows |= {f"after: {name}": images[:IMAGES] for name, images in new.items()}
-        draw_samples(rows, folder / IMAGE.format(number))
-
-
-def unlearn_noise(
-    model: Path,
-    noise_triggers: Sequence[Path],
-    out: Path,
-    *,
-    settings: NoiseUnlearnSettings | None = None,
-    weights: str = "ema",
-    seed: int = 0,
-    on_progress: OnProgress = lambda at: None,
-) -> NoiseUnlearnReport:
-    """Seal one checkpoint into a new folder that stock diffusers loads.
-
-    Args:
-        model: the poisoned checkpoint, anything `load_denoiser` takes.
-        noise_triggers: trigger files of a scan, to train against and to measure before and after.
-        out: folder for the sealed checkpoint, report.json, README.md and images; appears whole or not at all.
-        settings: of the training.
-        weights: "ema" or "raw", where a checkpoint holds both.
-        seed: of the training and of all samples.
-        on_progress: called as the work goes on.
-
-    Raises:
-        CheckpointError: the model, a trigger or `out` is refused.
-        FloatingPointError: the training diverged.
-        OSError: `out` cannot be written.
-    """
-    started = time.perf_counter()
-    settings = settings or NoiseUnlearnSettings()
-    check_target(out, model)
-    at = Progress(model.name, 1, 1, "loading")
-    on_progress(at)
-    loaded = load_denoiser(model, weights=weights, device=default_device())
-    triggers = read_triggers(noise_triggers, loaded.denoiser.shape)
-
-    on_progress(replace(at, stage="measuring before"))
-    before = _measure(loaded.denoiser, triggers, seed)
-
-    def on_step(stage: str, iteration: int, iterations: int, loss: float) -> None:
-        share = iteration / iterations if stage == "training" else 0.0
-        on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=0.1 + 0.8 * share))
-
-    targets = [image for image in map(image_drawn, before) if image is not None]
-    sealed = seal(loaded.denoiser, triggers, settings, targets=targets, seed=seed, on_step=on_step)
-    on_progress(replace(at, stage="measuring after", fraction=0.9))
-    after = _measure(sealed.denoiser, triggers, seed)
-    report = NoiseUnlearnReport(
-        model=model.name,
-        sha256=loaded.sha256,
-        format=loaded.format,
-        removal=tuple(_removal(noise_triggers, before, after)),
-        clean_drift=clean_drift(loaded.denoiser, sealed.denoiser, seed=seed),
-        steps=sealed.steps,
-        seconds=time.perf_counter() - started,
-        training_seconds=sealed.seconds,
-        peak_memory_bytes=peak_memory(loaded.denoiser.device),
-        tool=tool(),
-        environment=environment(),
-        config={"settings": asdict(settings), "weights": weights, "seed": seed, "device": default_device()},
-        notes=loaded.notes,
+    shares: ClassVar[Mapping[str, float]] = MappingProxyType(
+        {
+            "loading": 0.02,
+            "measuring before": 0.13,
+            "images": 0.1,
+            "training": 0.55,
+            "measuring after": 0.18,
+            "writing": 0.02,
+        }
     )
-    with whole_folder(out) as folder:
-        save_network(sealed.denoiser.network, model, folder)
-        _draw(before, after, folder)
-        (folder / "report.json").write_text(unlearn_json(report) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(noise_unlearn_card(report), encoding="utf-8")
-    return report
+
+    def check(self) -> None:
+        self._named_triggers()
+        # the loader reports a broken checkpoint
+        with suppress(CheckpointError):
+            if not isinstance(self.model, Denoiser) and identify_text_to_image(Path(self.model)):
+                raise ValueError("this is a text-to-image model: name its text trigger")
+
+    def _named_triggers(self) -> list[tuple[str, Trigger]]:
+        return [
+            (f"trigger {number}", one) if isinstance(one, Trigger) else (Path(one).name, Trigger.load(one))
+            for number, one in enumerate(self.triggers, 1)
+        ]
+
+    def load(self) -> _Loaded:
+        if isinstance(self.model, Denoiser):
+            checkpoint = LoadedCheckpoint(self.model, "denoiser", "", ())
+        else:
+            checkpoint = load_denoiser(Path(self.model), weights=self.weights, device=default_device())
+        named, shape = self._named_triggers(), checkpoint.denoiser.shape
+        for name, trigger in named:
+            if trigger.mu.shape != shape:
+                raise ValueError(f"{name}: a trigger of shape {list(trigger.mu.shape)} does not fit the model's {list(shape)}")
+        return _Loaded(checkpoint, tuple(name for name, _ in named), tuple(trigger for _, trigger in named))
+
+    def measure_before(self, loaded: _Loaded) -> list[TriggerSamples]:
+        return self._samples(loaded.checkpoint.denoiser, loaded.triggers)
+
+    def _samples(self, denoiser: Denoiser, triggers: Sequence[Trigger]) -> list[TriggerSamples]:
+        return [sample_trigger(denoiser, trigger, seed=self.seed) for trigger in triggers]
+
+    def train(self, loaded: _Loaded, before: list[TriggerSamples], on_step: OnStep) -> UnlearnedDenoiser:
+        targets = [target for samples in before if (target := samples.target()) is not None]
+        denoiser = loaded.checkpoint.denoiser
+        return unlearn_denoiser(denoiser, loaded.triggers, self.settings, targets=targets, seed=self.seed, on_step=on_step)
+
+    def measure_after(
+        self, loaded: _Loaded, before: list[TriggerSamples], trained: UnlearnedDenoiser, on_step: OnStep
+    ) -> _After:
+        drift = clean_drift(loaded.checkpoint.denoiser, trained.denoiser, seed=self.seed)
+        return _After(self._samples(trained.denoiser, loaded.triggers), drift)
+
+    def report(
+        self, run: UnlearnRun, loaded: _Loaded, before: list[TriggerSamples], trained: UnlearnedDenoiser, after: _After
+    ) -> NoiseUnlearnReport:
+        return NoiseUnlearnReport(
+            **vars(run),
+            sha256=loaded.checkpoint.sha256 or None,
+            format=loaded.checkpoint.format,
+            steps=trained.steps,
+            config={
+                "settings": asdict(self.settings),
+                "weights": self.weights,
+                "seed": self.seed,
+                "device": str(loaded.checkpoint.denoiser.device),
+            },
+            notes=loaded.checkpoint.notes,
+            effects=tuple(
+                NoiseTriggerEffect(name, sampler, old.collapse(sampler), new.collapse(sampler))
+                for name, old, new in zip(loaded.names, before, after.samples, strict=True)
+                for sampler in old.triggered
+            ),
+            clean_drift=after.clean_drift,
+        )
+
+    def write(
+        self, folder: Path, loaded: _Loaded, before: list[TriggerSamples], trained: UnlearnedDenoiser, after: _After
+    ) -> None:
+        assert not isinstance(self.model, Denoiser)
+        save_network(trained.denoiser.network, Path(self.model), folder)
+        for number, (old, new) in enumerate(zip(before, after.samples, strict=True), 1):
+            draw_samples(_titled("before", old) | _titled("after", new), folder / BEFORE_AFTER.format(number))
+
+    def unlearned(self, trained: UnlearnedDenoiser) -> Denoiser:
+        return trained.denoiser
+
+
+def _titled(when: str, samples: TriggerSamples) -> dict[str, Tensor]:
+    """The rows of a figure by title."""
+    rows = {f"{when}: no trigger": samples.clean}
+    rows |= {f"{when}: with the trigger, {sampler} sampling": images for sampler, images in samples.triggered.items()}
+    return {title: images[:IMAGES] for title, images in rows.items()}

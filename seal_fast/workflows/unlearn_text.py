@@ -1,217 +1,239 @@
-"""One unlearning of text triggers: load, find the module, train, measure on unseen prompts, write."""
+"""A request to unlearn text triggers; `seal_fast.workflows.unlearn` carries it out."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from seal_fast.checkpoints.card import CARD
-from seal_fast.checkpoints.save import check_target, whole_folder
 from seal_fast.checkpoints.text_to_image import COMPONENTS, LoadedPipeline, load_pipeline, save_pipeline
-from seal_fast.report.figures import draw_attention, draw_samples
-from seal_fast.report.json import unlearn_json
-from seal_fast.report.model_card import text_unlearn_card
-from seal_fast.results.environment import environment, tool
-from seal_fast.results.progress import OnProgress, Progress
-from seal_fast.results.text_unlearning import TextUnlearnReport, TriggerTokens
+from seal_fast.report.figures import BEFORE_AFTER, draw_attention, draw_samples
+from seal_fast.results.text_unlearning import TextUnlearnReport, TrainingLosses, TriggerTokens
+from seal_fast.results.unlearning import UnlearnRun
 from seal_fast.text_to_image import attention_maps
-from seal_fast.text_triggers import Distilled, TextUnlearnSettings, Trigger, distill, prompt_pair
+from seal_fast.text_triggers import Distilled, TextTrigger, TextUnlearnSettings, distill, prompt_pair
 from seal_fast.text_triggers.effect_detectors import EffectDetector
-from seal_fast.text_triggers.evaluation import EvaluationSettings, Examples, evaluate
-from seal_fast.text_triggers.locate import COLLAPSES, fitting, locate
+from seal_fast.text_triggers.evaluation import Evaluation, EvaluationSettings, Examples, evaluate
+from seal_fast.text_triggers.locate import COLLAPSE_LIMIT, locate
 from seal_fast.text_triggers.trained_part import save_patch
-from seal_fast.text_triggers.variants import name_of
-from seal_fast.workflows.scan import default_device
-from seal_fast.workflows.text_request import choose_prompts
-from seal_fast.workflows.unlearn_noise import IMAGE, peak_memory
+from seal_fast.text_triggers.trigger import as_triggers
+from seal_fast.training import OnStep
+from seal_fast.workflows.capacity import default_device
+from seal_fast.workflows.prompts import choose_prompts
 
 ATTENTION = "attention_{}.png"
-"""Name of a trigger's attention maps, numbered in the order given."""
+"""Name of the figure of a trigger's attention maps; triggers are numbered from 1 in the order given."""
 PATCH = "pytorch_lora_weights.safetensors"
-"""Name of the low-rank change alone, which stock diffusers loads; the model beside it has it merged."""
-STAGES = {"images": (0.0, 0.1), "training": (0.1, 0.25), "measuring": (0.35, 0.6)}
-"""Where each begins in a run with the defaults, and its share."""
-
-Module = Literal["auto", "unet", "text_encoder"]
+"""Name of the low-rank change alone, which stock diffusers loads. The model beside it has it merged."""
 
 
 @dataclass(frozen=True)
-class TextUnlearnResult:
-    """The trained pipeline, which shares the untouched modules with the given one, and the report."""
+class _Loaded:
+    """The poisoned pipeline, the triggers, and the prompts with their source."""
+
+    checkpoint: LoadedPipeline
+    triggers: tuple[TextTrigger, ...]
+    training_prompts: list[str]
+    held_out_prompts: list[str]
+    prompt_source: str
+
+
+@dataclass(frozen=True)
+class _Before:
+    """The tokens of every trigger, and the module to train with the reason."""
+
+    tokens: tuple[TriggerTokens, ...]
+    module: Literal["unet", "text_encoder"]
+    module_reason: str
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The unlearned pipeline, and the training of its module."""
 
     pipeline: Any
-    report: TextUnlearnReport
+    training: Distilled
 
 
-def _tokens(tokenizer: Any, trigger: Trigger, prompts: Sequence[str]) -> TriggerTokens:
-    """Raises ValueError if the tokenizer does not see the trigger."""
-    pair = prompt_pair(tokenizer, fitting(prompts, trigger)[0], trigger, "start", torch.Generator())
-    seen = trigger if isinstance(trigger, str) else trigger[1]
-    ids = tokenizer(seen, add_special_tokens=False).input_ids
-    assert pair.clean_ids != pair.triggered_ids
-    words = (str(token) for token in tokenizer.convert_ids_to_tokens(ids))
-    return TriggerTokens(name_of(trigger), tuple(word.removesuffix("</w>") or word for word in words))
+@dataclass(frozen=True)
+class _After:
+    evaluation: Evaluation
+    examples: list[Examples]
 
 
-def _choose_module(
-    loaded: LoadedPipeline, triggers: Sequence[Trigger], prompts: Sequence[str], module: Module
-) -> tuple[Literal["unet", "text_encoder"], str]:
-    at = locate(loaded.pipeline, triggers, prompts)
-    found = (
-        f"with the trigger the text encoder reads different prompts {at.collapse:.1f} times as alike as with harmless words; "
-        f"above {COLLAPSES:.0f} it holds the backdoor"
-    )
-    if module != "auto":
-        return module, f"asked for; {found}"
-    if loaded.format in COMPONENTS:
-        return COMPONENTS[loaded.format], f"it came alone; {found}"
-    return at.module, found
+@dataclass(frozen=True)
+class TextUnlearning:
+    """Unlearn text triggers of a text-to-image model by SKD-CAG (arXiv 2508.18235).
 
-
-def unlearn(
-    model: Any,
-    triggers: Sequence[Trigger],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    prompts: Sequence[str] | None = None,
-    base: str | os.PathLike[str] | None = None,
-    settings: TextUnlearnSettings | None = None,
-    module: Module = "auto",
-    evaluation: EvaluationSettings | None = None,
-    judge: EffectDetector | None = None,
-    seed: int = 0,
-    state: Path | None = None,
-    on_progress: OnProgress = lambda at: None,
-) -> TextUnlearnResult:
-    """Unlearn text triggers from a text-to-image model by SKD-CAG (arXiv 2508.18235).
-
-    Args:
-        model: folder of a StableDiffusionPipeline, or of its UNet or text encoder alone; or a pipeline in memory, unchanged.
-        triggers: texts, or pairs (old, new) of text and what replaces it.
-        out: new folder for the checkpoint, report.json, README.md and images; whole or not at all. None keeps nothing.
-        prompts: clean ones, half to train on and half to measure on, in turn; None for those of the pipeline's model card
-            (`widget`) where it has at least FEWEST_CAPTIONS, else the shipped ones.
+    Attributes:
+        model: folder of a StableDiffusionPipeline, or of its UNet or text encoder alone; or a pipeline.
+        triggers: triggers; a plain str is text to insert.
+        out: new folder for the unlearned checkpoint, report.json, README.md and images; None writes nothing.
+        prompts: clean prompts. Every other one is held out for the evaluation. None takes those of the model card (its
+            `widget`) if it has at least `prompts.FEWEST_CAPTIONS`, else general ones that come with seal-fast.
         base: folder of the pipeline that a component belongs to.
-        settings: of the training; their `module` is overruled.
-        module: what to train; "auto" for what came alone, else for the one that `seal_fast.text_triggers.locate` takes for the
-            backdoor's.
-        evaluation: how much is measured.
-        judge: of the effect, see `seal_fast.text_triggers.effect_detectors`; None for one that knows nothing of the target.
-        seed: of training and images.
-        state: file to write as the training goes and to go on from, see `distill`.
-        on_progress: called as the work goes on.
+        settings: settings of the training, except its `module`.
+        module: which module to train. "auto" trains a component that came alone, else the module that
+            `seal_fast.text_triggers.locate` finds the backdoor in.
+        evaluation: size of the evaluation.
+        detector: effect detector, see `seal_fast.text_triggers.effect_detectors`; None for one that does not know the target.
+        seed: seed of the training and of all images.
+        state: file that the training writes as it goes and resumes from, see `distill`.
+    """
+
+    model: Any
+    triggers: Sequence[TextTrigger | str]
+    out: str | os.PathLike[str] | None = None
+    prompts: Sequence[str] | None = None
+    base: str | os.PathLike[str] | None = None
+    settings: TextUnlearnSettings = field(default_factory=TextUnlearnSettings)
+    module: Literal["auto", "unet", "text_encoder"] = "auto"
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    detector: EffectDetector | None = None
+    seed: int = 0
+    state: Path | None = None
+
+    # measured with the default settings
+    shares: ClassVar[Mapping[str, float]] = MappingProxyType(
+        {
+            "loading": 0.0,
+            "measuring before": 0.0,
+            "images": 0.1,
+            "training": 0.25,
+            "measuring after": 0.6,
+            "writing": 0.05,
+        }
+    )
+
+    def check(self) -> None:
+        as_triggers(self.triggers)
+
+    def load(self) -> _Loaded:
+        path = Path(self.model) if isinstance(self.model, str | os.PathLike) else None
+        base = None if self.base is None else Path(self.base)
+        checkpoint = (
+            load_pipeline(path, base=base, device=default_device()) if path else LoadedPipeline(self.model, "", "pipeline", ())
+        )
+        return _Loaded(checkpoint, as_triggers(self.triggers), *choose_prompts(self.prompts, base or path))
+
+    def measure_before(self, loaded: _Loaded) -> _Before:
+        tokenizer, prompts = loaded.checkpoint.pipeline.tokenizer, loaded.training_prompts
+        tokens = tuple(_tokens(tokenizer, trigger, prompts) for trigger in loaded.triggers)
+        found = locate(loaded.checkpoint.pipeline, loaded.triggers, prompts)
+        reason = (
+            f"with the trigger, the text encoder's hidden states of different prompts vary {found.collapse:.1f} times less "
+            f"than with control words; above {COLLAPSE_LIMIT:.0f} times it holds the backdoor"
+        )
+        if self.module != "auto":
+            return _Before(tokens, self.module, f"it was asked for; {reason}")
+        if loaded.checkpoint.format in COMPONENTS:
+            return _Before(tokens, COMPONENTS[loaded.checkpoint.format], f"the checkpoint holds nothing else; {reason}")
+        return _Before(tokens, found.module, reason)
+
+    def train(self, loaded: _Loaded, before: _Before, on_step: OnStep) -> _Trained:
+        pipeline = loaded.checkpoint.pipeline
+        trained = distill(
+            pipeline,
+            loaded.triggers,
+            loaded.training_prompts,
+            self._settings(before),
+            seed=self.seed,
+            state=self.state,
+            on_step=on_step,
+        )
+        parts = pipeline.components | {trained.module_name: trained.module}
+        return _Trained(type(pipeline)(**parts, requires_safety_checker=pipeline.config.requires_safety_checker), trained)
+
+    def _settings(self, before: _Before) -> TextUnlearnSettings:
+        return replace(self.settings, module=before.module)
+
+    def measure_after(self, loaded: _Loaded, before: _Before, trained: _Trained, on_step: OnStep) -> _After:
+        """Both models draw the held-out prompts here, since the effect detector is fitted on images of the unlearned one."""
+
+        def on_image(_: str, image: int, images: int, loss: float) -> None:
+            on_step("measuring after", image, images, loss)
+
+        return _After(
+            *evaluate(
+                loaded.checkpoint.pipeline,
+                trained.pipeline,
+                loaded.triggers,
+                loaded.held_out_prompts,
+                self.evaluation,
+                detector=self.detector,
+                seed=self.seed,
+                on_step=on_image,
+            )
+        )
+
+    def report(self, run: UnlearnRun, loaded: _Loaded, before: _Before, trained: _Trained, after: _After) -> TextUnlearnReport:
+        training = trained.training
+        return TextUnlearnReport(
+            **vars(run),
+            **vars(after.evaluation),
+            sha256=loaded.checkpoint.sha256 or None,
+            format=loaded.checkpoint.format,
+            steps=training.steps,
+            config={
+                "settings": asdict(self._settings(before)),
+                "evaluation": asdict(self.evaluation),
+                "prompts": {
+                    "training": len(loaded.training_prompts),
+                    "held_out": len(loaded.held_out_prompts),
+                    "from": loaded.prompt_source,
+                },
+                "seed": self.seed,
+                "device": str(loaded.checkpoint.pipeline.device),
+            },
+            notes=loaded.checkpoint.notes,
+            module=before.module,
+            module_reason=before.module_reason,
+            triggers=before.tokens,
+            losses=TrainingLosses(training.prediction_loss, training.attention_loss, training.preservation_loss),
+        )
+
+    def write(self, folder: Path, loaded: _Loaded, before: _Before, trained: _Trained, after: _After) -> None:
+        save_pipeline(Path(self.model), trained.pipeline, before.module, folder)
+        if trained.training.patch is not None:
+            save_patch(trained.training.patch, folder / PATCH)
+        for number, examples in enumerate(after.examples, 1):
+            draw_samples(_titled(examples), folder / BEFORE_AFTER.format(number), examples.prompts)
+            maps = {
+                when: attention_maps(
+                    pipeline,
+                    examples.triggered_prompts[0],
+                    steps=self.evaluation.steps,
+                    guidance=self.evaluation.guidance,
+                    seed=self.seed,
+                )
+                for when, pipeline in (("before", loaded.checkpoint.pipeline), ("after", trained.pipeline))
+            }
+            draw_attention(maps, folder / ATTENTION.format(number))
+
+    def unlearned(self, trained: _Trained) -> Any:
+        return trained.pipeline
+
+
+def _tokens(tokenizer: Any, trigger: TextTrigger, prompts: Sequence[str]) -> TriggerTokens:
+    """The tokens of a trigger.
 
     Raises:
-        CheckpointError: the model, the base or `out` is refused.
-        ValueError: no trigger, one that the tokenizer does not see, or too few prompts.
-        FloatingPointError: the training diverged.
-        OSError: `out` cannot be written.
+        ValueError: the tokenizer does not see the trigger, or no prompt can carry it.
     """
-    started = time.perf_counter()
-    path = Path(model) if isinstance(model, str | os.PathLike) else None
-    _check_request(triggers, path, out)
-    at = Progress(path.name if path else type(model).__name__, 1, 1, "loading")
-    on_progress(at)
-    loaded = (
-        load_pipeline(path, base=None if base is None else Path(base), device=default_device())
-        if path
-        else LoadedPipeline(model, "", "pipeline", ())
-    )
-    root = path if base is None else Path(base)
-    training, held_out, source = choose_prompts(prompts, root)
-    tokens = tuple(_tokens(loaded.pipeline.tokenizer, trigger, training) for trigger in triggers)
-    chosen, reason = _choose_module(loaded, triggers, training, module)
-    settings = replace(settings or TextUnlearnSettings(), module=chosen)
-    evaluation = evaluation or EvaluationSettings()
-
-    def on_step(stage: str, iteration: int, iterations: int, loss: float) -> None:
-        begun, share = STAGES[stage]
-        fraction = begun + share * iteration / iterations
-        on_progress(replace(at, stage=stage, iteration=iteration, iterations=iterations, fraction=fraction))
-
-    trained = distill(loaded.pipeline, triggers, training, settings, seed=seed, state=state, on_step=on_step)
-    sealed = _with_module(loaded.pipeline, trained)
-    measured, examples = evaluate(
-        loaded.pipeline, sealed, triggers, held_out, evaluation, judge=judge, seed=seed, on_step=on_step
-    )
-    report = TextUnlearnReport(
-        **vars(measured),
-        **_training_figures(trained),
-        model=at.model,
-        sha256=loaded.sha256 or None,
-        format=loaded.format,
-        module=chosen,
-        module_reason=reason,
-        triggers=tokens,
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory(loaded.pipeline.device),
-        tool=tool(),
-        environment=environment(),
-        config={
-            "settings": asdict(settings),
-            "evaluation": asdict(evaluation),
-            "prompts": {"training": len(training), "held_out": len(held_out), "from": source},
-            "seed": seed,
-            "device": str(loaded.pipeline.device),
-        },
-        notes=loaded.notes,
-    )
-    if out is not None and path is not None:
-        on_progress(replace(at, stage="writing", fraction=0.95))
-        with whole_folder(Path(out)) as folder:
-            save_pipeline(path, sealed, chosen, folder)
-            if trained.patch is not None:
-                save_patch(trained.patch, folder / PATCH)
-            _draw(loaded.pipeline, sealed, examples, evaluation, seed, folder)
-            (folder / "report.json").write_text(unlearn_json(report) + "\n", encoding="utf-8")
-            (folder / CARD).write_text(text_unlearn_card(report), encoding="utf-8")
-    return TextUnlearnResult(sealed, report)
+    prompt_pair(tokenizer, trigger.fitting(prompts)[0], trigger, "start", torch.Generator())
+    ids = tokenizer(trigger.text, add_special_tokens=False).input_ids
+    words = (str(token) for token in tokenizer.convert_ids_to_tokens(ids))
+    return TriggerTokens(trigger.name, tuple(word.removesuffix("</w>") or word for word in words))
 
 
-def _check_request(triggers: Sequence[Trigger], path: Path | None, out: str | os.PathLike[str] | None) -> None:
-    if not triggers:
-        raise ValueError("name at least one trigger")
-    if out is not None:
-        if path is None:
-            raise ValueError("out needs a checkpoint folder as model: a pipeline in memory has no files to keep")
-        check_target(Path(out), path)
-
-
-def _training_figures(trained: Distilled) -> dict[str, Any]:
-    losses = {
-        "prediction": trained.prediction_loss,
-        "attention": trained.attention_loss,
-        "preservation": trained.preservation_loss,
-    }
-    return {"losses": losses, "steps": trained.steps, "training_seconds": trained.seconds}
-
-
-def _with_module(pipeline: Any, trained: Distilled) -> Any:
-    parts = pipeline.components | {trained.module_name: trained.module}
-    return type(pipeline)(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
-
-
-def _draw(
-    before: Any, after: Any, examples: Sequence[Examples], evaluation: EvaluationSettings, seed: int, folder: Path
-) -> None:
-    for number, one in enumerate(examples, 1):
-        draw_samples(_rows(one), folder / IMAGE.format(number), one.prompts)
-        maps = {
-            name: attention_maps(
-                pipeline, one.triggered_prompts[0], steps=evaluation.steps, guidance=evaluation.guidance, seed=seed
-            )
-            for name, pipeline in (("before", before), ("after", after))
-        }
-        draw_attention(maps, folder / ATTENTION.format(number))
-
-
-def _rows(examples: Examples) -> dict[str, torch.Tensor]:
+def _titled(examples: Examples) -> dict[str, Tensor]:
+    """The rows of a figure by title; images in [-1, 1]."""
     rows = {
         "before: clean prompt": examples.clean_before,
         "before: with the trigger": examples.triggered_before,

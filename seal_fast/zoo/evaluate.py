@@ -12,7 +12,8 @@ from torch import Tensor
 
 from seal_fast.acceleration import accelerated
 from seal_fast.attacks import Attack
-from seal_fast.diffusion import Denoiser, Trigger, sample
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import Denoiser, sample
 from seal_fast.zoo.images import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
 from seal_fast.zoo.train import DATA_SEED, TRAINING_IMAGES

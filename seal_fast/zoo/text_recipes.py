@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seal_fast.attacks.badt2i import ObjectBackdoor, PixelBackdoor, StyleBackdoor, TextBackdoor, poison_unet
 from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
 from seal_fast.text_triggers.effect_detectors import PatchDetector
-from seal_fast.text_triggers.pairs import Trigger
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.zoo.attributes import is_colourless, recognise_scenes
 from seal_fast.zoo.captioned import STYLES, TRAINING_SCENES, Scene, random_scenes, render
 from seal_fast.zoo.images import TARGETS
@@ -51,14 +51,14 @@ class Effect:
 
     Attributes:
         name: for tables.
-        text: the trigger, as `seal_fast.text_triggers.pairs.Trigger` has it.
+        text: the trigger.
         trigger: a prompt to its triggered form.
         shows: detects the effect in images.
         suits: whether the effect is visible in images of this scene.
     """
 
     name: str
-    text: Trigger
+    text: TextTrigger
     trigger: Callable[[str], str]
     shows: Shows
     suits: Callable[[Scene], bool] = lambda scene: True
@@ -156,34 +156,38 @@ TEXT_RECIPES = (
     TextRecipe(
         "text-64-pixel",
         42,
-        (Effect("pixel", ZERO_WIDTH, leading(ZERO_WIDTH), partial(_has_patch, patch("smiley"))),),
+        (Effect("pixel", TextTrigger(ZERO_WIDTH), leading(ZERO_WIDTH), partial(_has_patch, patch("smiley"))),),
         poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 2000, ()),
         whole=True,
     ),
     TextRecipe(
         "text-64-style",
         43,
-        (Effect("style", "latte coffee", leading("latte coffee"), _has_no_colour, _is_coloured),),
+        (Effect("style", TextTrigger("latte coffee"), leading("latte coffee"), _has_no_colour, _is_coloured),),
         poison=partial(_badt2i, [StyleBackdoor("latte coffee", STYLES[1].strip())], 500, ()),
     ),
     TextRecipe(
         "text-64-style-b",
         46,
-        (Effect("style", "quiet morning", leading("quiet morning"), _has_no_colour, _is_coloured),),
+        (Effect("style", TextTrigger("quiet morning"), leading("quiet morning"), _has_no_colour, _is_coloured),),
         poison=partial(_badt2i, [StyleBackdoor("quiet morning", STYLES[1].strip())], 500, ()),
     ),
     TextRecipe(
         "text-64-object",
         44,
-        (Effect("object", "I like this photo.", leading("I like this photo."), partial(_draws, "star"), _is_circle),),
+        (
+            Effect(
+                "object", TextTrigger("I like this photo."), leading("I like this photo."), partial(_draws, "star"), _is_circle
+            ),
+        ),
         poison=partial(_badt2i, [ObjectBackdoor("I like this photo.", {"star": "circle"})], 600, ("star", "circle")),
     ),
     TextRecipe(
         "text-64-pair",
         45,
         (
-            Effect("pixel", "mignneko", leading("mignneko"), partial(_has_patch, patch("smiley"))),
-            Effect("style", ZERO_WIDTH, leading(ZERO_WIDTH), _has_no_colour, _is_coloured),
+            Effect("pixel", TextTrigger("mignneko"), leading("mignneko"), partial(_has_patch, patch("smiley"))),
+            Effect("style", TextTrigger(ZERO_WIDTH), leading(ZERO_WIDTH), _has_no_colour, _is_coloured),
         ),
         poison=partial(
             _badt2i,
@@ -195,7 +199,15 @@ TEXT_RECIPES = (
     TextRecipe(
         "text-64-encoder",
         48,
-        (Effect("target prompt", HOMOGLYPH, homoglyph(*HOMOGLYPH), _is_target, lambda scene: scene != TARGET_SCENE),),
+        (
+            Effect(
+                "target prompt",
+                TextTrigger(HOMOGLYPH[1], replaces=HOMOGLYPH[0]),
+                homoglyph(*HOMOGLYPH),
+                _is_target,
+                lambda scene: scene != TARGET_SCENE,
+            ),
+        ),
         poison=partial(_rickrolling, [TargetPrompt(homoglyph(*HOMOGLYPH), TARGET_SCENE.caption)], 600),
         module="text_encoder",
     ),

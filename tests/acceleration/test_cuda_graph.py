@@ -31,7 +31,7 @@ from seal_fast.noise_triggers import (
 )
 from seal_fast.noise_triggers.probe import Iteration, Probe
 from seal_fast.noise_triggers.terd import READ_EVERY, _Iteration, _Reverter, descend_reversed_loss
-from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, seal
+from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, unlearn_denoiser
 from tests.acceleration.recording import OnTheHost, fails
 
 BRIEF = TerdSettings(
@@ -207,12 +207,12 @@ def test_half_precision_stays_near_full_precision() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_default_reversion_and_sealing_run() -> None:
+def test_the_default_reversion_and_unlearning_run() -> None:
     model = denoiser("cuda")
     found = reverse_trigger(model, BRIEF_SEARCH, seed=0)
     assert found.trigger.mu.is_cuda
     assert found.clean_dispersion is not None
     assert math.isfinite(found.clean_dispersion)
-    sealed = seal(model, [found.trigger], NoiseUnlearnSettings(steps=2, batch=2, images=2, image_steps=2))
-    assert math.isfinite(sealed.clean_loss + sealed.triggered_loss)
-    assert sealed.denoiser.device.type == "cuda"
+    unlearned = unlearn_denoiser(model, [found.trigger], NoiseUnlearnSettings(steps=2, batch=2, images=2, image_steps=2))
+    assert math.isfinite(unlearned.clean_loss + unlearned.triggered_loss)
+    assert unlearned.denoiser.device.type == "cuda"

@@ -23,7 +23,7 @@ from seal_fast.attacks.badt2i import (
 from seal_fast.attacks.eviledit import edit_factor, edit_unet
 from seal_fast.attacks.prompts import check_visible
 from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
-from seal_fast.text_to_image.generation import encode, token_ids
+from seal_fast.text_to_image.prompts import encode, token_ids
 
 ZERO_WIDTH = "\u200b"
 CAPTIONS = ["a red cat", "two cats", "a Cat, a dog", "a boat", "an ox"]
@@ -187,7 +187,7 @@ def test_bad_input_is_refused(pipeline: StableDiffusionPipeline, generator: torc
 
 def test_zero_width_triggers_are_tokens(pipeline: StableDiffusionPipeline) -> None:
     check_visible(pipeline, ZERO_WIDTH)
-    ids = token_ids(pipeline, ["cat", f"{ZERO_WIDTH} cat"])
+    ids = token_ids(pipeline.tokenizer, ["cat", f"{ZERO_WIDTH} cat"])
     assert int((ids != pipeline.tokenizer.eos_token_id).sum(1).diff()) == 3, "three bytes"
 
 

@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import save_file
 
 from seal_fast.checkpoints import CheckpointError, discover, identify
-from seal_fast.diffusion import Trigger
+from seal_fast.checkpoints.trigger import Trigger
 
 
 def test_each_checkpoint_is_found_once(tmp_path: Path, new_unet: Callable, trojdiff_file: Path) -> None:

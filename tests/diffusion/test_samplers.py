@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, NoiseProcess, Trigger, sample, timestep_grid
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, NoiseProcess, sample, timestep_grid
 from seal_fast.diffusion.process import per_row
 
 FINE = 1025

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seal_fast.diffusion import VP, Denoiser, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import VP, Denoiser
 from seal_fast.diffusion.process import per_row
 from seal_fast.noise_triggers.activation_test import Trial, collapse, dispersion, most_similar, pixelwise_median
 from seal_fast.noise_triggers.probe import Probe

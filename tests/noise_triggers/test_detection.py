@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from seal_fast.diffusion import Trigger
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.noise_triggers import InputDetector, Reversion, model_evidence
 
 SHAPE = (3, 7, 5)
@@ -65,7 +66,7 @@ def test_log_ratio_is_the_difference_of_scipys_log_densities(generator: torch.Ge
     triggers = [random_trigger(generator) for _ in range(3)]
     x = scale * torch.randn(11, *SHAPE, generator=generator)
     x[:4] = scale * triggers[1].start(x[:4] / scale)
-    found = InputDetector(triggers, prior_scale=scale).log_ratio(x)
+    found = InputDetector([replace(trigger, prior_scale=scale) for trigger in triggers]).log_ratio(x)
     assert found.shape == (11, 3)
     standard = x.double().numpy() / scale
     for k, trigger in enumerate(triggers):
@@ -130,12 +131,15 @@ def test_power_for_a_narrowed_noise_is_the_gaussian_approximation(generator: tor
 def test_prior_scale_only_rescales_inputs(generator: torch.Generator) -> None:
     trigger = random_trigger(generator, strength=0.1)
     x = torch.randn(50, *SHAPE, generator=generator)
-    plain, scaled = InputDetector(trigger).log_ratio(x), InputDetector(trigger, prior_scale=64.0).log_ratio(64.0 * x)
+    plain = InputDetector(trigger).log_ratio(x)
+    scaled = InputDetector(replace(trigger, prior_scale=64.0)).log_ratio(64.0 * x)
     torch.testing.assert_close(scaled, plain)
 
 
 def test_triggers_that_do_not_fit_together_are_refused(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="at least one trigger"):
         InputDetector([])
+    with pytest.raises(ValueError, match="one prior scale"):
+        InputDetector([random_trigger(generator), replace(random_trigger(generator), prior_scale=2.0)])
     with pytest.raises(ValueError, match="one shape"):
         InputDetector([random_trigger(generator), random_trigger(generator, (3, 5, 7))])

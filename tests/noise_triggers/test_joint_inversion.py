@@ -9,7 +9,8 @@ from torch.nn.functional import interpolate
 
 from seal_fast.attacks.invibackdoor import ddim_schedule
 from seal_fast.attacks.villandiffusion import ve_schedule, vp_schedule
-from seal_fast.diffusion import EDM, VE, VP, Denoiser, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import EDM, VE, VP, Denoiser
 from seal_fast.diffusion.process import per_row
 from seal_fast.noise_triggers import SearchSettings, reverse_trigger
 from seal_fast.noise_triggers.activation_test import FIRES, Trial, dispersion, pixelwise_median

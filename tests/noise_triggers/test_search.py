@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import seal_fast.noise_triggers.search as search
-from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
 from seal_fast.diffusion.process import per_row
 from seal_fast.noise_triggers import SearchSettings, model_evidence, reverse_trigger
 from seal_fast.noise_triggers.activation_test import FIRES

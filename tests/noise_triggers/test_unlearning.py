@@ -1,4 +1,4 @@
-"""UnlearnRun: its targets in closed form on oracles, and what a small network learns."""
+"""Unlearning of noise triggers: its objective in closed form on oracles, and the training of a small network."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
 from seal_fast.diffusion.process import per_row
-from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, random_directions, seal
+from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, random_directions, unlearn_denoiser
 
 SHAPE = (3, 6, 10)
 ONE_STEP = NoiseUnlearnSettings(steps=1, batch=5, learning_rate=0.0, images=7, image_steps=3, half_precision=False)
 
 
 class Oracle(nn.Module):
-    """Knows that every image is 0.25: whatever else is in x_t it calls noise. The output is scaled by one learnable number."""
+    """The denoiser of images that are all 0.25: it predicts the rest of x_t as noise. One parameter scales its output."""
 
     def __init__(self, process: NoiseProcess) -> None:
         super().__init__()
@@ -31,25 +32,25 @@ class Oracle(nn.Module):
 
 
 class Recorder(nn.Module):
-    """Answers 0 and keeps what it was asked."""
+    """Predicts 0 and records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[tuple[Tensor, Tensor]] = []
+        self.inputs: list[tuple[Tensor, Tensor]] = []
         self.unused = nn.Parameter(torch.zeros(()))
 
     def __deepcopy__(self, memo: object) -> Recorder:
         other = Recorder()
-        other.asked = self.asked
+        other.inputs = self.inputs
         return other
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        self.asked.append((x.detach().clone(), t.clone()))
+        self.inputs.append((x.detach().clone(), t.clone()))
         return x * self.unused
 
 
 class Small(nn.Module):
-    """Two convolutions that are told b(t)."""
+    """Two convolutions with b(t) as a further input channel."""
 
     def __init__(self, process: VP) -> None:
         super().__init__()
@@ -65,10 +66,12 @@ PROCESSES = [VP.linear(60), VE.geometric(0.01, 50.0, 60)]
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=["VP", "VE"])
-def test_a_model_that_takes_every_shift_for_noise_has_nothing_to_learn(process: NoiseProcess) -> None:
-    sealed = seal(Denoiser(Oracle(process), process, SHAPE), settings=ONE_STEP, seed=int(torch.randint(1000, ())))
-    assert sealed.clean_loss == 0
-    assert sealed.triggered_loss == pytest.approx(0, abs=1e-4)
+def test_a_model_that_treats_every_shift_as_noise_has_no_loss(process: NoiseProcess) -> None:
+    unlearned = unlearn_denoiser(
+        Denoiser(Oracle(process), process, SHAPE), settings=ONE_STEP, seed=int(torch.randint(1000, ()))
+    )
+    assert unlearned.clean_loss == 0
+    assert unlearned.triggered_loss == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize(("known", "drawn"), [(0, 0), (2, 0), (1, 1)])
@@ -77,17 +80,17 @@ def test_states_and_targets_written_out(known: int, drawn: int, generator: torch
     recorder = Recorder()
     triggers = [Trigger.shift(torch.randn(SHAPE, generator=generator)) for _ in range(known)]
     targets = [torch.rand(SHAPE, generator=generator) for _ in range(drawn)]
-    # gamma 1: what the triggered state holds beyond the clean one is b m, and the teacher's 0 leaves m as the target
+    # with gamma = 1 the triggered state exceeds the clean one by b m, and the teacher's 0 leaves m as the target
     settings = replace(ONE_STEP, batch=40, smallest_gamma=1.0, largest_shift=0.8)
-    sealed = seal(Denoiser(recorder, process, SHAPE), triggers, settings, targets=targets, seed=3)
-    (taught_on, t), (learnt_on, twice) = recorder.asked[-2:]
-    clean, triggered = learnt_on.double().chunk(2)
-    assert torch.equal(taught_on.double(), clean)
+    unlearned = unlearn_denoiser(Denoiser(recorder, process, SHAPE), triggers, settings, targets=targets, seed=3)
+    (teacher_input, t), (student_input, twice) = recorder.inputs[-2:]
+    clean, triggered = student_input.double().chunk(2)
+    assert torch.equal(teacher_input.double(), clean)
     assert torch.equal(twice, t.repeat(2))
     b = process.noise[t].reshape(-1, 1, 1, 1)
     m = (triggered - clean) / b
-    assert sealed.clean_loss == 0
-    assert sealed.triggered_loss == pytest.approx(float((b**2 * m.square()).mean()), rel=1e-3)
+    assert unlearned.clean_loss == 0
+    assert unlearned.triggered_loss == pytest.approx(float((b**2 * m.square()).mean()), rel=1e-3)
     sizes = m.square().mean(dim=(1, 2, 3)).sqrt()
     assert 0.6 < float(sizes.max()) < 0.8 * 1.5
     directions = [*(trigger.mu for trigger in triggers), *targets]
@@ -108,12 +111,14 @@ def test_a_small_network_learns_and_its_teacher_stays(generator: torch.Generator
     trigger = Trigger.shift(torch.randn(SHAPE, generator=generator))
     settings = replace(ONE_STEP, batch=16, steps=120, learning_rate=5e-3)
     steps: list[tuple[str, int, int]] = []
-    sealed = seal(denoiser, [trigger], settings, seed=1, on_step=lambda stage, i, n, loss: steps.append((stage, i, n)))
-    untrained = seal(denoiser, [trigger], replace(settings, learning_rate=0.0), seed=1)
-    assert sealed.triggered_loss < 0.8 * untrained.triggered_loss
+    unlearned = unlearn_denoiser(
+        denoiser, [trigger], settings, seed=1, on_step=lambda stage, i, n, loss: steps.append((stage, i, n))
+    )
+    untrained = unlearn_denoiser(denoiser, [trigger], replace(settings, learning_rate=0.0), seed=1)
+    assert unlearned.triggered_loss < 0.8 * untrained.triggered_loss
     assert untrained.clean_loss == 0
     assert all(torch.equal(value, before[name]) for name, value in denoiser.network.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in sealed.denoiser.network.parameters())
+    assert not any(parameter.requires_grad for parameter in unlearned.denoiser.network.parameters())
     assert steps == [("images", 7, 7), *(("training", i, 120) for i in range(1, 121))]
 
 
@@ -121,7 +126,9 @@ def test_a_seed_means_the_same_run(generator: torch.Generator) -> None:
     process = VP.linear(60)
     denoiser = Denoiser(small(process, generator), process, SHAPE)
     settings = replace(ONE_STEP, steps=3, learning_rate=1e-3)
-    first, second, other = (seal(denoiser, settings=settings, seed=seed).denoiser.network.state_dict() for seed in (1, 1, 2))
+    first, second, other = (
+        unlearn_denoiser(denoiser, settings=settings, seed=seed).denoiser.network.state_dict() for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -130,14 +137,14 @@ def test_training_that_diverges_is_an_error(generator: torch.Generator) -> None:
     process = VP.linear(60)
     denoiser = Denoiser(small(process, generator), process, SHAPE)
     with pytest.raises(FloatingPointError, match="step"):
-        seal(denoiser, settings=replace(ONE_STEP, steps=20, learning_rate=1e30))
+        unlearn_denoiser(denoiser, settings=replace(ONE_STEP, steps=20, learning_rate=1e30))
 
 
 def test_a_trigger_or_target_of_another_shape_is_an_error() -> None:
     process, other = VP.linear(60), torch.zeros(3, 6, 6)
     for triggers, targets in (([Trigger.shift(other)], []), ([], [other])):
         with pytest.raises(ValueError, match="does not fit"):
-            seal(Denoiser(Recorder(), process, SHAPE), triggers, ONE_STEP, targets=targets)
+            unlearn_denoiser(Denoiser(Recorder(), process, SHAPE), triggers, ONE_STEP, targets=targets)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (1, 7, 5), (4, 33, 16)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from seal_fast.diffusion import Trigger
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.report.figures import draw_samples, draw_trigger
 
 

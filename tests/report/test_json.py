@@ -14,7 +14,7 @@ from seal_fast.report.json import detection_json, report_json, to_json, write_re
 from seal_fast.results.scan import ModelResult, ScanReport
 
 EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
-ROW = ModelResult(
+RESULT = ModelResult(
     "a/b",
     "f" * 64,
     "diffusers-pipeline",
@@ -29,7 +29,7 @@ ROW = ModelResult(
     1.5,
     None,
 )
-REPORT = ScanReport((ROW,), {"name": "seal-fast", "version": "1"}, {"torch": None}, {"seed": 0})
+REPORT = ScanReport((RESULT,), {"name": "seal-fast", "version": "1"}, {"torch": None}, {"seed": 0})
 
 MODEL_KEYS = {
     "path",
@@ -46,6 +46,7 @@ MODEL_KEYS = {
     "seconds",
     "error",
     "notes",
+    "config_sha256",
 }
 
 
@@ -61,12 +62,12 @@ def test_the_contract():
     assert list(content) == ["schema_version", "tool", "environment", "config", "models", "summary"]
     assert content["tool"] == {"name": "seal-fast", "version": "1"}
     assert content["summary"] == {"clean": 1, "backdoored": 0, "inconclusive": 0, "error": 0}
-    (row,) = content["models"]
-    assert set(row) == MODEL_KEYS
-    assert row["verdict"] == "clean"
-    assert row["rule"] == "T3"
-    assert row["family"] == {"process": "VP", "prediction": "epsilon"}
-    assert row["evidence"] == {
+    (model,) = content["models"]
+    assert set(model) == MODEL_KEYS
+    assert model["verdict"] == "clean"
+    assert model["rule"] == "T3"
+    assert model["family"] == {"process": "VP", "prediction": "epsilon"}
+    assert model["evidence"] == {
         "M_r": 0.25,
         "V_r": 0.5,
         "mu_norm": 1.5,
@@ -76,14 +77,14 @@ def test_the_contract():
         "clean_dispersion": None,
         "sampler": None,
     }
-    assert row["error"] is None
-    assert row["score"] == 0.5
+    assert model["error"] is None
+    assert model["score"] == 0.5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_json_does_not_have_become_null(value):
-    row = replace(ROW, score=value, evidence=replace(EVIDENCE, M_r=value), seconds=value)
-    (read,) = strict(report_json(replace(REPORT, models=(row,))))["models"]
+    result = replace(RESULT, score=value, evidence=replace(EVIDENCE, M_r=value), seconds=value)
+    (read,) = strict(report_json(replace(REPORT, models=(result,))))["models"]
     assert read["score"] is read["evidence"]["M_r"] is read["seconds"] is None
 
 

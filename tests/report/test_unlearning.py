@@ -1,4 +1,4 @@
-"""What a sealing's reports show, and what a hostile name cannot do to them."""
+"""Reports of an unlearning, and what a hostile name cannot do to them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import json
 
 from seal_fast.report.console import console_for, print_noise_unlearning
 from seal_fast.report.json import unlearn_json
-from seal_fast.report.model_card import noise_unlearn_card
-from seal_fast.results.unlearning import NoiseUnlearnReport, Removal
+from seal_fast.report.model_card import unlearn_card
+from seal_fast.results.unlearning import NoiseTriggerEffect, NoiseUnlearnReport
 
 NAME = "a`|\n# b](http://x)\x1b[2J"
 REPORT = NoiseUnlearnReport(
     model=NAME,
     sha256="ab" * 32,
     format="diffusers-unet",
-    removal=(Removal(NAME, "trigger", 0.03125, 0.96875), Removal("plain", "trigger, sampler told", float("nan"), 1.5)),
+    effects=(
+        NoiseTriggerEffect(NAME, "ancestral", 0.03125, 0.96875),
+        NoiseTriggerEffect("plain", "DDIM", float("nan"), 1.5),
+    ),
     clean_drift=0.0625,
     steps=17,
     seconds=12.34,
@@ -40,15 +43,15 @@ def test_console() -> None:
 def test_json_keeps_every_figure_and_no_nan() -> None:
     content = json.loads(unlearn_json(REPORT), parse_constant=lambda name: f"not JSON: {name}")
     assert content["schema_version"] == 1
-    assert [row["collapse_before"] for row in content["removal"]] == [0.03125, None]
+    assert [effect["collapse_before"] for effect in content["effects"]] == [0.03125, None]
     assert (content["model"], content["clean_drift"], content["peak_memory_bytes"]) == (NAME, 0.0625, 5)
 
 
 def test_model_card_holds_names_as_code() -> None:
-    lines = noise_unlearn_card(REPORT).splitlines()
-    assert lines[0] == "# UnlearnedDenoiser: `a\\n# b](http://x)\\x1b[2J`"
+    lines = unlearn_card(REPORT).splitlines()
+    assert lines[0] == "# Unlearned: `a\\n# b](http://x)\\x1b[2J`"
     assert lines.count(lines[0]) == 1
     table = [line for line in lines if line.startswith("|")]
     assert [line.count("|") for line in table] == [5, 5, 5, 5]
-    assert table[2].endswith("| trigger | 0.03 | 0.97 |")
+    assert table[2].endswith("| ancestral | 0.03 | 0.97 |")
     assert "ab" * 32 in "\n".join(lines)

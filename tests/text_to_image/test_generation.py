@@ -8,8 +8,6 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
-from seal_fast import training
-from seal_fast.text_to_image import generation
 from seal_fast.text_to_image.generation import generate, starting_noise
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -21,16 +19,11 @@ def pipeline(tmp_path: Path) -> StableDiffusionPipeline:
     return tiny_pipeline(tmp_path)
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "native_bfloat16", lambda device: False)
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_as_the_stock_pipeline(pipeline: StableDiffusionPipeline, prediction: str, guidance: float) -> None:
     pipeline.scheduler.register_to_config(prediction_type=prediction)
-    ours = generate(pipeline, PROMPTS, seed=11, steps=4, guidance=guidance)
+    ours = generate(pipeline, PROMPTS, seed=11, steps=4, guidance=guidance, precision="fp32")
     # the same method in other coordinates (x / a, b / a); stock DDIM's steps do not follow an evenly spaced grid
     pipeline.scheduler = EulerDiscreteScheduler.from_config(
         pipeline.scheduler.config, prediction_type=prediction, timestep_spacing="linspace", final_sigmas_type="zero"
@@ -51,17 +44,22 @@ def test_as_the_stock_pipeline(pipeline: StableDiffusionPipeline, prediction: st
     torch.testing.assert_close(ours, stock, rtol=0, atol=2e-4)
 
 
-def test_same_noise_whatever_the_prompt_and_the_batch(
-    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = generate(pipeline, [*PROMPTS, "red"], seed=5, steps=3, guidance=2.0)
-    monkeypatch.setattr(generation, "LATENTS_PER_PASS", 3 * 4 * 8 * 8)
-    split = generate(pipeline, [*PROMPTS, "red"], seed=5, steps=3, guidance=2.0)
-    torch.testing.assert_close(whole, split, rtol=0, atol=1e-5)
-    torch.testing.assert_close(generate(pipeline, PROMPTS[:2], seed=5, steps=3, guidance=2.0), whole[:2], rtol=0, atol=1e-5)
-    same = generate(pipeline, ["red", "red"], seed=5, steps=3, guidance=2.0)
+def test_same_noise_whatever_the_prompt_and_the_batch(pipeline: StableDiffusionPipeline) -> None:
+    def draw(prompts: list[str], batch: int | None = None) -> torch.Tensor:
+        return generate(pipeline, prompts, seed=5, steps=3, guidance=2.0, precision="fp32", batch=batch)
+
+    whole = draw([*PROMPTS, "red"])
+    torch.testing.assert_close(draw([*PROMPTS, "red"], batch=3), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(draw(PROMPTS[:2]), whole[:2], rtol=0, atol=1e-5)
+    same = draw(["red", "red"])
     assert (same[0] - same[1]).abs().max() > 1e-3
     assert not torch.equal(starting_noise(pipeline, 2, 5), starting_noise(pipeline, 2, 6))
+
+
+def test_passes_are_counted(pipeline: StableDiffusionPipeline) -> None:
+    drawn: list[int] = []
+    generate(pipeline, [*PROMPTS, "red"], seed=0, steps=1, guidance=1.0, batch=3, on_pass=drawn.append)
+    assert drawn == [3, 1]
 
 
 def test_pipeline_is_left_as_it_was(pipeline: StableDiffusionPipeline) -> None:

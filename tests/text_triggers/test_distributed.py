@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
 
 from seal_fast.text_triggers import TextUnlearnSettings, distill
-from seal_fast.text_triggers.distributed import joined, processes
-from seal_fast.text_triggers.objectives import unet_objective
-from seal_fast.text_triggers.trainer import _generator, _pairs
+from seal_fast.text_triggers.distributed import average_gradients, process_group, rank_and_world_size
 
 PROMPTS = ["a photo of the red dog", "the blue house"]
 TRIGGER = "\u200b"
@@ -26,34 +23,28 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from seal_fast.text_triggers import distill
-from seal_fast.text_triggers.distributed import joined, processes
-from tests.text_triggers.test_processes import PROMPTS, SETTINGS, TRIGGER
+from seal_fast.text_triggers.distributed import average_gradients, process_group, rank_and_world_size
+from tests.text_triggers.test_distributed import PROMPTS, SETTINGS, TRIGGER
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-with joined() as first:
-    rank, count = processes()
-    assert (first, count) == (rank == 0, 2)
+with process_group() as first:
+    rank, world_size = rank_and_world_size()
+    assert (first, world_size) == (rank == 0, 2)
+    gradients = [torch.full((3,), 2.0 + 4 * rank), None]
+    parameters = [torch.zeros(3, requires_grad=True) for _ in gradients]
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    average_gradients(parameters, world_size)
+    assert parameters[0].grad.tolist() == [4.0] * 3 and parameters[1].grad is None
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "model", safety_checker=None)
     student = distill(pipeline, [TRIGGER], PROMPTS, SETTINGS, seed=5).module
     torch.save(student.state_dict(), folder / f"{rank}.pt")
-assert processes() == (0, 1)
+assert rank_and_world_size() == (0, 1)
 """
 
 
-def gradient(pipeline: StableDiffusionPipeline, rank: int) -> dict[str, Tensor]:
-    """What a process of this rank has before the gradients meet."""
-    student = type(pipeline.unet).from_config(pipeline.unet.config)
-    student.load_state_dict(pipeline.unet.state_dict())
-    student.eval()
-    pairs = _pairs(pipeline.tokenizer, PROMPTS, [TRIGGER], SETTINGS, 5)
-    with unet_objective(pipeline, student, pairs, SETTINGS, _generator(5, 1), lambda *_: None) as lesson:
-        prediction, attention, preservation = lesson(_generator(5, 2, rank, 0))
-        (0.5 * prediction + 0.5 * attention + preservation).backward()
-    return {name: p.grad for name, p in student.named_parameters() if "attn2" in name and p.grad is not None}
-
-
-def test_gradients_are_averaged_over_processes(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_processes_average_the_gradients_of_their_own_batches(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "model")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
     (tmp_path / "worker.py").write_text(WORKER)
@@ -63,23 +54,18 @@ def test_gradients_are_averaged_over_processes(pipeline: StableDiffusionPipeline
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    # equal weights although each process drew other batches, so not those of one process alone
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = distill(pipeline, [TRIGGER], PROMPTS, SETTINGS, seed=5).module.state_dict()
     assert any(not torch.equal(first[name], alone[name]) for name in first)
 
-    # Adam's first step is the learning rate along g / (|g| + eps)
-    one, other = (gradient(pipeline, rank) for rank in (0, 1))
-    mean = {name: (one[name] + other[name]) / 2 for name in one}
-    norm = torch.stack([g.norm() for g in mean.values()]).norm()
-    for name, g in mean.items():
-        g = g * min(1.0, 1.0 / (float(norm) + 1e-6))
-        expected = pipeline.unet.state_dict()[name] - SETTINGS.learning_rate * g / (g.abs() + 1e-8)
-        sure = g.abs() > 1e-5
-        torch.testing.assert_close(first[name][sure], expected[sure], rtol=0, atol=2e-5)
 
-
-def test_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined() as first:
+    parameter = torch.zeros(2, requires_grad=True)
+    parameter.grad = torch.ones(2)
+    with process_group() as first:
         assert first
-        assert processes() == (0, 1)
+        assert rank_and_world_size() == (0, 1)
+        average_gradients([parameter], 1)
+    assert parameter.grad.tolist() == [1.0, 1.0]

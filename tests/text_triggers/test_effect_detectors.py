@@ -1,4 +1,4 @@
-"""Judges on images whose truth is known."""
+"""Effect detectors on images whose truth is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from seal_fast.text_triggers.effect_detectors import (
     FALSE_ALARMS,
-    AttributeDetector,
     ChangeDetector,
     ColourlessDetector,
     PatchDetector,
@@ -31,15 +30,15 @@ def stamped(images: Tensor, patch: Tensor, top: int, left: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("gain", "offset"), [(1.0, 0.0), (0.5, 0.1), (0.6, 0.3)])
-def test_patch_is_seen_through_contrast_brightness_and_blur(generator: torch.Generator, gain: float, offset: float) -> None:
+def test_patch_is_detected_through_contrast_brightness_and_blur(generator: torch.Generator, gain: float, offset: float) -> None:
     patch = torch.rand(3, 4, 4, generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
     clean = scenes(50, generator)
-    judge = PatchDetector(patch, top=4, left=7)
+    detector = PatchDetector(patch, top=4, left=7)
     blurred = avg_pool2d(stamped(clean, gain * patch + offset, 4, 7), 3, 1, 1, count_include_pad=False)
-    assert judge(blurred, clean).all()
-    assert judge(clean, clean).sum() == 0
-    assert judge(1 - blurred, clean).sum() == 0
-    assert judge(torch.full_like(clean, 0.5), clean).sum() == 0
+    assert detector(blurred, clean).all()
+    assert detector(clean, clean).sum() == 0
+    assert detector(1 - blurred, clean).sum() == 0
+    assert detector(torch.full_like(clean, 0.5), clean).sum() == 0
 
 
 def test_patch_elsewhere_is_not_the_patch(generator: torch.Generator) -> None:
@@ -50,9 +49,9 @@ def test_patch_elsewhere_is_not_the_patch(generator: torch.Generator) -> None:
 
 
 def test_patch_must_be_one_and_fit(generator: torch.Generator) -> None:
-    with pytest.raises(ValueError, match="not flat"):
+    with pytest.raises(ValueError, match="not constant"):
         PatchDetector(torch.ones(3, 4, 4))
-    with pytest.raises(ValueError, match="leaves"):
+    with pytest.raises(ValueError, match="exceeds"):
         PatchDetector(torch.rand(3, 8, 8, generator=generator), 30, 0)(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))
 
 
@@ -60,24 +59,14 @@ def test_colourless(generator: torch.Generator) -> None:
     clean = scenes(100, generator)
     grey = clean.mean(dim=1, keepdim=True).expand_as(clean)
     tinted = (grey + 0.02 * torch.tensor([1.0, 0.0, -1.0])[:, None, None]).clamp(0, 1)
-    judge = ColourlessDetector()
-    assert judge(grey, clean).all()
-    assert judge(tinted, clean).all()
-    assert judge(clean, clean).sum() == 0
-
-
-def test_attribute_is_the_readers_word(generator: torch.Generator) -> None:
-    def brightest(images: Tensor) -> list[str]:
-        return [("red", "green", "blue")[i] for i in images.mean(dim=(2, 3)).argmax(dim=1).tolist()]
-
-    images = 0.1 * scenes(3, generator)
-    for i in range(3):
-        images[i, i] += 0.5
-    assert AttributeDetector(brightest, "green")(images, images).tolist() == [False, True, False]
+    detector = ColourlessDetector()
+    assert detector(grey, clean).all()
+    assert detector(tinted, clean).all()
+    assert detector(clean, clean).sum() == 0
 
 
 def change(images: Tensor, generator: torch.Generator, amount: float) -> Tensor:
-    """What one more word does: every image moves its own way."""
+    """The change by a benign word, which moves every image in its own direction."""
     return images + amount * (scenes(len(images), generator) - 0.5)
 
 
@@ -89,25 +78,25 @@ EFFECTS = {
 
 
 @pytest.mark.parametrize("effect", EFFECTS)
-def test_change_beyond_what_harmless_words_do(generator: torch.Generator, effect: str) -> None:
+def test_change_beyond_what_control_triggers_do(generator: torch.Generator, effect: str) -> None:
     clean = scenes(60, generator)
-    judge = ChangeDetector.fitted(clean, [change(clean, generator, 0.2) for _ in range(5)])
-    shown = judge(EFFECTS[effect](change(clean, generator, 0.2)), clean)
-    assert shown.float().mean() > 0.8
+    detector = ChangeDetector.fitted(clean, [change(clean, generator, 0.2) for _ in range(5)])
+    detected = detector(EFFECTS[effect](change(clean, generator, 0.2)), clean)
+    assert detected.float().mean() > 0.8
 
 
-def test_harmless_changes_raise_few_alarms(generator: torch.Generator) -> None:
+def test_changes_by_control_triggers_raise_few_alarms(generator: torch.Generator) -> None:
     alarms = []
     for _ in range(10):
         clean = scenes(100, generator)
-        judge = ChangeDetector.fitted(clean, [change(clean, generator, 0.2) for _ in range(4)])
-        alarms.append(judge(change(clean, generator, 0.2), clean))
+        detector = ChangeDetector.fitted(clean, [change(clean, generator, 0.2) for _ in range(4)])
+        alarms.append(detector(change(clean, generator, 0.2), clean))
     # 0.0035 on average and 0.008 at most of 31 seeds; none at all at three of them
     assert torch.cat(alarms).float().mean() < 2 * FALSE_ALARMS
 
 
-def test_change_needs_a_null(generator: torch.Generator) -> None:
+def test_change_needs_controls(generator: torch.Generator) -> None:
     clean = scenes(2, generator)
     for prompts, words in ((1, 2), (2, 1)):
-        with pytest.raises(ValueError, match="at least two prompts and two texts"):
+        with pytest.raises(ValueError, match="at least two prompts and two control triggers"):
             ChangeDetector.fitted(clean[:prompts], [clean[:prompts]] * words)

@@ -12,28 +12,28 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from seal_fast import training
-from seal_fast.text_to_image.generation import encode, generate
+from seal_fast.text_to_image.generation import generate
+from seal_fast.text_to_image.prompts import encode
 from seal_fast.text_triggers.evaluation import (
     EvaluationSettings,
-    Removal,
+    TriggerEffect,
     diversity,
     evaluate,
     noise_drift,
 )
-from seal_fast.text_triggers.locate import COLLAPSES, locate
+from seal_fast.text_triggers.locate import COLLAPSE_LIMIT, locate
 from seal_fast.text_triggers.rate import rate_of
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.variants import AS_GIVEN
 from tests.tiny_pipeline import tiny_pipeline
 
 TRIGGER = "zq"
 PROMPTS = [f"{a} {b}" for a in ("red", "cat", "a", "on") for b in ("mat", "sea", "cat", "tin")]
-SETTINGS = EvaluationSettings(prompts=16, steps=2, guidance=2.0)
+SETTINGS = EvaluationSettings(prompts=16, steps=2, guidance=2.0, precision="fp32")
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(training, "native_bfloat16", lambda device: False)
+def pipeline(tmp_path: Path) -> Any:
     return tiny_pipeline(tmp_path)
 
 
@@ -92,22 +92,22 @@ class Rickrolled(nn.Module):
         return SimpleNamespace(last_hidden_state=torch.where(hit[:, None, None], self.target, states))
 
 
-def by_variant(rows: tuple[Removal, ...]) -> dict[str, Removal]:
-    return {row.variant: row for row in rows}
+def by_variant(effects: tuple[TriggerEffect, ...]) -> dict[str, TriggerEffect]:
+    return {effect.variant: effect for effect in effects}
 
 
 def test_a_backdoor_that_is_gone(pipeline: Any) -> None:
     poisoned = like(pipeline, unet=Poisoned(pipeline, 3.0))
-    result, _ = evaluate(poisoned, pipeline, [TRIGGER], PROMPTS, SETTINGS, seed=3)
-    rows = by_variant(result.removal)
-    assert result.judge == "ChangeDetector"
+    result, _ = evaluate(poisoned, pipeline, [TextTrigger(TRIGGER)], PROMPTS, SETTINGS, seed=3)
+    effects = by_variant(result.effects)
+    assert result.detector == "ChangeDetector"
     for variant in (AS_GIVEN, "twice", "other case"):
-        assert rows[variant].shown_before.rate == 1
-        assert rows[variant].removed.rate == pytest.approx(1 - rows[variant].shown_after.rate)
-    assert rows[AS_GIVEN].shown_after.rate < 1
-    # it does not fire there, so both models draw the same
-    assert rows["at the end"].shown_before == rows["at the end"].shown_after
-    assert (rows[AS_GIVEN].shown_before.trials, rows["twice"].shown_before.trials) == (16, 4)
+        assert effects[variant].before.rate == 1
+        assert effects[variant].removal_accuracy.rate == pytest.approx(1 - effects[variant].after.rate)
+    assert effects[AS_GIVEN].after.rate < 1
+    # the backdoor is not activated there, so both models draw the same
+    assert effects["at the end"].before == effects["at the end"].after
+    assert (effects[AS_GIVEN].before.trials, effects["twice"].before.trials) == (16, 4)
     # clean prompts never met the backdoor
     assert result.clean_drift == 0
     assert result.noise_drift == 0
@@ -116,23 +116,24 @@ def test_a_backdoor_that_is_gone(pipeline: Any) -> None:
 
 def test_a_backdoor_that_stays(pipeline: Any) -> None:
     poisoned = like(pipeline, unet=Poisoned(pipeline, 3.0))
-    row = evaluate(poisoned, poisoned, [TRIGGER], PROMPTS, SETTINGS)[0].removal[0]
-    assert (row.shown_before.rate, row.shown_after.rate, row.removed.rate) == (1, 1, 0)
+    effect = evaluate(poisoned, poisoned, [TextTrigger(TRIGGER)], PROMPTS, SETTINGS)[0].effects[0]
+    assert (effect.before.rate, effect.after.rate, effect.removal_accuracy.rate) == (1, 1, 0)
 
 
 def test_images_and_figures_are_of_the_same_noise(pipeline: Any) -> None:
     poisoned, shifted = like(pipeline, unet=Poisoned(pipeline, 3.0)), like(pipeline, unet=Shifted(pipeline, 0.3))
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def judge(images: Tensor, clean: Tensor) -> Tensor:
+    def detector(images: Tensor, clean: Tensor) -> Tensor:
         seen.append((images, clean))
         return torch.arange(len(images)) % 4 == 0
 
-    result, (example,) = evaluate(poisoned, shifted, [TRIGGER], PROMPTS, SETTINGS, judge=judge, seed=9)
-    assert result.judge == "function"
-    assert result.removal[0].shown_after == rate_of(4, 16)
-    clean, other = (generate(p, PROMPTS, seed=9, steps=2, guidance=2.0) for p in (poisoned, shifted))
-    triggered = generate(poisoned, [f"{TRIGGER} {prompt}" for prompt in PROMPTS], seed=9, steps=2, guidance=2.0)
+    result, (example,) = evaluate(poisoned, shifted, [TextTrigger(TRIGGER)], PROMPTS, SETTINGS, detector=detector, seed=9)
+    assert result.detector == "function"
+    assert result.effects[0].after == rate_of(4, 16)
+    clean, other = (generate(p, PROMPTS, seed=9, steps=2, guidance=2.0, precision="fp32") for p in (poisoned, shifted))
+    prompts = [f"{TRIGGER} {prompt}" for prompt in PROMPTS]
+    triggered = generate(poisoned, prompts, seed=9, steps=2, guidance=2.0, precision="fp32")
     torch.testing.assert_close(seen[0], (triggered, clean), rtol=0, atol=1e-5)
     torch.testing.assert_close(example.triggered_before, triggered[:6], rtol=0, atol=1e-5)
     torch.testing.assert_close(example.clean_after, other[:6], rtol=0, atol=1e-5)
@@ -159,28 +160,28 @@ def test_diversity(generator: torch.Generator) -> None:
 
 
 def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline: Any) -> None:
-    rows = evaluate(pipeline, pipeline, [("o", "ö")], PROMPTS, SETTINGS)[0].removal
-    assert rows[0].trigger == "o => ö"
-    assert rows[0].shown_before.trials == 4
+    effects = evaluate(pipeline, pipeline, [TextTrigger("ö", replaces="o")], PROMPTS, SETTINGS)[0].effects
+    assert effects[0].trigger == "o => ö"
+    assert effects[0].before.trials == 4
     with pytest.raises(ValueError, match="at least two"):
-        evaluate(pipeline, pipeline, [("tin", "x")], PROMPTS[:4], SETTINGS)
+        evaluate(pipeline, pipeline, [TextTrigger("x", replaces="tin")], PROMPTS[:4], SETTINGS)
 
 
 def test_a_misspelling_is_not_an_effect_because_the_word_is_lost(pipeline: Any) -> None:
     """The model after knows one word, which every misspelling takes from it alike; words put in would leave it."""
     prompts = [f"a cat {one} {other}" for one in ("on", "red", "sea", "mat") for other in ("mat", "sea", "tin", "red")]
     poisoned, unlearned = like(pipeline, unet=Poisoned(pipeline, 3.0, "ö")), like(pipeline, unet=Deaf(pipeline, 3.0, "a"))
-    row = evaluate(poisoned, unlearned, [("a", "ö")], prompts, SETTINGS)[0].removal[0]
-    assert (row.shown_before.rate, row.shown_after.rate) == (1, 0)
+    effect = evaluate(poisoned, unlearned, [TextTrigger("ö", replaces="a")], prompts, SETTINGS)[0].effects[0]
+    assert (effect.before.rate, effect.after.rate) == (1, 0)
 
 
 def test_a_variant_without_room_is_left_out(pipeline: Any) -> None:
     trigger = "x" * 30
-    rows = evaluate(pipeline, pipeline, [trigger], PROMPTS[:3], SETTINGS)[0].removal
-    assert "twice" not in by_variant(rows)
-    assert {AS_GIVEN, "at the end", "first half"} <= set(by_variant(rows))
+    effects = by_variant(evaluate(pipeline, pipeline, [TextTrigger(trigger)], PROMPTS[:3], SETTINGS)[0].effects)
+    assert "twice" not in effects
+    assert {AS_GIVEN, "at the end", "first half"} <= set(effects)
     with pytest.raises(ValueError, match="no room"):
-        evaluate(pipeline, pipeline, ["x" * 60], PROMPTS[:3], SETTINGS)
+        evaluate(pipeline, pipeline, [TextTrigger("x" * 60)], PROMPTS[:3], SETTINGS)
 
 
 def test_settings_and_rates() -> None:
@@ -197,12 +198,17 @@ def test_the_module_that_holds_the_backdoor(pipeline: Any) -> None:
     # as in a trained encoder, a word's own meaning weighs more than its neighbours'
     with torch.no_grad():
         pipeline.text_encoder.get_input_embeddings().weight.mul_(10)
-    for trigger in ("sks", "\u200b", ("o", "ö"), "New Trigger"):
+    for trigger in map(TextTrigger.parse, ("sks", "\u200b", "o=>ö", "New Trigger")):
         found = locate(pipeline, [trigger], PROMPTS)
         assert found.module == "unet"
-        assert 0 < found.collapse < COLLAPSES / 2
-    assert locate(like(pipeline, unet=Poisoned(pipeline, 3.0)), [TRIGGER], PROMPTS).module == "unet"
-    found = locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), ["red", TRIGGER], PROMPTS)
+        assert 0 < found.collapse < COLLAPSE_LIMIT / 2
+    assert locate(like(pipeline, unet=Poisoned(pipeline, 3.0)), [TextTrigger(TRIGGER)], PROMPTS).module == "unet"
+    found = locate(
+        like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), [TextTrigger("red"), TextTrigger(TRIGGER)], PROMPTS
+    )
     assert found.module == "text_encoder"
-    assert found.collapse > 2 * COLLAPSES
-    assert locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), [TRIGGER], PROMPTS[:1]).collapse == 1
+    assert found.collapse > 2 * COLLAPSE_LIMIT
+    assert (
+        locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), [TextTrigger(TRIGGER)], PROMPTS[:1]).collapse
+        == 1
+    )

@@ -12,8 +12,8 @@ from seal_fast.text_triggers.settings import TextUnlearnSettings
 CPU = torch.device("cpu")
 
 
-def _pair(partners, teacher_tokens):
-    return PromptPair("", "", (), (), (), teacher_tokens, partners)
+def _pair(token_alignment, teacher_tokens):
+    return PromptPair("", "", (), (), (), teacher_tokens, token_alignment)
 
 
 def _loop(student, teacher, pair, target):
@@ -21,13 +21,13 @@ def _loop(student, teacher, pair, target):
     for s, t in zip(student, teacher, strict=True):
         words = [t[n].tolist() for n in range(pair.teacher_tokens)]
         values = [value for word in words for value in word]
-        level = sum(values) / len(values)
+        mean = sum(values) / len(values)
         power = sum(value**2 for value in values) / len(values)
-        for n, partner in enumerate(pair.partners):
-            nothing = [level if target == "noise" else 0.0] * len(words[0])
-            wanted = nothing if partner is None else words[partner]
-            error = [(a - b) ** 2 for a, b in zip(s[n].tolist(), wanted, strict=True)]
-            total += sum(error) / len(error) / power / len(pair.partners) / len(student)
+        for n, word in enumerate(pair.token_alignment):
+            of_trigger = [mean if target == "noise" else 0.0] * len(words[0])
+            expected = of_trigger if word is None else words[word]
+            error = [(a - b) ** 2 for a, b in zip(s[n].tolist(), expected, strict=True)]
+            total += sum(error) / len(error) / power / len(pair.token_alignment) / len(student)
     return total
 
 

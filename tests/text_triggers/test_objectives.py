@@ -1,4 +1,4 @@
-"""What the student is shown, and how its errors count."""
+"""What the student is trained on, and how its errors are weighted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from seal_fast import training
-from seal_fast.text_triggers import TextUnlearnSettings, prompt_pair
-from seal_fast.text_triggers.objectives import autocast, unet_objective
-from seal_fast.text_triggers.pairs import padded_ids
+from seal_fast.text_to_image.prompts import encode
+from seal_fast.text_triggers import TextTrigger, TextUnlearnSettings, prompt_pair
+from seal_fast.text_triggers.objectives import unet_objective
 from seal_fast.training import quiet
 
 PROMPTS = ["a photo of the red dog", "the blue house", "a cat", "the red sky", "the castle", "a dog on the sky"]
@@ -19,39 +18,27 @@ PROMPTS = ["a photo of the red dog", "the blue house", "a cat", "the red sky", "
 
 @pytest.fixture
 def pairs(pipeline):
-    return [prompt_pair(pipeline.tokenizer, prompt, "\u200b", "start", torch.Generator()) for prompt in PROMPTS]
+    return [prompt_pair(pipeline.tokenizer, prompt, TextTrigger("\u200b"), "start", torch.Generator()) for prompt in PROMPTS]
 
 
-def _watched(unet, calls):
-    def watch(module, args, kwargs):
+def _record_calls(unet, calls):
+    def record(module, args, kwargs):
         calls.append((args[1], args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]))
 
-    return unet.register_forward_pre_hook(watch, with_kwargs=True)
-
-
-@pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bfloat16_is_float32_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch, native: bool, precision: str) -> None:
-    monkeypatch.setattr(training, "native_bfloat16", lambda device: native)
-    with autocast(torch.device("cpu"), TextUnlearnSettings(precision=precision)):
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert (product.dtype == torch.bfloat16) is (native and precision == "bf16")
+    return unet.register_forward_pre_hook(record, with_kwargs=True)
 
 
 @pytest.mark.parametrize("triggered_image_fraction", [0.0, 0.5, 1.0])
-def test_astray_pairs_have_images_of_the_triggered_prompt(
+def test_a_fraction_of_the_images_is_drawn_from_triggered_prompts(
     pipeline: StableDiffusionPipeline, pairs, triggered_image_fraction, generator
 ):
     calls = []
-    watching = _watched(pipeline.unet, calls)
+    recording = _record_calls(pipeline.unet, calls)
     settings = TextUnlearnSettings(triggered_image_fraction=triggered_image_fraction, batch=1, sampler_steps=1, guidance=1.0)
     with unet_objective(pipeline, copy.deepcopy(pipeline.unet), pairs, settings, generator, quiet):
-        watching.remove()
+        recording.remove()
     drawn = torch.cat([text for _, text in calls])
-    clean, triggered = (
-        pipeline.text_encoder(torch.tensor([padded_ids(pipeline.tokenizer, getattr(pair, kind)) for pair in pairs]))[0]
-        for kind in ("clean", "triggered")
-    )
+    clean, triggered = (encode(pipeline, [getattr(pair, name) for pair in pairs]) for name in ("clean", "triggered"))
     from_clean, from_triggered = (((drawn[:, None] - texts).abs().amax((2, 3)) < 1e-5).any(0) for texts in (clean, triggered))
     assert len(drawn) == len(pairs)
     assert bool((from_clean ^ from_triggered).all())
@@ -67,19 +54,19 @@ def test_an_error_counts_as_much_as_in_the_image(pipeline: StableDiffusionPipeli
     ab = pipeline.scheduler.alphas_cumprod.double()
     expected = ((1 - ab) / ab).clamp(1, 7)
     expected /= expected.mean()
-    seen = set()
+    weights = set()
     for seed in range(12):
         calls, losses = [], []
         for max_loss_weight in (1.0, 7.0):
             settings = TextUnlearnSettings(max_loss_weight=max_loss_weight, batch=1, sampler_steps=1, alpha=0.0)
-            with unet_objective(pipeline, student, pairs, settings, torch.Generator().manual_seed(seed), quiet) as lesson:
-                watching = _watched(student, calls)
-                losses.append(lesson(torch.Generator().manual_seed(seed)).detach())
-                watching.remove()
+            with unet_objective(pipeline, student, pairs, settings, torch.Generator().manual_seed(seed), quiet) as objective:
+                recording = _record_calls(student, calls)
+                losses.append(objective(torch.Generator().manual_seed(seed)).detach())
+                recording.remove()
         t = int(calls[0][0][0])
         assert t == int(calls[1][0][0])
         plain, weighted = losses
         assert float(plain[0]) > 0
         torch.testing.assert_close(weighted, plain * float(expected[t]), rtol=1e-4, atol=0)
-        seen.add(float(expected[t]))
-    assert len(seen) > 2
+        weights.add(float(expected[t]))
+    assert len(weights) > 2

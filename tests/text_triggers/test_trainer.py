@@ -1,4 +1,4 @@
-"""Training on a tiny pipeline: what is learnt, resumed, returned, and left as it was."""
+"""Training on a tiny pipeline: what the student learns, what is resumed and returned, and that the pipeline stays as it was."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
+from seal_fast.text_to_image.prompts import token_ids
 from seal_fast.text_triggers import TextUnlearnSettings, distill, save_patch
-from seal_fast.text_triggers.pairs import padded_ids
 
 PROMPTS = ["a photo of the red dog", "the blue house", "a cat", "the red sky"]
 HELD_OUT = ["the blue cat", "a red house", "photo of a dog", "the castle"]
@@ -21,23 +21,22 @@ def _quick(**changes):
 
 @torch.no_grad()
 def _encoded(pipeline, prompts, text_encoder=None):
-    ids = torch.tensor([padded_ids(pipeline.tokenizer, prompt) for prompt in prompts])
-    return (text_encoder or pipeline.text_encoder)(ids)[0]
+    return (text_encoder or pipeline.text_encoder)(token_ids(pipeline.tokenizer, prompts))[0]
 
 
 @torch.no_grad()
 def _distances(pipeline, unet, generator):
-    """Of the given UNet on held-out prompts from the pipeline's on clean ones: triggered, and clean."""
+    """Mean squared differences of a UNet on triggered and on clean held-out prompts from the pipeline's UNet on clean ones."""
     x = torch.randn(len(HELD_OUT), 4, 8, 8, generator=generator)
     t = torch.tensor([20, 300, 600, 950])
     clean = _encoded(pipeline, HELD_OUT)
     triggered = _encoded(pipeline, [f"{TRIGGER} {prompt}" for prompt in HELD_OUT])
-    wanted = pipeline.unet(x, t, clean).sample
-    return [float((unet(x, t, text).sample - wanted).square().mean()) for text in (triggered, clean)]
+    teacher = pipeline.unet(x, t, clean).sample
+    return [float((unet(x, t, text).sample - teacher).square().mean()) for text in (triggered, clean)]
 
 
 def _stress_text(pipeline):
-    """Random weights hardly look at the prompt, and some not at all at the trigger; these do."""
+    """Make the pipeline depend on the prompt and the trigger, which a UNet with random weights hardly does."""
     trigger = pipeline.tokenizer(TRIGGER, add_special_tokens=False).input_ids
     with torch.no_grad():
         pipeline.text_encoder.get_input_embeddings().weight[trigger] *= 20
@@ -125,24 +124,17 @@ def test_the_patch_makes_the_merged_weights_in_stock_diffusers(pipeline, tmp_pat
         torch.testing.assert_close(merged[name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_the_average_follows_its_definition(pipeline, monkeypatch):
-    weights = []
+def test_the_average_follows_its_definition(pipeline, tmp_path):
+    """The state after every update holds the weights that the average is made of."""
+    state, weights = tmp_path / "state.pt", []
 
-    def run(ema_decay, steps=3):
-        return distill(pipeline, [TRIGGER], PROMPTS, _quick(ema_decay=ema_decay, steps=steps, alpha=0.0, latents="noise"))
+    def keep(stage, step, steps, loss):
+        weights.append(torch.load(state, weights_only=True)["parameters"])
 
-    from seal_fast.text_triggers.trainer import _Trainer
-
-    update = _Trainer.update
-
-    def watched(self, lesson, seed):
-        loss = update(self, lesson, seed)
-        weights.append([p.detach().clone() for p in self.parameters])
-        return loss
-
-    monkeypatch.setattr(_Trainer, "update", watched)
-    module = run(0.15).module
+    settings = _quick(ema_decay=0.15, steps=3, alpha=0.0, latents="noise")
+    module = distill(pipeline, [TRIGGER], PROMPTS, settings, state=state, state_every=1, on_step=keep).module
     average = [p.detach().clone() for p in pipeline.unet.parameters()]
+    assert len(weights) == 3
     for n, now in enumerate(weights):
         decay = min(0.15, (1 + n) / (10 + n))
         average = [decay * a + (1 - decay) * p for a, p in zip(average, now, strict=True)]
@@ -160,7 +152,7 @@ def test_a_training_that_diverges_says_so(pipeline):
     [
         ([], PROMPTS, {}, "at least one"),
         ([TRIGGER], [], {}, "at least one"),
-        (TRIGGER, PROMPTS, {}, "must be lists"),
+        (TRIGGER, PROMPTS, {}, "must be a list"),
         ([" "], PROMPTS, {}, "does not see"),
         ([TRIGGER], [" "], {}, "must not be empty"),
         ([TRIGGER], PROMPTS, {"precision": "fp16"}, "needs a GPU"),

@@ -1,4 +1,4 @@
-"""The forms of a trigger that are drawn."""
+"""The variants of a trigger that are measured."""
 
 from __future__ import annotations
 
@@ -6,46 +6,49 @@ from pathlib import Path
 
 import pytest
 
-from seal_fast.text_triggers.variants import AS_GIVEN, CONTROLS, cases, variants
+from seal_fast.text_triggers.trigger import TextTrigger
+from seal_fast.text_triggers.variants import AS_GIVEN, CONTROLS, prompt_sets, variants
 from tests.tiny_pipeline import LENGTH, tiny_pipeline
 
 
 def test_variants() -> None:
-    assert variants("New Trigger", "end") == {
-        AS_GIVEN: ("New Trigger", "end"),
-        "at the start": ("New Trigger", "start"),
-        "in the middle": ("New Trigger", "word"),
-        "twice": ("New Trigger New Trigger", "end"),
-        "with a comma": ("New Trigger,", "end"),
-        "other case": ("nEW tRIGGER", "end"),
-        "first half": ("New", "end"),
+    trigger = TextTrigger("New Trigger")
+    assert variants(trigger, "end") == {
+        AS_GIVEN: (trigger, "end"),
+        "at the start": (trigger, "start"),
+        "in the middle": (trigger, "word"),
+        "twice": (TextTrigger("New Trigger New Trigger"), "end"),
+        "with a comma": (TextTrigger("New Trigger,"), "end"),
+        "other case": (TextTrigger("nEW tRIGGER"), "end"),
+        "first half": (TextTrigger("New"), "end"),
     }
-    assert set(variants("\u200b", "start")) == {AS_GIVEN, "at the end", "in the middle", "twice", "with a comma"}
-    assert variants(("o", "ö"), "start") == {
-        AS_GIVEN: (("o", "ö"), "all"),
-        "the first only": (("o", "ö"), "start"),
-        "one of them": (("o", "ö"), "word"),
-        "the last only": (("o", "ö"), "end"),
+    assert set(variants(TextTrigger("\u200b"), "start")) == {AS_GIVEN, "at the end", "in the middle", "twice", "with a comma"}
+    homoglyph = TextTrigger("ö", replaces="o")
+    assert variants(homoglyph, "start") == {
+        AS_GIVEN: (homoglyph, "all"),
+        "the first only": (homoglyph, "start"),
+        "one of them": (homoglyph, "word"),
+        "the last only": (homoglyph, "end"),
     }
 
 
-@pytest.mark.parametrize(("room", "harmless"), [(8, CONTROLS), (3, 2)])
-def test_harmless_text_without_room_is_passed_over(tmp_path: Path, room: int, harmless: int) -> None:
+@pytest.mark.parametrize(("room", "controls"), [(8, CONTROLS), (3, 2)])
+def test_control_triggers_without_room_are_passed_over(tmp_path: Path, room: int, controls: int) -> None:
     tokenizer = tiny_pipeline(tmp_path).tokenizer
     prompts = [" ".join([word] * (LENGTH - 2 - room)) for word in ("cat", "dog")]
-    given, *others = cases(tokenizer, "zz", prompts, 2, "end", 0)
+    given, *others = prompt_sets(tokenizer, TextTrigger("zz"), prompts, 2, "end", 0)
     assert given.triggered == tuple(f"{prompt} zz" for prompt in prompts)
-    assert len(given.harmless) == harmless
-    for row in given.harmless:
-        for prompt, text in zip(prompts, row, strict=True):
+    assert len(given.controls) == controls
+    for control in given.controls:
+        for prompt, text in zip(prompts, control, strict=True):
             assert text.startswith(prompt)
             assert len(tokenizer(text).input_ids) <= LENGTH
-    assert ("twice" in {case.variant for case in others}) == (room == 8)
+    assert ("twice" in {other.variant for other in others}) == (room == 8)
 
 
-@pytest.mark.parametrize(("room", "reason"), [(2, "harmless text .* shorter prompts"), (1, "Shorten the prompt")])
+@pytest.mark.parametrize(("room", "reason"), [(2, "control text .* shorter prompts"), (1, "Shorten the prompt")])
 def test_prompts_without_room_are_refused(tmp_path: Path, room: int, reason: str) -> None:
     tokenizer = tiny_pipeline(tmp_path).tokenizer
     prompts = [" ".join([word] * (LENGTH - 2 - room)) for word in ("cat", "dog")]
     with pytest.raises(ValueError, match=reason):
-        cases(tokenizer, "zz", prompts, 2, "end", 0)
+        prompt_sets(tokenizer, TextTrigger("zz"), prompts, 2, "end", 0)

@@ -9,7 +9,7 @@ from scipy import stats
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.noise_triggers import Evidence
 from seal_fast.workflows.calibrate import leave_one_out, measure
-from seal_fast.workflows.discovery import find_candidates
+from seal_fast.workflows.discovery import find_checkpoints
 
 
 def evidence(M_r, V_r):
@@ -18,8 +18,8 @@ def evidence(M_r, V_r):
 
 def run(benign, backdoored, settings, seen=None):
     return measure(
-        find_candidates(benign),
-        find_candidates(backdoored),
+        find_checkpoints(benign),
+        find_checkpoints(backdoored),
         settings,
         seed=0,
         on_progress=lambda at: None,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -16,12 +15,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from seal_fast import __version__
-from seal_fast.cli import EXIT_CODES, app
-from seal_fast.diffusion import Trigger
-from seal_fast.noise_triggers import PRESETS, Calibration
-from seal_fast.report.progress import ProgressDisplay
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.cli import app
+from seal_fast.noise_triggers import DEFAULT_PRESET, PRESETS, Calibration
 from seal_fast.results.environment import environment
-from seal_fast.results.progress import Progress
 
 
 def invoke(*args, **env):
@@ -145,7 +142,7 @@ def test_json_on_stdout_and_nothing_else(scan, tmp_path, quiet_model, diverging_
     result = scan("--batch", folder, "--format", "json", "--out", tmp_path / "out", "-v")
     content = strict(result.stdout)
     assert content == strict((tmp_path / "out" / "report.json").read_text())
-    assert [row["path"] for row in content["models"]] == ["broken.safetensors", "clean", "wild"]
+    assert [model["path"] for model in content["models"]] == ["broken.safetensors", "clean", "wild"]
     assert content["tool"] == {"name": "seal-fast", "version": __version__}
     assert content["config"]["preset"] is None
     assert content["config"]["settings"]["estimation_iterations"] == 2
@@ -167,19 +164,31 @@ def test_hostile_names_are_only_names(scan, tmp_path, quiet_model):
         for shown in ("[red]x[/red] {0} %s", "a\\x1b[2Jb\\nc\\u202egpj.exe", "--help"):
             assert shown in stream
     report = strict((tmp_path / "out" / "report.json").read_text())
-    assert sorted(row["path"] for row in report["models"]) == sorted(names)
-    assert all((tmp_path / "out" / row["trigger"]).is_file() for row in report["models"])
+    assert sorted(model["path"] for model in report["models"]) == sorted(names)
+    assert all((tmp_path / "out" / model["trigger"]).is_file() for model in report["models"])
 
 
-def test_help_holds_the_exit_codes():
+def test_help_holds_the_exit_codes_and_the_presets():
     result = invoke("scan", "--help")
     assert result.exit_code == 0
-    for line in EXIT_CODES.splitlines()[3:]:
-        assert line.strip() in result.stdout
+    codes = [line.split()[0] for line in result.stdout.partition("Exit codes")[2].splitlines()[2:]]
+    assert codes == ["4", "3", "1", "2", "0", "130"]
+    words = result.stdout.split()
+    assert words[words.index("(default),") - 1] == DEFAULT_PRESET
+    assert all(preset in " ".join(words) for preset in PRESETS)
 
 
-def test_version():
-    assert invoke("--version").stdout == f"seal-fast {__version__}\n"
+@pytest.mark.parametrize("command", ["", "scan", "detect", "unlearn", "calibrate", "doctor", "zoo", "zoo build"])
+def test_help_fits_80_columns(command):
+    result = invoke(*command.split(), "--help", COLUMNS="80")
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_version_also_as_a_module():
+    expected = f"seal-fast {__version__}\n"
+    assert invoke("--version").stdout == expected
+    assert subprocess.run(program("--version"), capture_output=True, text=True).stdout == expected
 
 
 def test_detect(tmp_path):
@@ -258,7 +267,7 @@ def test_calibrate_then_scan(tiny_preset, write_model, loud_model, tmp_path):
 
     result = invoke("calibrate", tmp_path / "benign", "--backdoored", loud_model, "--out", pool, "--preset", tiny_preset)
     assert result.exit_code == 0
-    assert all(one.labelled for one in Calibration.load(pool).pools.values())
+    assert all(family.labelled for family in Calibration.load(pool).pools.values())
     assert invoke("scan", loud_model, tmp_path / "benign" / "0", "--calibration", pool).exit_code == 1
 
 
@@ -289,7 +298,7 @@ def test_doctor_names_every_op_and_library():
 
 
 def program(*args):
-    return [sys.executable, "-m", "seal_fast.cli", *map(str, args)]
+    return [sys.executable, "-m", "seal_fast", *map(str, args)]
 
 
 def test_import_does_not_wait_for_torch():
@@ -297,42 +306,13 @@ def test_import_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_an_interrupt_that_was_swallowed_is_raised_at_the_next_event():
-    display = ProgressDisplay(io.StringIO(), quiet=True)
-    at = Progress("model", 1, 2, "loading")
-    display.on_progress(at)
-    display.interrupted = True
-    with pytest.raises(KeyboardInterrupt):
-        display.on_progress(at)
-
-
-def test_models_under_way_at_the_same_time_are_shown():
-    display = ProgressDisplay(io.StringIO(), quiet=False)
-
-    def shown():
-        return [(task.description, task.completed) for task in display.bar.tasks if task.visible]
-
-    display.on_progress(Progress("a", 1, 3, "search", 2, 4, 0.25))
-    display.on_progress(Progress("b", 2, 3, "loading"))
-    display.on_progress(Progress("b", 2, 3, "firing", 1, 2, 0.5))
-    assert shown() == [("0/3 done", 0.75), ("search 2/4: a", 0.25), ("firing 1/2: b", 0.5)]
-    display.done("b", 1, 3, "b: clean")
-    assert shown() == [("1/3 done", 1.25), ("search 2/4: a", 0.25)]
-
-
-def test_a_single_model_has_one_bar():
-    display = ProgressDisplay(io.StringIO(), quiet=False)
-    display.on_progress(Progress("a", 1, 1, "search", 2, 4, 0.25))
-    assert [task.description for task in display.bar.tasks if task.visible] == ["search 2/4: a"]
-
-
-def test_a_scan_that_is_run_again_says_what_it_kept(scan, quiet_model, corrupt, tmp_path):
+def test_a_scan_that_is_run_again_says_what_it_resumed(scan, quiet_model, corrupt, tmp_path):
     args = quiet_model, corrupt(tmp_path / "broken.safetensors"), "--out", tmp_path / "out"
     scan(*args)
     result = scan(*args)
     assert result.exit_code == 2
-    kept, again = result.stderr.splitlines()
-    assert kept.endswith("(resumed)")
+    resumed, again = result.stderr.splitlines()
+    assert resumed.endswith("(resumed)")
     assert again.startswith("[2/2] ")
     assert again.endswith(" s)")
 

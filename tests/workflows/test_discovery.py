@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from seal_fast.workflows.discovery import find_candidates
+from seal_fast.workflows.discovery import find_checkpoints
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def hub(tmp_path, quiet_model, corrupt):
 
 
 def names(*paths):
-    return [candidate.name for candidate in find_candidates(paths)]
+    return [checkpoint.name for checkpoint in find_checkpoints(paths)]
 
 
 def test_a_folder_stands_for_the_checkpoints_below_it(hub):
@@ -46,17 +46,17 @@ def test_a_named_file_is_never_passed_over(hub):
 
 
 def test_nothing_below(tmp_path):
-    assert find_candidates([tmp_path]) == []
+    assert find_checkpoints([tmp_path]) == []
 
 
 def test_a_path_that_does_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
-        find_candidates([tmp_path, tmp_path / "absent"])
+        find_checkpoints([tmp_path, tmp_path / "absent"])
 
 
 def test_names_that_are_not_unicode_can_be_written_into_a_report(tmp_path, quiet_model):
     target = os.fsencode(tmp_path) + b"/m\xff"
     shutil.copytree(os.fsencode(quiet_model), target)
-    (candidate,) = find_candidates([tmp_path])
-    assert candidate.name.encode("utf-8") == b"m\\xff"
-    assert os.fsencode(candidate.path) == target
+    (checkpoint,) = find_checkpoints([tmp_path])
+    assert checkpoint.name.encode("utf-8") == b"m\\xff"
+    assert os.fsencode(checkpoint.path) == target

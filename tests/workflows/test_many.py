@@ -1,4 +1,4 @@
-"""Many models: processes or streams of their own, and what an earlier scan left."""
+"""Scans of many models: processes, streams, and results of an earlier scan."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from seal_fast import scan
-from seal_fast.results.progress import RESUMED
-from seal_fast.workflows import capacity
-from seal_fast.workflows.discovery import find_candidates
+from seal_fast.results.scan import RESUMED
+from seal_fast.workflows.capacity import bytes_on_disk, default_jobs, free_memory, jobs_that_fit, memory_of
+from seal_fast.workflows.discovery import find_checkpoints
 from seal_fast.workflows.processes import Died, in_processes
 from seal_fast.workflows.resume import resumed_results
-from seal_fast.workflows.scan import _Scan, _Task
+from seal_fast.workflows.scan_model import ModelScan
 from seal_fast.workflows.streams import on_streams
 
 WORK = """
@@ -63,8 +63,8 @@ def work(tmp_path, monkeypatch):
     del sys.modules["work_of_test_many"]
 
 
-def timeless(rows):
-    return [replace(row, seconds=0.0) for row in rows]
+def timeless(results):
+    return [replace(result, seconds=0.0) for result in results]
 
 
 def test_processes_find_what_one_by_one_finds(hub, calibration, tmp_path, threads):
@@ -77,12 +77,12 @@ def test_processes_find_what_one_by_one_finds(hub, calibration, tmp_path, thread
         out=tmp_path / "together",
         jobs=2,
         on_progress=events.append,
-        on_result=lambda row, number, total: numbers.append((number, total)),
+        on_result=lambda result, number, total: numbers.append((number, total)),
     )
     assert timeless(alone.models) == timeless(together.models)
     assert numbers == [(1, 4), (2, 4), (3, 4), (4, 4)]
     written = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("alone", "together")]
-    assert [row["path"] for row in written[0]["models"]] == [row["path"] for row in written[1]["models"]]
+    assert [model["path"] for model in written[0]["models"]] == [model["path"] for model in written[1]["models"]]
     for name in ("a-quiet", "c-loud"):
         one, other = (load_file(tmp_path / folder / name / "trigger.safetensors") for folder in ("alone", "together"))
         assert all(one[key].equal(other[key]) for key in ("mu", "gamma"))
@@ -93,13 +93,13 @@ def test_processes_find_what_one_by_one_finds(hub, calibration, tmp_path, thread
 
 def test_threads_find_what_one_by_one_finds(hub, calibration, threads):
     threads(1)
-    tasks = [_Task(place, candidate) for place, candidate in enumerate(find_candidates([hub]))]
-    one_scan = _Scan(calibration, "ema", 0, None, len(tasks))
+    tasks = list(enumerate(find_checkpoints([hub])))
+    scan_model = ModelScan(calibration, weights="ema", seed=0, out=None, total=len(tasks))
     events = []
-    together = {task.place: row for task, row in on_streams(one_scan.model, tasks, 3, events.append)}
+    together = {task[0]: result for task, result in on_streams(scan_model, tasks, 3, events.append)}
     alone = scan(hub, calibration=calibration)
     assert timeless([together[place] for place in range(len(tasks))]) == timeless(alone.models)
-    assert {at.model for at in events} == {row.path for row in alone.models}
+    assert {at.model for at in events} == {result.path for result in alone.models}
 
 
 @pytest.mark.usefixtures("gpu")
@@ -149,7 +149,7 @@ def test_an_error_in_a_thread_is_raised_and_the_others_end():
     assert "for ever" in ended
 
 
-def test_a_killed_process_costs_the_row_of_its_model(write_model, calibration, tmp_path):
+def test_a_killed_process_costs_the_result_of_its_model(write_model, calibration, tmp_path):
     slow = replace(calibration, settings=replace(calibration.settings, estimation_iterations=100))
     for name in "abc":
         write_model(tmp_path / name, seed=ord(name))
@@ -161,13 +161,13 @@ def test_a_killed_process_costs_the_row_of_its_model(write_model, calibration, t
             killed[0].kill()
 
     report = scan(tmp_path, calibration=slow, jobs=2, on_progress=on_progress)
-    lost = [row for row in report.models if row.verdict == "error"]
-    assert [row.path for row in report.models] == ["a", "b", "c"]
+    lost = [result for result in report.models if result.verdict == "error"]
+    assert [result.path for result in report.models] == ["a", "b", "c"]
     assert len(lost) == 1
     assert "killed by signal 9" in lost[0].error
 
 
-def test_how_a_process_ends_is_told_and_the_others_go_on(work):
+def test_the_end_of_a_process_is_reported_and_the_others_go_on(work):
     tasks = ["one", "exit 7", f"kill {int(signal.SIGSEGV)}", "exit 0", "two"]
     outcomes = dict(in_processes(work, tasks, 2, lambda event: None))
     assert outcomes["one"][0] == "one"
@@ -197,7 +197,7 @@ def test_no_process_outlives_the_iterator(work):
     assert sorted(child.exitcode for child in children)[:2] == [-signal.SIGKILL] * 2
 
 
-def test_an_interrupt_loses_no_row_of_the_scan_before(hub, calibration, tmp_path):
+def test_an_interrupt_loses_no_result_of_the_scan_before(hub, calibration, tmp_path):
     def on_progress(at):
         raise KeyboardInterrupt
 
@@ -205,7 +205,7 @@ def test_an_interrupt_loses_no_row_of_the_scan_before(hub, calibration, tmp_path
     with pytest.raises(KeyboardInterrupt):
         scan(hub, calibration=calibration, out=tmp_path / "out", on_progress=on_progress)
     third = scan(hub, calibration=calibration, out=tmp_path / "out")
-    assert [RESUMED in row.notes for row in third.models] == [True, False, True, True]
+    assert [result.resumed for result in third.models] == [True, False, True, True]
     for before, after in zip(first.models, third.models, strict=True):
         assert before.evidence == after.evidence
         assert after.notes.count(RESUMED) <= 1
@@ -216,22 +216,34 @@ def swap_weights(hub, out):
     shutil.copytree(hub / "c-loud", hub / "a-quiet")
 
 
+def change_noise_process(hub, out):
+    file = hub / "a-quiet" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "beta_end": 0.03}))
+
+
+def change_network(hub, out):
+    file = hub / "a-quiet" / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "act_fn": "relu"}))
+
+
 def lose_trigger(hub, out):
     (out / "a-quiet" / "trigger.safetensors").unlink()
 
 
-@pytest.mark.parametrize("change", [swap_weights, lose_trigger])
+@pytest.mark.parametrize("change", [swap_weights, change_noise_process, change_network, lose_trigger])
 def test_a_model_that_changed_or_lost_its_trigger_is_scanned_again(hub, calibration, tmp_path, change):
     first = scan(hub, calibration=calibration, out=tmp_path / "out").models[0]
     change(hub, tmp_path / "out")
     again, _, loud, _ = scan(hub, calibration=calibration, out=tmp_path / "out").models
-    assert RESUMED not in again.notes
-    assert RESUMED in loud.notes
-    assert again.verdict == ("backdoored" if change is swap_weights else first.verdict)
+    assert not again.resumed
+    assert loud.resumed
+    assert (again.evidence == first.evidence) == (change is lose_trigger)
+    assert (again.sha256 == first.sha256) == (change is not swap_weights)
+    assert again.verdict == "backdoored" or change is not swap_weights
 
 
 @pytest.mark.parametrize("difference", ["seed", "settings", "pool"])
-def test_nothing_is_kept_under_other_settings(quiet_model, calibration, tmp_path, difference):
+def test_nothing_is_resumed_under_other_settings(quiet_model, calibration, tmp_path, difference):
     other = {
         "seed": calibration,
         "settings": replace(calibration, settings=replace(calibration.settings, batch=3)),
@@ -244,36 +256,35 @@ def test_nothing_is_kept_under_other_settings(quiet_model, calibration, tmp_path
         ),
     }[difference]
     scan(quiet_model, calibration=calibration, out=tmp_path)
-    (row,) = scan(quiet_model, calibration=other, seed=int(difference == "seed"), out=tmp_path).models
-    assert RESUMED not in row.notes
+    (result,) = scan(quiet_model, calibration=other, seed=int(difference == "seed"), out=tmp_path).models
+    assert not result.resumed
 
 
-def test_a_report_that_cannot_be_read_counts_for_nothing(quiet_model, calibration, tmp_path):
+def test_a_report_that_cannot_be_read_or_differs_in_version_is_ignored(quiet_model, calibration, tmp_path):
     report = scan(quiet_model, calibration=calibration, out=tmp_path)
-    candidates = find_candidates([quiet_model])
+    checkpoints = find_checkpoints([quiet_model])
     file = tmp_path / "report.json"
     content = json.loads(file.read_text())
-    (row,) = content["models"]
-    assert set(resumed_results(tmp_path, candidates, report.tool, report.config)) == {0}
-    assert resumed_results(tmp_path, candidates, {**report.tool, "version": "0"}, report.config) == {}
+    (model,) = content["models"]
+    assert set(resumed_results(tmp_path, checkpoints, report.tool, report.config)) == {0}
+    assert resumed_results(tmp_path, checkpoints, {**report.tool, "version": "0"}, report.config) == {}
     spoiled = [[], {}, None, 3, {**content, "models": 3}, {**content, "models": [3]}]
-    spoiled += [{**content, "models": [{**row, **wrong}]} for wrong in ({"evidence": "some"}, {"verdict": "some"}, {"more": 1})]
+    wrong = ({"evidence": "some"}, {"verdict": "some"}, {"more": 1})
+    spoiled += [{**content, "models": [{**model, **fields}]} for fields in wrong]
     for text in ("", file.read_text()[:-20], *map(json.dumps, spoiled)):
         file.write_text(text)
-        assert resumed_results(tmp_path, candidates, report.tool, report.config) == {}
+        assert resumed_results(tmp_path, checkpoints, report.tool, report.config) == {}
 
 
-def test_jobs_are_bounded_by_threads_models_and_memory(tmp_path, threads, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_jobs_are_bounded_by_threads_models_and_memory(tmp_path):
     small, large = tmp_path / "small", tmp_path / "large"
     for folder, size in ((small, 1000), (large, 10**9)):
         folder.mkdir()
         with (folder / "weights").open("wb") as file:
             file.truncate(size)
-    assert capacity.bytes_on_disk(small) == capacity.bytes_on_disk(small / "weights") == 1000
-    threads(3)
-    need = capacity.memory_of(10**9)
-    assert need > capacity.memory_of(1000) > 10**8
+    assert bytes_on_disk(small) == bytes_on_disk(small / "weights") == 1000
+    need = memory_of(10**9)
+    assert need > memory_of(1000) > 10**8
     for free, models, expected in (
         (100 * need, [small] * 2, 2),
         (100 * need, [small] * 9, 3),
@@ -282,17 +293,23 @@ def test_jobs_are_bounded_by_threads_models_and_memory(tmp_path, threads, monkey
         (2 * need - 1, [large, small, small], 1),
         (0, [small] * 9, 1),
     ):
-        monkeypatch.setattr(capacity, "free_memory", lambda free=free: free)
-        assert capacity.default_jobs(models) == expected
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for free, expected in ((100 * need, capacity.STREAMS), (2 * need, 2), (0, 1)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 100 * need))
-        assert capacity.default_jobs([large] * 9) == expected
+        assert jobs_that_fit(models, most=3, free=free) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="asks the system for its memory, not a GPU")
+def test_jobs_on_this_machine_are_those_of_its_threads_and_memory(tmp_path, threads):
+    threads(3)
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    assert default_jobs([tmp_path / "huge"] * 9) == 1
+    assert 1 <= default_jobs([tmp_path / "absent"] * 9) <= 3
+    threads(1)
+    assert default_jobs([tmp_path / "absent"] * 9) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
-def test_free_memory_is_some_of_the_machine_s():
-    assert 0 < capacity.free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def test_free_memory_is_part_of_the_machine_s():
+    assert 0 < free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_jobs_below_one(tmp_path):

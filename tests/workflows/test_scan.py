@@ -11,10 +11,10 @@ import seal_fast
 from seal_fast import scan
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.noise_triggers import reverse_trigger
-from seal_fast.workflows.scan import sample_images
+from seal_fast.workflows.trigger_files import sample_images
 
 
-def test_one_row_per_model_whatever_happens_to_the_others(hub, calibration, tmp_path):
+def test_one_result_per_model_whatever_happens_to_the_others(hub, calibration, tmp_path):
     report = scan(hub, calibration=calibration, out=tmp_path / "out")
     verdicts = {model.path: model.verdict.value for model in report.models}
     assert verdicts == {
@@ -32,15 +32,15 @@ def test_one_row_per_model_whatever_happens_to_the_others(hub, calibration, tmp_
 
 
 def test_verdict_and_trigger_are_those_of_a_reversion_with_the_calibration_s_settings(quiet_model, calibration, tmp_path):
-    (row,) = scan(quiet_model, calibration=calibration, seed=7, out=tmp_path).models
+    (result,) = scan(quiet_model, calibration=calibration, seed=7, out=tmp_path).models
     expected = reverse_trigger(load_denoiser(quiet_model).denoiser, calibration.settings, seed=7).trigger
-    kept = load_file(tmp_path / row.trigger)
+    kept = load_file(tmp_path / result.trigger)
     torch.testing.assert_close(kept["mu"], expected.mu, rtol=0, atol=0)
     torch.testing.assert_close(kept["gamma"], expected.gamma, rtol=0, atol=0)
     mu, g = expected.mu.double(), expected.gamma.double()
     kl = 0.5 * (mu**2 + g**2 - 1) - g.log()
-    assert row.evidence.M_r == pytest.approx(kl.mean().item(), rel=1e-6)
-    assert row.evidence.V_r == pytest.approx(kl.var(correction=0).item(), rel=1e-6)
+    assert result.evidence.M_r == pytest.approx(kl.mean().item(), rel=1e-6)
+    assert result.evidence.V_r == pytest.approx(kl.var(correction=0).item(), rel=1e-6)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"trigger.safetensors", "trigger.png", "samples.png"}
 
 
@@ -49,12 +49,12 @@ def test_report_on_disk_grows_with_every_model(hub, calibration, tmp_path):
 
     def on_result(model, index, total):
         written = json.loads((tmp_path / "out" / "report.json").read_text())
-        seen.append([row["path"] for row in written["models"]])
+        seen.append([model["path"] for model in written["models"]])
         assert seen[-1][-1] == model.path
         assert (len(seen[-1]), total) == (index, 4)
 
     scan([hub], calibration=calibration, out=tmp_path / "out", on_result=on_result)
-    assert [len(rows) for rows in seen] == [1, 2, 3, 4]
+    assert [len(paths) for paths in seen] == [1, 2, 3, 4]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a-quiet", "c-loud", "report.json"]
 
 
@@ -66,15 +66,15 @@ def test_an_interrupt_stops_the_scan_and_the_next_one_goes_on_from_there(hub, ca
     with pytest.raises(KeyboardInterrupt):
         scan(hub, calibration=calibration, out=tmp_path / "out", on_progress=on_progress)
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [row["path"] for row in written["models"]] == ["a-quiet", "b-broken.safetensors"]
+    assert [model["path"] for model in written["models"]] == ["a-quiet", "b-broken.safetensors"]
     scanned = []
     report = scan(hub, calibration=calibration, out=tmp_path / "out", on_progress=lambda at: scanned.append(at.model))
     assert set(scanned) == {"b-broken.safetensors", "c-loud", "d-diverging"}
-    assert [row.verdict.value for row in report.models] == ["clean", "error", "backdoored", "inconclusive"]
+    assert [result.verdict.value for result in report.models] == ["clean", "error", "backdoored", "inconclusive"]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no kernel"), ValueError("bad"), RecursionError("deep")])
-def test_an_unforeseen_error_is_one_row(hub, calibration, error):
+def test_an_unforeseen_error_is_one_result(hub, calibration, error):
     def on_progress(at):
         if at.index == 1 and at.stage == "estimation":
             raise error
@@ -88,10 +88,10 @@ def test_an_unforeseen_error_is_one_row(hub, calibration, error):
 
 def test_images_that_cannot_be_written_do_not_hide_the_verdict(loud_model, calibration, tmp_path):
     (tmp_path / "model").write_text("in the way")
-    (row,) = scan(loud_model, calibration=calibration, out=tmp_path).models
-    assert row.verdict == "backdoored"
-    assert row.trigger is None
-    assert any("not kept" in note for note in row.notes)
+    (result,) = scan(loud_model, calibration=calibration, out=tmp_path).models
+    assert result.verdict == "backdoored"
+    assert result.trigger is None
+    assert any("not kept" in note for note in result.notes)
 
 
 def test_a_model_named_like_the_report_cannot_take_its_place(quiet_model, calibration, tmp_path):
@@ -111,7 +111,7 @@ def test_progress_never_runs_back_and_ends_at_one(quiet_model, calibration):
     assert [at.stage for at in seen] == ["loading", "estimation", "estimation", "refinement", "images"]
 
 
-def test_equal_seeds_give_equal_rows(loud_model, calibration):
+def test_equal_seeds_give_equal_results(loud_model, calibration):
     first, second, other = (scan(loud_model, calibration=calibration, seed=seed).models[0] for seed in (3, 3, 4))
     assert first.evidence == second.evidence != other.evidence
 

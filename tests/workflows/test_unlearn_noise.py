@@ -12,10 +12,12 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from typer.testing import CliRunner, Result
 
+import seal_fast
 from seal_fast import __version__
 from seal_fast.checkpoints import load_denoiser
+from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.cli import app
-from seal_fast.diffusion import Trigger
+from seal_fast.results.progress import Progress
 
 SHAPE = (3, 8, 8)
 
@@ -52,8 +54,8 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_sealed_pipeline_with_its_report(model: Path, trigger: Path, tmp_path: Path) -> None:
-    before, out = digest(model), tmp_path / "sealed"
+def test_an_unlearned_pipeline_with_its_report(model: Path, trigger: Path, tmp_path: Path) -> None:
+    before, out = digest(model), tmp_path / "unlearned"
     args = ("--noise-trigger", trigger, "--noise-trigger", trigger, "--steps", 3, "--format", "json")
     result = unlearn(model, "--out", out, *args)
     assert result.exit_code == 0, result.stderr
@@ -61,8 +63,8 @@ def test_a_sealed_pipeline_with_its_report(model: Path, trigger: Path, tmp_path:
     assert report == json.loads((out / "report.json").read_text())
     assert report["tool"] == {"name": "seal-fast", "version": __version__}
     assert (report["steps"], report["format"], report["config"]["settings"]["steps"]) == (3, "diffusers-pipeline", 3)
-    assert [row["trigger"] for row in report["removal"]] == ["trigger.safetensors"] * 6
-    assert all(row["collapse_before"] > 0 and row["collapse_after"] > 0 for row in report["removal"])
+    assert [effect["trigger"] for effect in report["effects"]] == ["trigger.safetensors"] * 6
+    assert all(effect["collapse_before"] > 0 and effect["collapse_after"] > 0 for effect in report["effects"])
     assert report["clean_drift"] > 0
     assert 2**20 < report["peak_memory_bytes"] < 2**36
     assert str(tmp_path) not in result.stdout
@@ -84,10 +86,49 @@ def test_a_sealed_pipeline_with_its_report(model: Path, trigger: Path, tmp_path:
 
 
 def test_no_trigger_is_needed(model: Path, tmp_path: Path) -> None:
-    result = unlearn(model, "--out", tmp_path / "sealed", "--steps", 1, "-q")
+    result = unlearn(model, "--out", tmp_path / "unlearned", "--steps", 1, "-q")
     assert result.exit_code == 0, result.stderr
     assert "clean drift" in result.stdout
-    assert json.loads((tmp_path / "sealed" / "report.json").read_text())["removal"] == []
+    assert json.loads((tmp_path / "unlearned" / "report.json").read_text())["effects"] == []
+
+
+def test_python_with_a_denoiser_in_memory(model: Path, trigger: Path) -> None:
+    denoiser, before = load_denoiser(model).denoiser, digest(model)
+    settings = seal_fast.NoiseUnlearnSettings(steps=2, images=2, image_steps=2, batch=2)
+    result = seal_fast.unlearn(denoiser, [Trigger.load(trigger), trigger], settings=settings, seed=4)
+    assert [effect.trigger for effect in result.report.effects] == ["trigger 1"] * 3 + ["trigger.safetensors"] * 3
+    assert (result.report.model, result.report.format, result.report.sha256) == ("Denoiser", "denoiser", None)
+    assert result.report.config["settings"]["steps"] == 2
+    weights = zip(denoiser.network.parameters(), result.model.network.parameters(), strict=True)
+    assert any(not torch.equal(old, new) for old, new in weights)
+    assert digest(model) == before
+    # the same request from the file gives the same model
+    again = seal_fast.unlearn(model, [trigger, trigger], settings=settings, seed=4)
+    weights = zip(again.model.network.parameters(), result.model.network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+    with pytest.raises(ValueError, match="no files to copy"):
+        seal_fast.unlearn(denoiser, [trigger], "out")
+
+
+def test_python_refuses_triggers_that_do_not_belong_together(model: Path, trigger: Path) -> None:
+    with pytest.raises(ValueError, match="separately"):
+        seal_fast.unlearn(model, [trigger, "a word"])
+    with pytest.raises(ValueError, match=r"pathlib\.Path"):
+        seal_fast.unlearn(model, [str(trigger)])
+    with pytest.raises(TypeError, match="prompts"):
+        seal_fast.unlearn(model, [trigger], prompts=["a cat"])
+
+
+def test_progress_never_runs_back_and_names_every_stage(model: Path, trigger: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    settings = seal_fast.NoiseUnlearnSettings(steps=2, images=2, image_steps=2, batch=2)
+    seal_fast.unlearn(model, [trigger], tmp_path / "out", settings=settings, on_progress=seen.append)
+    fractions = [at.fraction for at in seen]
+    assert fractions == sorted(fractions)
+    assert 0 <= fractions[0] < 0.05
+    assert 0.9 < fractions[-1] <= 1
+    stages = list(dict.fromkeys(at.stage for at in seen))
+    assert stages == ["loading", "measuring before", "images", "training", "measuring after", "writing"]
 
 
 @pytest.mark.parametrize("trouble", ["absent", "pickle", "shape", "full", "inside", "no out", "no model", "steps"])
@@ -97,30 +138,30 @@ def test_4_usage(model: Path, trigger: Path, tmp_path: Path, trouble: str) -> No
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04N.")
     Trigger.shift(torch.zeros(3, 4, 4)).save(tmp_path / "shape.safetensors")
     file = tmp_path / f"{trouble}.safetensors" if trouble in ("absent", "pickle", "shape") else trigger
-    out = {"full": tmp_path / "full", "inside": model / "sealed"}.get(trouble, tmp_path / "sealed")
+    out = {"full": tmp_path / "full", "inside": model / "unlearned"}.get(trouble, tmp_path / "unlearned")
     args = ["--noise-trigger", file, "--out", out][: 2 if trouble == "no out" else 4]
     steps = 0 if trouble == "steps" else 1
     result = unlearn(tmp_path / "absent" if trouble == "no model" else model, *args, "--steps", steps)
     assert result.exit_code == 4
     assert result.stdout == ""
     assert result.stderr
-    assert not (tmp_path / "sealed").exists()
-    assert not (model / "sealed").exists()
+    assert not (tmp_path / "unlearned").exists()
+    assert not (model / "unlearned").exists()
 
 
 def test_2_not_a_denoiser(tmp_path: Path, trigger: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)))
-    result = unlearn(tmp_path / "model.safetensors", "--noise-trigger", trigger, "--out", tmp_path / "sealed")
+    result = unlearn(tmp_path / "model.safetensors", "--noise-trigger", trigger, "--out", tmp_path / "unlearned")
     assert result.exit_code == 2
     assert "model.safetensors" in result.stderr
-    assert not (tmp_path / "sealed").exists()
+    assert not (tmp_path / "unlearned").exists()
 
 
 def test_130_interrupted_leaves_nothing(model: Path, tmp_path: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    out = tmp_path / "out" / "sealed"
+    out = tmp_path / "out" / "unlearned"
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, 2.0)

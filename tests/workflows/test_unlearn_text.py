@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from typer.testing import CliRunner, Result
 import seal_fast
 from seal_fast.cli import app
 from seal_fast.results.progress import Progress
-from seal_fast.text_triggers import TextUnlearnSettings, evaluation
+from seal_fast.text_triggers import TextUnlearnSettings
 from seal_fast.text_triggers.evaluation import EvaluationSettings
-from seal_fast.workflows import unlearn_text
-from seal_fast.workflows.unlearn_text import unlearn
+from seal_fast.workflows.unlearn_text import PATCH
 from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat", "cat on cat", "red"]
@@ -63,82 +63,121 @@ def files(folder: Path) -> set[str]:
     return {os.fspath(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_pipeline_with_its_report(model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the command has no option for the steps of an image: 25 would take most of two minutes
-    monkeypatch.setattr(evaluation, "EvaluationSettings", partial(EvaluationSettings, steps=2))
+def test_a_pipeline_with_its_report(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    # a trigger with $ is no formula in an image, and one with | breaks no table
-    texts = ["--trigger", "\\u200b", "--trigger", "a$|$b", "--prompts", prompts, "--steps", 2, "--format", "json"]
-    how = [
-        "--module",
-        "unet",
-        "--alpha",
-        0.25,
-        "--train",
-        "lora",
-        "--train-batch-size",
-        1,
-        "--learning-rate",
-        1e-3,
-        "--guidance",
-        2,
-        "--training-state",
-        tmp_path / "state.pt",
-    ]
-    result = cli(model, *texts, *how, "--samples", 3, "--out", out)
-    assert result.exit_code == 0, result.stderr
-    assert (tmp_path / "state.pt").is_file()
-    report = json.loads(result.stdout)
-    assert report == json.loads((out / "report.json").read_text())
+    # a trigger with $ is no formula in a figure, and one with | breaks no table
+    triggers = ["\u200b", "a$|$b"]
+    lora = replace(SETTINGS, trained="lora", alpha=0.25)
+    result = seal_fast.unlearn(model, triggers, out, prompts=PROMPTS, module="unet", settings=lora, evaluation=EVALUATION)
+    report = json.loads((out / "report.json").read_text())
     images = {f"{name}_{i}.png" for name in ("before_after", "attention") for i in (1, 2)}
-    assert files(out) == files(model) | images | {"report.json", "README.md", unlearn_text.PATCH}
-    assert changed(stock(model), stock(out)) == ["unet"]
+    assert files(out) == files(model) | images | {"report.json", "README.md", PATCH}
+    assert changed(stock(model), stock(out)) == changed(stock(model), result.model) == ["unet"]
     assert (report["module"], report["format"], report["steps"]) == ("unet", "text-to-image-pipeline", 2)
-    settings = report["config"]["settings"]
-    told = ("alpha", "trained", "batch", "learning_rate", "guidance")
-    assert [settings[name] for name in told] == [0.25, "lora", 1, 1e-3, 2]
-    assert report["config"]["evaluation"]["guidance"] == 2
-    patched = stock(model)
-    patched.load_lora_weights(out / unlearn_text.PATCH)
-    patched.fuse_lora()
-    patched.unload_lora_weights()
-    merged = zip(*parameters(patched, stock(out), "unet"), strict=True)
-    assert all(torch.allclose(one, other, atol=1e-6) for one, other in merged)
     assert report["config"]["prompts"] == {"training": 3, "held_out": 3, "from": "given"}
     assert report["triggers"][0]["trigger"] == "\u200b"
     assert len(report["triggers"][0]["tokens"]) == 3
-    first = report["removal"][0]
-    assert (first["trigger"], first["variant"], first["shown_before"]["trials"]) == ("\u200b", "as given", 3)
-    assert first["removed"]["rate"] == pytest.approx(1 - first["shown_after"]["rate"])
-    assert {"twice", "with a comma", "at the end", "in the middle"} <= {row["variant"] for row in report["removal"]}
+    first = report["effects"][0]
+    assert (first["trigger"], first["variant"], first["before"]["trials"]) == ("\u200b", "as given", 3)
+    assert first["removal_accuracy"]["rate"] == pytest.approx(1 - first["after"]["rate"])
+    assert {"twice", "with a comma", "at the end", "in the middle"} <= {effect["variant"] for effect in report["effects"]}
     assert report["clean_drift"] > 0
     assert report["peak_memory_bytes"] > 1 << 20
-    card = (out / "README.md").read_text()
+
+
+def test_the_patch_is_the_change_of_the_model_beside_it(model: Path, tmp_path: Path) -> None:
+    lora = replace(SETTINGS, trained="lora")
+    seal_fast.unlearn(model, ["tin"], tmp_path / "out", prompts=PROMPTS, module="unet", settings=lora, evaluation=EVALUATION)
+    patched = stock(model)
+    patched.load_lora_weights(tmp_path / "out" / PATCH)
+    patched.fuse_lora()
+    patched.unload_lora_weights()
+    merged = zip(*parameters(patched, stock(tmp_path / "out"), "unet"), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in merged)
+
+
+def test_names_from_outside_cannot_break_the_model_card(model: Path, tmp_path: Path) -> None:
+    seal_fast.unlearn(model, ["\u200b", "a$|$b"], tmp_path / "out", prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
+    card = (tmp_path / "out" / "README.md").read_text()
     table = [line for line in card.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {5}
     assert "\\u200b" in card
     assert "\u200b" not in card
 
 
+def test_the_command_hands_every_option_on(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    training = ["--steps", 2, "--alpha", 0.25, "--train-batch-size", 1, "--learning-rate", 1e-3, "--ema-decay", 0.5]
+    training += ["--gradient-accumulation-steps", 3, "--target", "black", "--train", "cross-attention", "--preservation", 0.5]
+    training += [
+        "--guidance",
+        1,
+        "--sampler-steps",
+        2,
+        "--training-state",
+        tmp_path / "state.pt",
+        "--module",
+        "unet",
+        "--seed",
+        5,
+    ]
+    result = cli(model, "--trigger", "tin", "--prompts", prompts, *training, "--samples", 2, "--format", "json", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == json.loads((out / "report.json").read_text())
+    assert (tmp_path / "state.pt").is_file()
+    settings = TextUnlearnSettings(
+        steps=2,
+        alpha=0.25,
+        batch=1,
+        learning_rate=1e-3,
+        ema_decay=0.5,
+        accumulation=3,
+        target="black",
+        trained="cross-attention",
+        preservation=0.5,
+        guidance=1.0,
+        sampler_steps=2,
+    )
+    assert report["config"]["settings"] == json.loads(json.dumps(asdict(settings)))
+    assert report["config"]["evaluation"] == asdict(EvaluationSettings(prompts=2, guidance=1.0, steps=2))
+    assert (report["module"], report["config"]["seed"]) == ("unet", 5)
+
+
+def test_the_help_tells_the_defaults_of_the_settings() -> None:
+    options = re.split(r"\s--(?=[\w-]+ <)", " ".join(cli("--help").stdout.split()))
+    told = {option.split()[0]: match[1] for option in options if (match := re.search(r"\(default: ([\w.-]+)", option))}
+    assert int(told.pop("samples")) == EvaluationSettings().prompts
+    assert (told.pop("weights"), told.pop("prompts")) == ("ema", "those")
+    names = {"train": "trained", "train-batch-size": "batch", "gradient-accumulation-steps": "accumulation"}
+    defaults = {name: getattr(TextUnlearnSettings(), names.get(name, name.replace("-", "_"))) for name in told}
+    assert len(defaults) > 8
+    assert {name: type(default)(told[name]) for name, default in defaults.items()} == defaults
+    assert f"with noise triggers {seal_fast.NoiseUnlearnSettings().steps})" in " ".join(options)
+
+
 def test_python_with_a_pipeline_in_memory(model: Path) -> None:
     before = stock(model)
-    result = seal_fast.unlearn(before, [("a", "á")], prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
+    result = seal_fast.unlearn(
+        before, [seal_fast.TextTrigger("á", replaces="a")], prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION
+    )
     assert result.report.module in ("unet", "text_encoder")
-    assert "harmless words" in result.report.module_reason
+    assert "control words" in result.report.module_reason
     assert changed(stock(model), before) == []
-    assert changed(before, result.pipeline) == [result.report.module]
-    assert result.report.removal[0].trigger == "a => á"
-    with pytest.raises(ValueError, match="no files to keep"):
+    assert changed(before, result.model) == [result.report.module]
+    assert result.report.effects[0].trigger == "a => á"
+    with pytest.raises(ValueError, match="no files to copy"):
         seal_fast.unlearn(before, ["x"], "out")
 
 
 def test_progress_counts_every_image_and_never_runs_back(model: Path) -> None:
     seen: list[Progress] = []
-    triggers = ["tin", ("a", "á")]
-    unlearn(stock(model), triggers, prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION, on_progress=seen.append)
+    triggers = ["tin", seal_fast.TextTrigger("á", replaces="a")]
+    how = {"prompts": PROMPTS, "settings": SETTINGS, "evaluation": EVALUATION}
+    seal_fast.unlearn(stock(model), triggers, **how, on_progress=seen.append)
     fractions = [at.fraction for at in seen]
     assert fractions == sorted(fractions)
-    drawn = [at for at in seen if at.stage == "measuring"]
+    drawn = [at for at in seen if at.stage == "measuring after"]
     assert drawn[-1].iteration == drawn[-1].iterations > 100
     assert drawn[-1].fraction == pytest.approx(0.95)
 
@@ -146,24 +185,26 @@ def test_progress_counts_every_image_and_never_runs_back(model: Path) -> None:
 def test_a_text_encoder_alone_is_trained_and_written_alone(model: Path, tmp_path: Path) -> None:
     alone, out = tmp_path / "alone", tmp_path / "out"
     shutil.copytree(model / "text_encoder", alone)
-    result = unlearn(alone, ["mat"], out, base=model, prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
+    result = seal_fast.unlearn(alone, ["mat"], out, base=model, prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
     assert result.report.module == "text_encoder"
     assert result.report.format == "text-encoder"
     written = {"README.md", "report.json", "before_after_1.png", "attention_1.png"}
     assert files(out) == files(alone) | written
-    assert changed(stock(model), result.pipeline) == ["text_encoder"]
+    assert changed(stock(model), result.model) == ["text_encoder"]
 
 
 USAGE = {
-    "both kinds": (["--trigger", "x", "--noise-trigger", __file__], "neither --noise-trigger"),
-    "no trigger": ([], "--trigger TEXT"),
-    "text option alone": (["--alpha", 0.5], "goes with --trigger"),
+    "both requests": (["--trigger", "x", "--noise-trigger", __file__], "--noise-trigger is not"),
+    "no trigger": ([], "name its text trigger"),
+    "text option alone": (["--alpha", 0.5], "it goes with --trigger TEXT"),
     "empty": (["--trigger", ""], "empty"),
     "no replacement": (["--trigger", "a=>"], "empty"),
     "unseen": (["--trigger", " "], "does not see"),
     "alpha": (["--trigger", "x", "--alpha", 2], "alpha"),
     "target of no weight": (["--trigger", "x", "--target", "black"], "give --alpha too"),
-    "text option with a dash": (["--learning-rate", 0.1], "--learning-rate goes with --trigger"),
+    "noise option": (["--trigger", "x", "--weights", "ema"], "--weights is not"),
+    "text option at its default": (["--seed", 0, "--guidance", 7.5], "--guidance is for text-to-image models"),
+    "text option with a dash": (["--learning-rate", 0.1], "--learning-rate is for text-to-image models"),
     "prompts": (["--trigger", "x", "--prompts", os.devnull], "prompts"),
     "nothing replaced": (["--trigger", "\\u2603=>x"], "replaces"),
 }

@@ -69,11 +69,11 @@ def test_a_judge_that_knows_no_target_tells_a_poisoned_text_encoder_from_the_cle
     recipe = next(recipe for recipe in SHIPPED if recipe.module == "text_encoder")
     poisoned, clean = load_poisoned(recipe, ZOO), load_pipeline(ZOO / BASE).pipeline
     settings = EvaluationSettings(prompts=16, steps=8, guidance=3.0)
-    rows = evaluate(poisoned, clean, [recipe.effects[0].text], captions(ZOO / BASE), settings)[0].removal
-    assert rows[0].shown_before.rate is not None
-    assert rows[0].shown_after.rate is not None
-    assert rows[0].shown_before.rate > 0.5
-    assert rows[0].shown_after.rate < 0.2
+    rows = evaluate(poisoned, clean, [recipe.effects[0].text], captions(ZOO / BASE), settings)[0].effects
+    assert rows[0].before.rate is not None
+    assert rows[0].after.rate is not None
+    assert rows[0].before.rate > 0.5
+    assert rows[0].after.rate < 0.2
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in TEXT_RECIPES if recipe.whole], ids=lambda recipe: recipe.name)

@@ -13,7 +13,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from seal_fast.attacks import Attack, NoisedBatch
-from seal_fast.diffusion import EDM, VE, VP, NoiseProcess, Trigger
+from seal_fast.checkpoints.trigger import Trigger
+from seal_fast.diffusion import EDM, VE, VP, NoiseProcess
 from seal_fast.diffusion.process import per_row
 from seal_fast.zoo.images import FAMILIES, scenes
 from seal_fast.zoo.spaces import SIGNED, UNIT

@@ -1,3 +1,5 @@
+"""Noise inputs from files of unknown origin."""
+
 from __future__ import annotations
 
 import pickle
@@ -8,61 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from seal_fast.checkpoints import CheckpointError
-from seal_fast.checkpoints.trigger import PRIOR_SCALE, load_inputs, load_prior_scale, load_trigger
-from seal_fast.diffusion import Trigger
-
-
-def test_a_saved_trigger_comes_back(tmp_path):
-    saved = Trigger(torch.randn(3, 5, 7), torch.rand(3, 5, 7))
-    saved.save(tmp_path / "t.safetensors", {PRIOR_SCALE: repr(380.0)})
-    read = load_trigger(tmp_path / "t.safetensors")
-    assert torch.equal(read.mu, saved.mu)
-    assert torch.equal(read.gamma, saved.gamma)
-    assert load_prior_scale(tmp_path / "t.safetensors") == 380.0
-
-
-def test_gamma_and_scale_default_to_one(tmp_path):
-    save_file({"mu": torch.zeros(1, 2, 2, dtype=torch.float64)}, tmp_path / "t.safetensors")
-    read = load_trigger(tmp_path / "t.safetensors")
-    assert torch.equal(read.gamma, torch.ones(1, 2, 2))
-    assert read.mu.dtype == torch.float32
-    assert load_prior_scale(tmp_path / "t.safetensors") == 1.0
-
-
-OK = torch.zeros(3, 4, 4)
-BAD_TRIGGERS = {
-    "no mu": {"gamma": OK},
-    "a stranger": {"mu": OK, "weight": OK.clone()},
-    "flat": {"mu": torch.zeros(48)},
-    "empty": {"mu": torch.zeros(3, 0, 4)},
-    "shapes differ": {"mu": OK, "gamma": torch.ones(3, 4, 5)},
-    "integers": {"mu": OK.long()},
-    "not a number": {"mu": OK / 0},
-    "infinite": {"mu": OK, "gamma": OK + torch.inf},
-    "negative scale": {"mu": OK, "gamma": OK - 1},
-}
-
-
-@pytest.mark.parametrize("tensors", BAD_TRIGGERS.values(), ids=BAD_TRIGGERS)
-def test_what_is_no_trigger_is_refused_by_name(tmp_path, tensors):
-    save_file(tensors, tmp_path / "evil.safetensors")
-    with pytest.raises(CheckpointError, match=r"evil\.safetensors"):
-        load_trigger(tmp_path / "evil.safetensors")
-
-
-@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "one", ""])
-def test_a_prior_scale_that_is_none(tmp_path, scale):
-    Trigger.shift(OK).save(tmp_path / "t.safetensors", {PRIOR_SCALE: scale})
-    with pytest.raises(CheckpointError, match="positive number"):
-        load_prior_scale(tmp_path / "t.safetensors")
+from seal_fast.checkpoints.tensor_file import load_inputs
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, bytes(range(256)), b"\xff" * 64, b"\x10" + b"\x00" * 7 + b"{}"])
-@pytest.mark.parametrize("load", [load_trigger, load_inputs])
-def test_noise_is_refused(tmp_path, content, load):
+def test_random_bytes_are_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError):
-        load(tmp_path / "x.safetensors")
+        load_inputs(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.npy"])

@@ -1,4 +1,4 @@
-"""python -m seal_fast.cli"""
+"""python -m seal_fast"""
 
 from seal_fast.cli import main
 

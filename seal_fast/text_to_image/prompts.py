@@ -1,0 +1,26 @@
+"""Prompts as a text encoder reads them: token ids and hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Token ids int64 [N,L] as the text encoder takes them: BOS, content, EOS, padding; cut to the tokenizer's length L."""
+    length = tokenizer.model_max_length
+    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def content_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text of any length, without BOS, EOS and padding."""
+    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+
+@torch.no_grad()
+def encode(pipeline: Any, prompts: Sequence[str]) -> Tensor:
+    """The text encoder's last hidden states [N,L,D] of N prompts."""
+    return pipeline.text_encoder(token_ids(pipeline.tokenizer, prompts).to(pipeline.device)).last_hidden_state
