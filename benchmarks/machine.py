@@ -63,15 +63,16 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-RESULTS = tuple(f":(top,exclude){path}" for path in ("benchmarks/results", "docs/results.md", "docs/profile.md", "docs/triggers"))
+RESULTS = ("benchmarks/results", "docs/results.md", "docs/profile.md", "docs/triggers")
 """What measuring writes: changes there do not change what is measured."""
 
 
 def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
+    status = [*git, "status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in RESULTS)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain", "--", ":/", *RESULTS], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}-dirty" if dirty else head

@@ -1,6 +1,6 @@
 """The file of a table: facts that hold for all results first, then one result per line.
 
-A table grows by one result at a time, so an interrupted run continues where it stopped. Floats keep six significant digits.
+A table grows by one result at a time, so an interrupted run continues where it stopped. Floats keep eight significant digits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-DIGITS = 6
+DIGITS = 8
 
 
 def rounded(value: Any) -> Any:

@@ -1,12 +1,13 @@
-"""The fair table: what takes a text trigger out of a text-to-image model, at equal updates, batch, prompts and seeds.
+"""The table of text triggers: methods that unlearn one compared at equal updates, batch, prompts and seeds.
 
-    python -m benchmarks.unlearning_table [--zoo zoo-text] [--only MODEL ...] [--methods NAME ...] [--seeds 0 1 2]
-        [--out benchmarks/results/unlearning.json]
+    python -m benchmarks.text_unlearning_table [--zoo zoo-text] [--only MODEL ...] [--methods NAME ...] [--seeds 0 1 2]
+        [--out benchmarks/results/text_unlearning.json]
 
-One row per model, method and seed as soon as it is done, so an interrupted run goes on where it stopped. SETTINGS were
-chosen on the models in DEVELOPMENT, with other seeds, before the others were unlearned by them; STEADY on a style model that
-the zoo does not hold: text-64-style's recipe with the trigger "stone garden" and seed 47. Scenes of the figures are of the
-zoo's held-out tenth, on which neither models nor unlearning were trained.
+The result of each model, method and seed is written as soon as it is known, so an interrupted run continues where it stopped.
+SETTINGS were chosen on the models in DEVELOPMENT, with other seeds, before any method ran on the others. STEADY was chosen on a
+style model that the zoo does not hold: text-64-style's recipe with the trigger "stone garden" and seed 47. All figures are
+measured on the zoo's held-out tenth of scenes, on which neither models nor unlearning were trained. Models that are not in
+`zoo-text/` can be rebuilt from their seeds with `seal-fast zoo build-text OUT --only NAME`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import describe_machine
 from benchmarks.published.skd_cag import SELF_KD, Distillation
-from benchmarks.table_file import read_rows, write_table
+from benchmarks.table_file import read_results, write_table
 from seal_fast.attacks.eviledit import edit_unet
 from seal_fast.text_to_image.generation import encode
 from seal_fast.text_triggers import TextUnlearnSettings, distill
@@ -73,7 +74,7 @@ class Task:
 
     @property
     def text(self) -> str:
-        """The trigger; methods that ask for it know no replacement."""
+        """The trigger, for methods that know no replacement of letters."""
         assert isinstance(self.effect.text, str)
         return self.effect.text
 
@@ -83,38 +84,38 @@ def _distilled(changes: dict[str, Any], task: Task) -> nn.Module:
 
 
 def _as_released(task: Task) -> nn.Module:
-    """Its gradient is that of self-distillation on pure noise; the attention term has none."""
+    """The released program. Its attention term has no gradient, so it is self-distillation on pure noise."""
     settings = replace(SELF_KD, batch=SETTINGS.batch, learning_rate=SETTINGS.learning_rate)
     run = Distillation(task.poisoned, task.text, settings, seed=task.seed)
     generator = torch.Generator().manual_seed(task.seed)
     for _ in range(SETTINGS.steps):
-        rows = torch.randint(len(task.prompts), (SETTINGS.batch,), generator=generator)
-        run.step([task.prompts[row] for row in rows])
+        chosen = torch.randint(len(task.prompts), (SETTINGS.batch,), generator=generator)
+        run.step([task.prompts[index] for index in chosen])
     return run.student.eval().requires_grad_(False)
 
 
 def _clean_teacher(task: Task) -> nn.Module:
-    """The paper's "fine-tune reversal": learn the clean model's answer to triggered prompts, on pure noise."""
+    """The paper's "fine-tune reversal": match the clean model's output for triggered prompts, on pure noise."""
     student = copy.deepcopy(task.poisoned.unet).train().requires_grad_(True)
     optimiser = torch.optim.Adam(student.parameters(), lr=SETTINGS.learning_rate)
     generator = torch.Generator().manual_seed(task.seed)
     states = encode(task.poisoned, [task.effect.trigger(prompt) for prompt in task.prompts])
     size = student.config["sample_size"]
     for _ in range(SETTINGS.steps):
-        rows = torch.randint(len(states), (SETTINGS.batch,), generator=generator)
+        chosen = torch.randint(len(states), (SETTINGS.batch,), generator=generator)
         t = torch.randint(task.poisoned.scheduler.config.num_train_timesteps, (SETTINGS.batch,), generator=generator)
         x = torch.randn(SETTINGS.batch, student.config["in_channels"], size, size, generator=generator)
         with torch.no_grad():
-            wanted = task.clean.unet(x, t, states[rows]).sample
+            target = task.clean.unet(x, t, states[chosen]).sample
         optimiser.zero_grad(set_to_none=True)
-        F.mse_loss(student(x, t, states[rows]).sample, wanted).backward()
+        F.mse_loss(student(x, t, states[chosen]).sample, target).backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
     return student.eval().requires_grad_(False)
 
 
 def _erased(task: Task) -> nn.Module:
-    """Closed form in the manner of UCE: the trigger's states are read as the empty prompt's, those of clean prompts stay."""
+    """Closed form in the manner of UCE: the trigger's states map to the empty prompt's, those of clean prompts stay."""
     return edit_unet(task.poisoned, [(task.text, ""), *((prompt, prompt) for prompt in task.prompts)])
 
 
@@ -134,25 +135,25 @@ METHODS: dict[str, Callable[[Task], nn.Module]] = {
     "CAG noise, pure noise": partial(_distilled, {"target": "noise", **NOISE}),
     "all positions": partial(_distilled, {"target": "black", "preservation": 1.0, "positions": ("start", "end", "word")}),
     "CAG black, preservation, 300 updates": partial(_distilled, {"target": "black", "preservation": 1.0, "steps": 300}),
-    "SKD, preservation, weights, triggered_image_fraction, 300 updates": partial(_distilled, {**STEADY, "steps": 300}),
-    "SKD, preservation, weights, triggered_image_fraction": partial(_distilled, STEADY),
+    "SKD, preservation, loss weights, triggered images, 300 updates": partial(_distilled, {**STEADY, "steps": 300}),
+    "SKD, preservation, loss weights, triggered images": partial(_distilled, STEADY),
     "clean teacher": _clean_teacher,
     "closed form": _erased,
     "text encoder": partial(_distilled, ENCODER),
     "text encoder, 300 updates": partial(_distilled, {**ENCODER, "steps": 300}),
 }
-"""By name, what gives a sealed module. `SETTINGS` hold unless a method says otherwise."""
-OF_ENCODERS = ("none", "SKD, preservation, weights, triggered_image_fraction", "text encoder", "text encoder, 300 updates")
-"""Methods for a backdoor of the text encoder: in its place, and in the UNet, which can only make up for it."""
+"""Each method returns the unlearned module. `SETTINGS` hold unless a method says otherwise."""
+ENCODER_METHODS = ("none", "SKD, preservation, loss weights, triggered images", "text encoder", "text encoder, 300 updates")
+"""Methods for a backdoor in the text encoder. The UNet, trained against it, can only compensate."""
 
 
 def suits(method: str, recipe: TextRecipe) -> bool:
-    """Whether a method belongs to the table of a model."""
-    return (method in OF_ENCODERS) if recipe.module == "text_encoder" else not method.startswith("text encoder")
+    """Whether a method is compared on a model."""
+    return (method in ENCODER_METHODS) if recipe.module == "text_encoder" else not method.startswith("text encoder")
 
 
 def _variants(trigger: Trigger) -> dict[str, Callable[[str], str]]:
-    """Forms of a trigger that a prompt may carry."""
+    """Other forms of a trigger in a prompt."""
     if not isinstance(trigger, str):
         old, new = trigger
         return {
@@ -191,7 +192,7 @@ def _before(recipe: TextRecipe, effect: Effect, zoo: Path) -> Tensor:
 
 
 def measure(pipeline: Any, before: Tensor, effect: Effect) -> dict[str, Any]:
-    """Removal, what triggered and clean prompts now draw, and how far clean images drifted from those before."""
+    """Unlearned triggers, correct attributes of triggered and clean images, and drift of clean images from `before`."""
     scenes = held_out_scenes(SAMPLES, EVALUATION_SEED, effect)
     triggered, shown = _shown(pipeline, effect, effect.trigger, scenes)
     clean = draw(pipeline, [scene.caption for scene in scenes], EVALUATION_SEED)
@@ -201,7 +202,7 @@ def measure(pipeline: Any, before: Tensor, effect: Effect) -> dict[str, Any]:
         for name, form in _variants(effect.text).items()
     }
     return {
-        "removed": asdict(rate_of(int((~shown).sum()), len(scenes))),
+        "unlearned": asdict(rate_of(int((~shown).sum()), len(scenes))),
         "variants": variants,
         "caption_accuracy": _right(clean, scenes),
         "triggered_caption_accuracy": _right(triggered, scenes),
@@ -209,7 +210,7 @@ def measure(pipeline: Any, before: Tensor, effect: Effect) -> dict[str, Any]:
     }
 
 
-def run_row(recipe: TextRecipe, effect: Effect, method: str, seed: int, zoo: Path) -> dict[str, Any]:
+def unlearn_once(recipe: TextRecipe, effect: Effect, method: str, seed: int, zoo: Path) -> dict[str, Any]:
     """Unlearn one trigger by one method and measure."""
     poisoned = load_poisoned(recipe, zoo)
     scenes = random_scenes(
@@ -219,8 +220,8 @@ def run_row(recipe: TextRecipe, effect: Effect, method: str, seed: int, zoo: Pat
     started = time.perf_counter()
     module = METHODS[method](task)
     seconds = time.perf_counter() - started
-    sealed = load_poisoned(recipe, zoo)
-    sealed.register_modules(**{"unet" if isinstance(module, type(sealed.unet)) else "text_encoder": module})
+    unlearned = load_poisoned(recipe, zoo)
+    unlearned.register_modules(**{"unet" if isinstance(module, type(unlearned.unet)) else "text_encoder": module})
     return {
         "model": recipe.name,
         "effect": effect.name,
@@ -228,19 +229,19 @@ def run_row(recipe: TextRecipe, effect: Effect, method: str, seed: int, zoo: Pat
         "method": method,
         "seed": seed,
         "seconds": seconds,
-        **measure(sealed, _before(recipe, effect, zoo), effect),
+        **measure(unlearned, _before(recipe, effect, zoo), effect),
     }
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    # that of the first rows: only seconds depend on it, and no table shows them
+def _write(path: Path, results: list[dict[str, Any]]) -> None:
+    # the machine of the first results: only seconds depend on it, and no table shows them
     machine = json.loads(path.read_text())["machine"] if path.exists() else describe_machine()
     document = {
-        "command": "python -m benchmarks.unlearning_table",
+        "command": "python -m benchmarks.text_unlearning_table",
         "machine": machine,
         "settings": asdict(SETTINGS),
         "samples": SAMPLES,
-        "rows": rows,
+        "results": results,
     }
     write_table(path, document)
 
@@ -251,11 +252,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="default: the zoo's poisoned models but DEVELOPMENT")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/unlearning.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/text_unlearning.json"))
     options = parser.parse_args()
-    rows = read_rows(options.out)
-    done = {(row["model"], row["effect"], row["method"], row["seed"]) for row in rows}
-    present = {row["name"] for row in read_manifest(options.zoo)}
+    results = read_results(options.out)
+    done = {(result["model"], result["effect"], result["method"], result["seed"]) for result in results}
+    present = {entry["name"] for entry in read_manifest(options.zoo)}
     wanted = options.only or present - set(DEVELOPMENT)
     recipes = [recipe for recipe in TEXT_RECIPES if recipe.name in wanted]
     for seed in options.seeds:
@@ -264,15 +265,16 @@ def main() -> None:
                 for effect in recipe.effects:
                     if not suits(method, recipe) or (recipe.name, effect.name, method, seed) in done:
                         continue
-                    row = run_row(recipe, effect, method, seed, options.zoo)
-                    rows.append(row)
-                    _write(options.out, rows)
-                    _tell(row)
+                    result = unlearn_once(recipe, effect, method, seed, options.zoo)
+                    results.append(result)
+                    _write(options.out, results)
+                    _print(result)
 
 
-def _tell(row: dict[str, Any]) -> None:
-    figures = f"removed {row['removed']['rate']:.3f}, captions {row['caption_accuracy']:.3f}, drift {row['clean_drift']:.4f}"
-    print(f"{row['model']} {row['effect']}, {row['method']}, seed {row['seed']}: {figures}", file=sys.stderr)
+def _print(result: dict[str, Any]) -> None:
+    rate, captions, drift = result["unlearned"]["rate"], result["caption_accuracy"], result["clean_drift"]
+    name = f"{result['model']} {result['effect']}, {result['method']}, seed {result['seed']}"
+    print(f"{name}: unlearned {rate:.3f}, captions {captions:.3f}, drift {drift:.4f}", file=sys.stderr)
 
 
 if __name__ == "__main__":
