@@ -91,7 +91,7 @@ CASES = (
 def loops(denoiser: Denoiser, batch: int, folder: str) -> dict[str, Callable[[], object]]:
     """Runs of ITERATIONS iterations by program."""
     theirs = replace(published.TROJDIFF, batch=batch)
-    start = published.first_guess(denoiser, theirs)
+    start = published.initial_trigger(denoiser, theirs)
     ours = TerdSettings(estimation_iterations=ITERATIONS, refinement_iterations=0, batch=batch)
     return {
         "published": lambda: published.estimate(denoiser, start, theirs, ITERATIONS, Path(folder) / "reverse.pkl"),

@@ -186,9 +186,13 @@ SECTIONS: tuple[Callable[[], list[str]], ...] = (
 """The sections of the page, in its order."""
 
 
+def render_results() -> str:
+    return "\n".join(line for section in SECTIONS for line in section()).rstrip() + "\n"
+
+
 def main() -> None:
     PROFILE_PAGE.write_text(render_profile())
-    page = "\n".join(line for section in SECTIONS for line in section()).rstrip() + "\n"
+    page = render_results()
     PAGE.write_text(page)
     for image in IMAGES.glob("*.png"):
         if f"({IMAGES.name}/{image.name})" not in page:

@@ -80,7 +80,7 @@ def released(model: Denoiser, stage: str, program: published.Settings, settings:
     used, timed = replace(program, batch=settings.batch), settings.estimation_iterations + settings.refinement_iterations
     loop = published.estimate if stage == "estimation" else published.refine
     began = time.perf_counter()
-    loop(model, published.first_guess(model, used), used, timed, path)
+    loop(model, published.initial_trigger(model, used), used, timed, path)
     return (time.perf_counter() - began) / timed
 
 
