@@ -147,9 +147,9 @@ def test_models_whose_attack_is_not_implanted_are_trained_once_and_measured(
     table = tmp_path / "table.json"
     words = ["--zoo", str(tmp_path), "--out", str(table)]
     not_taken.main([*words, "--only", "c"])
-    first = json.loads(table.read_text())["rows"]
+    first = json.loads(table.read_text())["results"]
     not_taken.main(words)
-    rows = json.loads(table.read_text())["rows"]
+    rows = json.loads(table.read_text())["results"]
     assert rows[:1] == first
     for row, recipe in zip(rows, weak, strict=True):
         assert (row["name"], row["method"], row["seed"], row["size"]) == (recipe.name, recipe.method, recipe.seed, 16)
