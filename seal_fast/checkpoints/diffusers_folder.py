@@ -6,7 +6,7 @@ import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -44,8 +44,26 @@ def identify(folder: Path) -> str | None:
     return "diffusers-unet" if str(class_name).startswith("UNet2D") else None
 
 
-def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor], NoiseProcess, list[Path], float]:
-    """Read a pipeline or UNet folder: checked UNet config, tensors, noise process, weight files, and value range of its data.
+class Contents(NamedTuple):
+    """The content of a checkpoint that the Denoiser is built from.
+
+    Attributes:
+        config: checked config of the UNet.
+        tensors: tensors of the UNet, under diffusers' present names.
+        process: the noise process.
+        files: the weight files.
+        value_range: see `seal_fast.diffusion.Denoiser`.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    process: NoiseProcess
+    files: list[Path]
+    value_range: float
+
+
+def read(folder: Path, notes: list[str]) -> Contents:
+    """Read a pipeline or UNet folder.
 
     Args:
         folder: the checkpoint.
@@ -62,19 +80,23 @@ def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tens
         _note_claims(folder, notes)
     # diffusers also accepts a pipeline whose parts lie in one folder, such as google/ddpm-cifar10-32
     part = "unet/" if index is not None and os.path.lexists(folder / "unet") else ""
-    config_path = inside(folder, part + "config.json")
-    # BadDiffusion saves its training options under this name, so the content must be the config of a UNet
-    config = read_json(config_path) if config_path else {}
-    if config_path and ("block_out_channels" in config or "_class_name" in config):
-        config = unet.checked_config(config, config_path)
-    else:
-        config = {}
+    config = _read_config(folder, part)
     tensors, files = read_weights(folder, part, WEIGHT_NAMES, notes)
     tensors = unet.modern_names(tensors)
-    if not config:
+    if config is None:
         config = unet.inferred_config(tensors, files[0])
-        notes.append(f"no UNet config: structure and image size {config['sample_size']} inferred from the tensors")
-    return config, tensors, _read_process(folder, config, notes), files, value_range
+        notes.append(f"no UNet config: architecture and image size {config['sample_size']} inferred from the tensors")
+    return Contents(config, tensors, _read_process(folder, config, notes), files, value_range)
+
+
+def _read_config(folder: Path, part: str) -> dict[str, Any] | None:
+    """The checked config of the UNet, or None if there is none."""
+    path = inside(folder, part + "config.json")
+    config = read_json(path) if path else {}
+    # BadDiffusion saves its training options under this name, so the content must be that of a UNet's config
+    if path is None or not ("block_out_channels" in config or "_class_name" in config):
+        return None
+    return unet.checked_config(config, path)
 
 
 def _checked_value_range(index: Mapping[str, Any], path: Path, notes: list[str]) -> float:

@@ -6,12 +6,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from seal_fast.checkpoints import containers, ddpm_pytorch, diffusers_folder, unet
+from seal_fast.checkpoints.diffusers_folder import Contents
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 from seal_fast.checkpoints.files import sha256
 from seal_fast.checkpoints.noise import default_process
@@ -116,19 +115,19 @@ def load_denoiser(path: Path, *, weights: str = "ema", device: str | torch.devic
                 raise CheckpointError(
                     path, "no checkpoint: it has neither model_index.json nor a UNet's config.json or weights"
                 )
-            config, tensors, process, files, value_range = diffusers_folder.read(path, notes)
+            contents = diffusers_folder.read(path, notes)
         else:
-            config, tensors, format = _read_file(path, weights, notes)
-            process, files, value_range = default_process(notes), [path], 1.0
-        network = unet.build(config, tensors, files[0])
-        denoiser = Denoiser(network, process, unet.image_shape(config), value_range)
-        digest = sha256(files)
+            contents, format = _read_file(path, weights, notes)
+        network = unet.build(contents.config, contents.tensors, contents.files[0])
+        shape = unet.image_shape(contents.config)
+        denoiser = Denoiser(network, contents.process, shape, contents.value_range)
+        digest = sha256(contents.files)
     network.to(device)
     return LoadedCheckpoint(denoiser, format, digest, tuple(notes))
 
 
-def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """Config, tensors and format of a single file."""
+def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[Contents, str]:
+    """Content and format of a single file."""
     names = containers.keys(path)
     format = _file_format(names)
     if format is None:
@@ -137,8 +136,8 @@ def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[dict[str, An
     tensors = ddpm_pytorch.chosen_weights(containers.load(path), weights, path, notes)
     tensors = ddpm_pytorch.to_diffusers(tensors, path) if format == "trojdiff" else unet.modern_names(tensors)
     config = unet.inferred_config(tensors, path)
-    notes.append(f"no config in the file: structure and image size {config['sample_size']} inferred from the tensors")
-    return config, tensors, format
+    notes.append(f"no config in the file: architecture and image size {config['sample_size']} inferred from the tensors")
+    return Contents(config, tensors, default_process(notes), [path], 1.0), format
 
 
 def _file_format(names: Iterable[str]) -> str | None:
