@@ -45,7 +45,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def model_evidence(reversion: Reversion) -> Evidence:
-    """The evidence of a model: mean and variance of TERD's divergence, size of the trigger, and what the activation test measured."""
+    """The evidence of a model: mean and variance of TERD's divergence, the trigger's size, and the activation test."""
     if not reversion.finite:
         return Evidence(None, None, None, None, None)
     trigger = reversion.trigger

@@ -2,8 +2,8 @@
 
 A `Case` holds what is known of the model as plain numbers. `RULES` is the whole decision: to add a rule, add an entry. Codes
 are stable, since reports contain them. V3, V5 and V8 compare a diversity collapse with its limit. T1 to T3 are the published
-rules (TERD). L1 to L3 use a classifier that is fitted to labelled models. V1, V2 and V4 apply to every score, V6 and V7 to those
-that rest on the diversity collapse.
+rules (TERD). L1 to L3 use a classifier that is fitted to labelled models. V1, V2 and V4 apply to every score, V6 and V7 to
+those that rest on the diversity collapse.
 """
 
 from __future__ import annotations
