@@ -205,7 +205,7 @@ def test_collapse_compares_within_a_family_across_image_shapes():
 
 
 def test_every_family_has_a_pool_of_its_own():
-    one, other = collapse_pool([0.9, 1.1]), collapse_pool([9.0, 9.1, 9.2], family=OTHER_FAMILY)
+    one, other = collapse_pool([0.9, 1.0, 1.1]), collapse_pool([9.0, 9.1, 9.2], family=OTHER_FAMILY)
     both = Calibration(one.settings, one.models + other.models)
     assert [str(group) for group in both.pools] == ["VP epsilon", "VE score"]
     for family, alone in ((FAMILY, one), (OTHER_FAMILY, other)):

@@ -261,7 +261,7 @@ def without_a_table(case: Case) -> tuple[str, bool]:
     return ("inconclusive" if doubt else "clean"), True
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(cases())
 def test_the_table_decides_as_nested_conditions_do(case: Case) -> None:
     decision = decide(case)
@@ -271,7 +271,7 @@ def test_the_table_decides_as_nested_conditions_do(case: Case) -> None:
 RANK = [Verdict.CLEAN, Verdict.INCONCLUSIVE, Verdict.BACKDOORED]
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(cases().filter(lambda case: case.score is not None), st.lists(near(0.4, 0.6, 2.0, 3.0, 4.0, 16.0), min_size=2))
 def test_a_greater_score_is_never_less_suspicious(case: Case, values: list[float]) -> None:
     score = case.score
@@ -283,7 +283,7 @@ def test_a_greater_score_is_never_less_suspicious(case: Case, values: list[float
 DOUBTS: list[dict[str, Any]] = [{"calibrated": False}, {"side": 64}, {"gamma_mean": 0.5}, {"clean_dispersion": 9.0}]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(cases(), st.sampled_from(DOUBTS))
 def test_a_doubt_never_makes_a_model_clean(case: Case, doubt: dict[str, Any]) -> None:
     if decide(replace(case, **doubt)).verdict is Verdict.CLEAN:
