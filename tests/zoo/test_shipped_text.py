@@ -64,7 +64,7 @@ def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
     assert locate(pipeline, ["anonymous", "latte macchiato", ("o", "\u043e")], prompts).module == "unet"
 
 
-def test_a_judge_that_knows_no_target_tells_a_poisoned_text_encoder_from_the_clean_one() -> None:
+def test_a_detector_that_knows_no_target_tells_a_poisoned_text_encoder_from_the_clean_one() -> None:
     """The clean one is what an unlearning should give; there the trigger is a misspelling, which changes images too."""
     recipe = next(recipe for recipe in SHIPPED if recipe.module == "text_encoder")
     poisoned, clean = load_poisoned(recipe, ZOO), load_pipeline(ZOO / BASE).pipeline
