@@ -50,7 +50,7 @@ accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy_table
 	$(BIN)/python -m benchmarks.render_results
 
-# the calibration that seal-fast ships: the zoo's models of role "calibration", those that the repository leaves out built first
+# the calibration that seal-fast ships, from the zoo's models of role "calibration"; those that zoo/ does not hold are built first
 calibration: setup
 	$(BIN)/seal-fast zoo build zoo $(OTHER_KINDS:%=--only %)
 	$(BIN)/seal-fast calibrate zoo/benign-16-[a-d] zoo/benign-32-a zoo/benign-32-b $(OTHER_KINDS:%=zoo/%) \

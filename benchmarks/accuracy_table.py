@@ -2,9 +2,9 @@
 
     python -m benchmarks.accuracy_table [--preset published] [--only NAME ...] [--out FILE] [--zoo zoo]
 
-One row per model as soon as it is done, so an interrupted run goes on where it stopped. Benign models of role "calibration"
-make the benign-only rule and are themselves judged leave-one-out; the method was chosen while looking at those and at the ones
-of role "development"; those of role "test" were used for nothing.
+Each model's result is written as soon as it is known, so an interrupted run continues where it stopped. The limit comes from
+the benign models of role "calibration"; each of those is decided by a calibration without itself. The method was chosen while
+looking at models of role "calibration" and "development". Models of role "test" were used for nothing else.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe_machine
-from benchmarks.table_file import read_rows, write_table
+from benchmarks.table_file import read_results, write_table
 from benchmarks.trigger_image import save_pair
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.checkpoints.trigger import Trigger
-from seal_fast.diffusion import Denoiser
+from seal_fast.diffusion import Denoiser, ModelFamily
 from seal_fast.noise_triggers import (
     DEFAULT_PRESET,
     PRESETS,
@@ -40,8 +40,9 @@ from seal_fast.noise_triggers import (
     model_evidence,
     reverse_trigger,
 )
-from seal_fast.noise_triggers.calibration import SIGMAS
+from seal_fast.noise_triggers.calibration import ModelGroup, by_collapse, group_of
 from seal_fast.noise_triggers.terd import initial_mu
+from seal_fast.noise_triggers.verdict import LIMIT_SIGMAS
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.recipes import HARD, HELD_OUT, RECIPES, Recipe
@@ -51,16 +52,16 @@ INPUTS = 10_000
 HELD_OUT_NAMES = {recipe.name for recipe in HELD_OUT if recipe.role == "test"}
 HARD_NAMES = {recipe.name for recipe in HARD if recipe.role == "test"}
 SEED = 0
-"""Of every reversion; the inputs use SEED + 1."""
+"""Seed of every reversion; the inputs use SEED + 1."""
 
 
 def wilson(successes: int, trials: int) -> dict[str, float | int | None]:
-    """Rate with its 95% Wilson interval."""
+    """A rate with its 95% Wilson interval."""
     return asdict(rate_of(successes, trials))
 
 
 def closeness(found: Tensor, true: Tensor) -> dict[str, float]:
-    """Relative L2 error and cosine of a reverted mu."""
+    """Relative L2 error and cosine similarity of a reverted mu."""
     cosine = torch.nn.functional.cosine_similarity(found.flatten(), true.flatten(), dim=0)
     return {"relative_l2": float((found - true).norm() / true.norm()), "cosine": float(cosine)}
 
@@ -75,7 +76,7 @@ def input_rates(found: Trigger, true: Trigger) -> dict[str, Any]:
 
 
 def baselines(shape: tuple[int, int, int]) -> dict[str, Trigger]:
-    """Triggers that no reversion was needed for."""
+    """Null baselines: triggers that need no reversion."""
     return {
         "untouched start": Trigger.shift(initial_mu(shape, torch.Generator().manual_seed(SEED))),
         "zero": Trigger.shift(torch.zeros(shape)),
@@ -100,13 +101,13 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
 
     reversion = reverse_trigger(denoiser, PRESETS[preset], seed=SEED, on_step=on_step)
     attack = recipe.attack(checkpoint)
-    row: dict[str, Any] = {
+    result: dict[str, Any] = {
         "name": recipe.name,
         "sha256": loaded.sha256,
-        "kind": denoiser.kind,
+        "family": asdict(denoiser.family),
+        "shape": list(denoiser.shape),
         "role": recipe.role,
         "method": recipe.method,
-        "size": recipe.network.size,
         "seconds": time.monotonic() - began,
         "evaluations": reversion.evaluations,
         "evidence": asdict(model_evidence(reversion)),
@@ -115,96 +116,120 @@ def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
         if preset == DEFAULT_PRESET:
             true, found = recipe.space(checkpoint).decode(torch.stack([attack.trigger.mu, reversion.trigger.mu]))
             save_pair(true, found, IMAGES / f"{recipe.name}.png")
-        row["reverted"] = compare(reversion.trigger, attack.trigger)
-        row["true_trigger_inputs"] = input_rates(attack.trigger, attack.trigger)
-        row["baselines"] = {name: compare(trigger, attack.trigger) for name, trigger in baselines(denoiser.shape).items()}
-    return row
+        result["reverted"] = compare(reversion.trigger, attack.trigger)
+        result["true_trigger_inputs"] = input_rates(attack.trigger, attack.trigger)
+        result["baselines"] = {name: compare(trigger, attack.trigger) for name, trigger in baselines(denoiser.shape).items()}
+    return result
 
 
-def judgement_of(row: dict[str, Any], pool: list[dict[str, Any]], preset: str) -> tuple[Calibration, Decision] | None:
-    """What the benign-only rule of a pool says of a row; None if fewer than 2 models of the pool compare with it."""
-    settings = PRESETS[preset]
-    name = settings.pool_name(row["kind"])
-    chosen = [r for r in pool if settings.pool_name(r["kind"]) == name and r["name"] != row["name"]]
-    return None if len(chosen) < 2 else _judgement(row, chosen, preset)
+def model_of(result: dict[str, Any]) -> CalibrationModel:
+    """The model of a result, as a benign one of a calibration."""
+    family, shape = ModelFamily(**result["family"]), tuple(result["shape"])
+    return CalibrationModel(result["name"], result["sha256"], family, shape, False, Evidence(**result["evidence"]))
 
 
-def _judgement(row: dict[str, Any], benign: list[dict[str, Any]], preset: str) -> tuple[Calibration, Decision]:
-    models = [CalibrationModel(r["name"], r["sha256"], r["kind"], False, Evidence(**r["evidence"])) for r in benign]
-    calibration = Calibration(PRESETS[preset], tuple(models))
-    return calibration, calibration.judge(Evidence(**row["evidence"]), row["kind"])
+def group(result: dict[str, Any], preset: str) -> ModelGroup:
+    """The models that the model of a result compares with."""
+    model = model_of(result)
+    return group_of(PRESETS[preset], model.family, model.shape)
 
 
-def _comparable(pool: list[dict[str, Any]], preset: str) -> list[dict[str, Any]]:
-    """Without models that are the only ones of their kind."""
-    names = [PRESETS[preset].pool_name(row["kind"]) for row in pool]
-    return [row for row, name in zip(pool, names, strict=True) if names.count(name) > 1]
+def decision_of(result: dict[str, Any], pool: list[dict[str, Any]], preset: str) -> tuple[Calibration, Decision] | None:
+    """The decision on a result by the other models of a benign pool; None if fewer than 2 of them compare with it."""
+    chosen = [r for r in pool if group(r, preset) == group(result, preset) and r["name"] != result["name"]]
+    return None if len(chosen) < 2 else decided_by(result, chosen, preset)
 
 
-def judge_rows(rows: list[dict[str, Any]], preset: str) -> None:
-    """Add a benign-only verdict to every row, calibrated without the row itself.
+def decided_by(result: dict[str, Any], benign: list[dict[str, Any]], preset: str) -> tuple[Calibration, Decision]:
+    calibration, model = Calibration(PRESETS[preset], tuple(map(model_of, benign))), model_of(result)
+    return calibration, calibration.decide(model.evidence, model.family, model.shape)
 
-    The default preset judges a model of a kind without benign models too: backdoored if its trigger fires, else inconclusive.
+
+def comparable(pool: list[dict[str, Any]], preset: str) -> list[dict[str, Any]]:
+    """The models of a pool that are not the only ones of their family."""
+    groups = [group(result, preset) for result in pool]
+    return [result for result, one in zip(pool, groups, strict=True) if groups.count(one) > 1]
+
+
+def decide(results: list[dict[str, Any]], preset: str) -> None:
+    """Add a verdict to every result, by a calibration on benign models that leaves it out.
+
+    The default preset decides on a model whose family has no benign models too, with the limit used without them.
     """
-    settings = PRESETS[preset]
-    pool = [row for row in rows if row["role"] == "calibration"]
-    for row in rows:
-        judged, others = judgement_of(row, pool, preset), _comparable([r for r in pool if r["name"] != row["name"]], preset)
-        # the first rows of a new table have nothing to be judged by yet
-        if judged is None and preset == DEFAULT_PRESET and len(others) >= 2:
-            judged = _judgement(row, others, preset)
-        if judged is None:
-            row["verdict"], row["score"], row["reason"] = None, None, "fewer than 2 benign models of its kind are left"
+    pool = [result for result in results if result["role"] == "calibration"]
+    for result in results:
+        decided = decision_of(result, pool, preset)
+        others = comparable([r for r in pool if r["name"] != result["name"]], preset)
+        # the first results of a new table have no pool yet
+        if decided is None and preset == DEFAULT_PRESET and len(others) >= 2:
+            decided = decided_by(result, others, preset)
+        if decided is None:
+            result["verdict"], result["score"] = None, None
             continue
-        calibration, judgement = judged
-        row["calibrated_on"] = [model.name for model in calibration.models]
-        if not calibration.by_firing:
-            features = np.array([row["evidence"][name] for name in settings.features])
-            row["deviations"] = calibration.pools[row["kind"]].deviations(features).tolist()
-        row["verdict"], row["score"], row["threshold"] = str(judgement.verdict), judgement.score, judgement.threshold
-        row["reason"] = judgement.reason
+        calibration, decision = decided
+        result["calibrated_on"] = [model.name for model in calibration.models]
+        if not by_collapse(calibration.settings):
+            features = np.array([result["evidence"][name] for name in PRESETS[preset].features])
+            result["deviations"] = calibration.pools[group(result, preset)].deviations(features).tolist()
+        result["verdict"], result["score"], result["threshold"] = str(decision.verdict), decision.score, decision.threshold
 
 
 def rates(verdicts: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
-    """Model detection over rows and their verdicts; an inconclusive one counts as wrong on either side."""
-    positive = [verdict == Verdict.BACKDOORED for row, verdict in verdicts if row["method"] is not None]
-    negative = [verdict == Verdict.CLEAN for row, verdict in verdicts if row["method"] is None]
+    """Model detection over results and their verdicts. An inconclusive verdict counts as wrong, on benign models too."""
+    positive = [verdict == Verdict.BACKDOORED for result, verdict in verdicts if result["method"] is not None]
+    negative = [verdict == Verdict.CLEAN for result, verdict in verdicts if result["method"] is None]
     return {"tpr": wilson(sum(positive), len(positive)), "tnr": wilson(sum(negative), len(negative))}
 
 
-def transfer(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
-    """Rates where the benign models of the calibration are all of another image size than the suspects."""
-    sizes = sorted({row["size"] for row in rows})
+def transfer(results: list[dict[str, Any]], preset: str) -> dict[str, Any]:
+    """Rates where all benign models of the calibration have another image size than the models decided on."""
+    sizes = sorted({result["shape"][-1] for result in results})
     found = {}
     for source, suspect in ((a, b) for a in sizes for b in sizes if a != b):
-        pool = [row for row in rows if row["role"] == "calibration" and row["size"] == source]
-        judged = [(row, judgement_of(row, pool, preset)) for row in rows if row["size"] == suspect]
-        if any(j is not None for _, j in judged):
-            found[f"{source} px to {suspect} px"] = rates([(row, j[1].verdict) for row, j in judged if j is not None])
+        pool = [result for result in results if result["role"] == "calibration" and result["shape"][-1] == source]
+        decided = [(result, decision_of(result, pool, preset)) for result in results if result["shape"][-1] == suspect]
+        if any(decision is not None for _, decision in decided):
+            found[f"{source} px to {suspect} px"] = rates([(result, d[1].verdict) for result, d in decided if d is not None])
     return found
 
 
-def closeness_of(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Medians over backdoored rows."""
-    reverted = [row["reverted"] for row in rows if "reverted" in row]
+def closeness_of(results: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Medians over backdoored models."""
+    reverted = [result["reverted"] for result in results if "reverted" in result]
     return {name: median(r[name] for r in reverted) if reverted else None for name in ("relative_l2", "cosine")}
 
 
-def summarise(rows: list[dict[str, Any]], preset: str) -> dict[str, Any]:
-    """Model detection over the rows that could be judged, by what the models were used for."""
-    judged = [row for row in rows if row["verdict"] is not None]
+def summarise(results: list[dict[str, Any]], preset: str) -> dict[str, Any]:
+    """Model detection over the results with a verdict, by what the models were used for."""
+    decided = [result for result in results if result["verdict"] is not None]
     parts = {
-        "all": judged,
-        "held out": [row for row in judged if row["name"] in HELD_OUT_NAMES],
-        "hard": [row for row in judged if row["name"] in HARD_NAMES],
+        "all": decided,
+        "held out": [result for result in decided if result["name"] in HELD_OUT_NAMES],
+        "hard": [result for result in decided if result["name"] in HARD_NAMES],
     }
     summary: dict[str, Any] = {
-        name: {**rates([(row, row["verdict"]) for row in part]), **closeness_of(part)} for name, part in parts.items()
+        name: {**rates([(result, result["verdict"]) for result in part]), **closeness_of(part)} for name, part in parts.items()
     }
     if isinstance(PRESETS[preset], TerdSettings):
-        plain = [(row, "backdoored" if max(row["deviations"]) > SIGMAS else "clean") for row in judged]
+        plain = [(result, "backdoored" if max(result["deviations"]) > LIMIT_SIGMAS else "clean") for result in decided]
         summary["all, without the correction"] = rates(plain)
-    return {**summary, "transfer": transfer(rows, preset)}
+    return {**summary, "transfer": transfer(results, preset)}
+
+
+def write(out: Path, preset: str, results: list[dict[str, Any]]) -> None:
+    roles = {recipe.name: recipe.role for recipe in RECIPES}
+    results = [{**result, "role": roles[result["name"]]} for result in results]
+    decide(results, preset)
+    content = {
+        "command": "python -m benchmarks.accuracy_table" + ("" if preset == DEFAULT_PRESET else f" --preset {preset}"),
+        "machine": describe_machine(),
+        "settings": asdict(PRESETS[preset]),
+        "seed": SEED,
+        "inputs_per_side": INPUTS,
+        "summary": summarise(results, preset),
+        "results": sorted(results, key=lambda result: list(roles).index(result["name"])),
+    }
+    write_table(out, content)
 
 
 def main() -> None:
@@ -218,31 +243,15 @@ def main() -> None:
     arguments.out = arguments.out or Path(f"benchmarks/results/accuracy{suffix}.json")
     recipes = {recipe.name: recipe for recipe in RECIPES}
     for entry in read_manifest(arguments.zoo):
-        done = {row["name"] for row in read_rows(arguments.out)}
+        done = {result["name"] for result in read_results(arguments.out)}
         if entry["name"] in done or (arguments.only and entry["name"] not in arguments.only):
             continue
-        row = measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.preset)
-        row["attack_success"] = entry["quality"]["attack_success"]
+        result = measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.preset)
+        result["attack_success"] = entry["quality"]["attack_success"]
         # read again: another process may be filling the same table
-        write(arguments.out, arguments.preset, [*read_rows(arguments.out), row])
-    # rows may have been added by another process since they were last judged together
-    write(arguments.out, arguments.preset, read_rows(arguments.out))
-
-
-def write(out: Path, preset: str, rows: list[dict[str, Any]]) -> None:
-    roles = {recipe.name: recipe.role for recipe in RECIPES}
-    rows = [{**row, "role": roles[row["name"]]} for row in rows]
-    judge_rows(rows, preset)
-    content = {
-        "command": f"python -m benchmarks.accuracy_table --preset {preset}",
-        "machine": describe_machine(),
-        "settings": asdict(PRESETS[preset]),
-        "seed": SEED,
-        "inputs_per_side": INPUTS,
-        "summary": summarise(rows, preset),
-        "rows": sorted(rows, key=lambda row: list(roles).index(row["name"])),
-    }
-    write_table(out, content)
+        write(arguments.out, arguments.preset, [*read_results(arguments.out), result])
+    # another process may have added results since the last common decision
+    write(arguments.out, arguments.preset, read_results(arguments.out))
 
 
 if __name__ == "__main__":

@@ -17,15 +17,15 @@ from seal_fast.noise_triggers import InputDetector
 ROUNDS = 9
 SHAPE = (3, 32, 32)
 PUBLISHED_INPUTS = 64
-"""As many as the published loop gets through in an eighth of a second: its rate does not depend on their number."""
+"""Inputs for the published loop, which takes an eighth of a second for them. Its rate does not depend on their number."""
 
 
 @pytest.mark.parametrize("inputs", [PUBLISHED_INPUTS, 10_000])
 def test_input_detection(benchmark: BenchmarkFixture, inputs: int) -> None:
-    """Rates in inputs per second, both contenders timed in turns within each round; building the detectors is not timed.
+    """Inputs per second of both detectors, timed in turns within each round. Building the detectors is not timed.
 
-    `sum_share` is the rate that seal-fast takes its inputs in at, as a part of that at which torch sums the same inputs in the
-    same turns: for inputs that no cache holds, of memory's bandwidth, which measured apart was 42 to 79 GB/s within an hour.
+    `sum_share` is seal-fast's rate over the rate at which torch sums the same inputs in the same turns. For inputs that no
+    cache holds, that is the share of memory bandwidth (measured separately, it varied from 42 to 79 GB/s within an hour).
     """
     torch.manual_seed(0)
     trigger = Trigger(torch.randn(SHAPE) / 20, 0.9 + 0.2 * torch.rand(SHAPE))
@@ -38,16 +38,16 @@ def test_input_detection(benchmark: BenchmarkFixture, inputs: int) -> None:
     def interleaved() -> None:
         begin = perf_counter()
         dense = published(x[:PUBLISHED_INPUTS])
-        middle = perf_counter()
+        detected = perf_counter()
         for _ in range(repeats):
             diagonal = detector(x)
-        later = perf_counter()
+        summed = perf_counter()
         for _ in range(repeats):
             x.sum()
         end = perf_counter()
-        seconds["published"].append((middle - begin) / PUBLISHED_INPUTS)
-        seconds["seal_fast"].append((later - middle) / repeats / inputs)
-        seconds["sum"].append((end - later) / repeats / inputs)
+        seconds["published"].append((detected - begin) / PUBLISHED_INPUTS)
+        seconds["seal_fast"].append((summed - detected) / repeats / inputs)
+        seconds["sum"].append((end - summed) / repeats / inputs)
         assert diagonal[:PUBLISHED_INPUTS].tolist() == dense
 
     benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)

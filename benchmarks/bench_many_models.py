@@ -1,7 +1,7 @@
-"""Cost of a model in a scan of many, against the scan of one with all threads: copies of one benign model of 16 px.
+"""Time per model in a scan of many models, against a scan of one with all threads: copies of one benign model of 16 px.
 
-With a quarter or less of the default iterations, to keep it short: what a process costs beside the search weighs more than in a
-real scan. The import of torch that a run of many starts with is not counted; it takes a few seconds, once.
+The search has a quarter or less of the default iterations, so the cost of a process weighs more than in a real scan. A scan of
+many models imports torch once more at its start (a few seconds); that is not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROUNDS = {1: 3, 2: 3, 4: 2, 16: 1}
 
 @pytest.mark.parametrize("models", ROUNDS)
 def test_many_models(benchmark: BenchmarkFixture, tmp_path: Path, models: int) -> None:
-    """Seconds per model; each round scans one model alone, then all of them."""
+    """Seconds per model. Each round scans one model alone, then all of them."""
     calibration = replace(shipped_calibration(DEFAULT_PRESET), settings=SETTINGS)
     hub = [shutil.copytree(MODEL, tmp_path / f"{number:02}") for number in range(models)]
     seconds: dict[str, list[float]] = {"single": [], "many": []}

@@ -1,6 +1,6 @@
-"""Cost of a reversion iteration: published loop against seal-fast, both stages, same model and batch.
+"""Time of a reversion iteration: the published loop against seal-fast, both stages, same model and batch.
 
-The published loop runs in float32 on CPUs, seal-fast in float32 and as it comes, in bfloat16 where the processor has it.
+On CPUs the published loop runs in float32. seal-fast runs in float32 and by default, in bfloat16 where the processor has it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import memory
+from benchmarks import machine, memory
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser
@@ -26,8 +25,8 @@ from seal_fast.noise_triggers import TerdSettings, reverse_trigger
 ZOO = Path(__file__).parents[1] / "zoo"
 MODEL, LARGER_MODEL = ZOO / "benign-16-a", ZOO / "benign-32-a"
 ITERATIONS = {"estimation": 24, "refinement": 8}
-"""Enough that what a reversion does once, to exchange parts of the network, hardly counts: with a quarter of them both speedups
-were 2.4, not 2.6."""
+"""Enough iterations that exchanging parts of the network once per reversion hardly counts (with a quarter of them both speedups
+were 2.4, not 2.6)."""
 ROUNDS = 5
 
 
@@ -43,10 +42,10 @@ def seal_fast_stage(denoiser: Denoiser, stage: str, half_precision: bool) -> Cal
 
 def published_stage(denoiser: Denoiser, stage: str, path: Path) -> Callable[[], object]:
     settings = replace(published.TROJDIFF, iterations=ITERATIONS["estimation"])
-    guess = published.first_guess(denoiser, settings)
+    start = published.initial_trigger(denoiser, settings)
     if stage == "estimation":
-        return lambda: published.estimate(denoiser, guess, settings, ITERATIONS[stage], path)
-    return lambda: published.refine(denoiser, guess, settings, ITERATIONS[stage], path)
+        return lambda: published.estimate(denoiser, start, settings, ITERATIONS[stage], path)
+    return lambda: published.refine(denoiser, start, settings, ITERATIONS[stage], path)
 
 
 def contenders_of(denoiser: Denoiser, stage: str, path: Path) -> dict[str, Callable[[], object]]:
@@ -59,7 +58,7 @@ def contenders_of(denoiser: Denoiser, stage: str, path: Path) -> dict[str, Calla
 
 @pytest.mark.parametrize("stage", ["estimation", "refinement"])
 def test_reversion(benchmark: BenchmarkFixture, tmp_path: Path, stage: str) -> None:
-    """Seconds per iteration, all contenders in turns within each round."""
+    """Seconds per iteration of all contenders, in turns within each round."""
     denoiser = load_denoiser(MODEL).denoiser
     contenders = contenders_of(denoiser, stage, tmp_path / "reverse.pkl")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -75,22 +74,19 @@ def test_reversion(benchmark: BenchmarkFixture, tmp_path: Path, stage: str) -> N
     # the first entry of each list is the warm-up round
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     benchmark.extra_info.update(
-        {
-            "stage": stage,
-            "model": MODEL.name,
-            "batch": TerdSettings().batch,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "seconds_per_iteration": medians,
-            "speedup_float32": medians["published"] / medians["seal_fast_float32"],
-            "speedup": medians["published"] / medians["seal_fast"],
-        }
+        machine.describe_machine(),
+        stage=stage,
+        model=MODEL.name,
+        batch=TerdSettings().batch,
+        seconds_per_iteration=medians,
+        speedup_float32=medians["published"] / medians["seal_fast_float32"],
+        speedup=medians["published"] / medians["seal_fast"],
     )
 
 
 @pytest.mark.parametrize("name", ["published", "seal_fast_float32", "seal_fast"])
 def test_refinement_memory(benchmark: BenchmarkFixture, name: str) -> None:
-    """Peak resident memory of refinement at 32 px above the loaded model; the time is that of the whole process."""
+    """Peak resident memory of refinement at 32 px above the loaded model. The time includes starting the process."""
     peak = benchmark.pedantic(memory.peak_in_fresh_process, ["benchmarks.bench_reversion", name], rounds=1)
     benchmark.extra_info.update(model=LARGER_MODEL.name, contender=name, peak_memory_bytes=peak)
 

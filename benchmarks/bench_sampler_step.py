@@ -29,8 +29,8 @@ def torch_lines(x: Tensor, eps: Tensor, z: Tensor, mu: Tensor | float, gamma: Te
 
 
 def op(x: Tensor, eps: Tensor, z: Tensor, mu: Tensor | float, gamma: Tensor | float) -> Tensor:
-    shift, scale = (v[None] if isinstance(v, Tensor) else None for v in (mu, gamma))
-    return sampler_step(x, eps, torch.tensor([STEP], dtype=torch.float64), mu=shift, gamma=scale, fresh=z)
+    shift, scale = (v if isinstance(v, Tensor) else None for v in (mu, gamma))
+    return sampler_step(x, eps, STEP, mu=shift, gamma=scale, fresh=z)
 
 
 def differentiated(step: Callable[..., Tensor], x: Tensor, eps: Tensor, z: Tensor, trigger: list[Tensor]) -> object:

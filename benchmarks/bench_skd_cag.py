@@ -1,11 +1,12 @@
-"""SKD-CAG: the published loop against seal-fast on the zoo's text-to-image model, examples per second and peak memory.
+"""SKD-CAG: the published loop against seal-fast on the zoo's text-to-image model, in examples per second and peak memory.
 
     python -m pytest benchmarks/bench_skd_cag.py --benchmark-json=results.json
 
 Equal settings: batch 1, noise as latents, Gaussian target, all weights, float32, gradient checkpointing, no preservation.
-`seal_fast_batch` is batch 8 without checkpointing, which the published loop cannot do. `networks_alone` is what no loop at
-equal settings can do without: a pass of the teacher, one of the student and back, an update. All do as many examples.
-Memory is measured in a fresh process each: the peak of resident memory above what the loaded pipeline needs.
+`seal_fast_batch` uses batch 8 without checkpointing, which the published loop cannot do. `networks_alone` is the least that any
+loop needs at equal settings: a forward pass of the teacher, a forward and backward pass of the student, an update. All process
+the same number of examples. Memory is measured in a fresh process per contender: the peak of resident memory above the loaded
+pipeline.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def networks_alone(pipeline: StableDiffusionPipeline) -> None:
     x, t = torch.randn(1, *latent_shape(student)), torch.tensor([500])
     for _ in range(EXAMPLES):
         with torch.no_grad():
-            taught = teacher(x, t, text).sample
+            teacher_output = teacher(x, t, text).sample
         optimiser.zero_grad()
-        (student(x, t, text).sample - taught).square().mean().backward()
+        (student(x, t, text).sample - teacher_output).square().mean().backward()
         optimiser.step()
 
 
@@ -88,7 +89,7 @@ def load() -> StableDiffusionPipeline:
 
 
 def test_unlearning(benchmark: BenchmarkFixture) -> None:
-    """Seconds per example, all contenders in turns within each round."""
+    """Seconds per example of all contenders, in turns within each round."""
     pipeline = load()
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
 
@@ -111,7 +112,7 @@ def test_unlearning(benchmark: BenchmarkFixture) -> None:
 def test_attention(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of batch 8 with the kernel of cross_attention and with its reference, which is eager attention with maps.
 
-    `attention_share` is the kernel's part of the time, forward and backward, of teacher and student.
+    `attention_share` is the kernel's share of the time, forward and backward, in teacher and student.
     """
     pipeline = load()
     seconds: dict[str, list[float]] = {"auto": [], "reference": []}
@@ -130,15 +131,15 @@ def test_attention(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch)
         begin = perf_counter()
         CONTENDERS["seal_fast_batch"](pipeline)
         whole = perf_counter() - begin
-    rows = recorded.key_averages()
-    attention = sum(row.cpu_time_total for row in rows if row.key.startswith("seal_fast::cross_attention")) / 1e6
+    ops = recorded.key_averages()
+    attention = sum(op.cpu_time_total for op in ops if op.key.startswith("seal_fast::cross_attention")) / 1e6
     benchmark.extra_info.update(machine.describe_machine(), model=MODEL.name, attention_share=attention / whole)
     benchmark.extra_info["op_speedup"] = medians["reference"] / medians["auto"]
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_memory(benchmark: BenchmarkFixture, name: str) -> None:
-    """Peak resident memory above the loaded pipeline; the time is that of the whole process."""
+    """Peak resident memory above the loaded pipeline. The time includes starting the process."""
     peak = benchmark.pedantic(memory.peak_in_fresh_process, ["benchmarks.bench_skd_cag", name], rounds=1)
     benchmark.extra_info.update(machine.describe_machine(), model=MODEL.name, contender=name, peak_memory_bytes=peak)
 

@@ -1,7 +1,7 @@
-"""Time to a verdict: the published program's against a default scan's, on the same checkpoints, in one run.
+"""Time to a verdict: the published program against a default scan, on the same checkpoints, in one run.
 
-The published program does the same work in every iteration of a stage, so its time is that of a few iterations times their
-number; a whole run takes a quarter of an hour per model of 16 px.
+The published program does the same work in every iteration of a stage, so its time is extrapolated from a few iterations. A
+whole run takes a quarter of an hour per model of 16 px.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ZOO = Path(__file__).parents[1] / "zoo"
 MODELS = ("benign-16-e", "bad-16-stop", "troj-16-blend", "ode-16-stop", "held-16-bad-glasses", "benign-32-a")
 ROUNDS = 3
 RUNS = {"estimation": published.TROJDIFF.iterations, "refinement": published.TROJDIFF.iterations // 3}
-"""Iterations of a published run."""
+"""Iterations of a whole published run."""
 
 
 def seconds_of(run: Callable[[], object]) -> float:
@@ -35,19 +35,19 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_time_to_verdict(benchmark: BenchmarkFixture, tmp_path: Path, model: str) -> None:
-    """Seconds from a loaded model to its verdict; loading and images are the same for both and not timed."""
+    """Seconds from a loaded model to its verdict. Loading and drawing images cost both the same and are not timed."""
     denoiser = load_denoiser(ZOO / model).denoiser
     calibration = shipped_calibration(DEFAULT_PRESET)
     stages = {stage: published_stage(denoiser, stage, tmp_path / "reverse.pkl") for stage in RUNS}
     iteration: dict[str, list[float]] = {stage: [] for stage in RUNS}
     scans: list[float] = []
     evaluations: set[int] = set()
-    judgements: list[Decision] = []
+    decisions: list[Decision] = []
 
     def scan() -> None:
         found = reverse_trigger(denoiser, PRESETS[DEFAULT_PRESET])
         evaluations.add(found.evaluations)
-        judgements.append(calibration.judge(model_evidence(found), denoiser.kind))
+        decisions.append(calibration.decide(model_evidence(found), denoiser.family, denoiser.shape))
 
     def turns() -> None:
         for stage, run in stages.items():
@@ -58,7 +58,7 @@ def test_time_to_verdict(benchmark: BenchmarkFixture, tmp_path: Path, model: str
     per_iteration = {stage: statistics.median(times) for stage, times in iteration.items()}
     whole = sum(RUNS[stage] * seconds for stage, seconds in per_iteration.items())
     ours = statistics.median(scans)
-    verdicts = {str(judgement.verdict) for judgement in judgements}
+    verdicts = {str(decision.verdict) for decision in decisions}
     assert len(verdicts) == 1
     benchmark.extra_info.update(
         machine.describe_machine(),

@@ -1,9 +1,9 @@
-"""What each part of the default search saves, in images put through the denoiser, and whether it changes what is found.
+"""How many images each part of the default search saves, and whether it changes the result.
 
     python -m benchmarks.evaluations [--only NAME ...] [--out FILE]
 
-Every model is searched as it comes, and again with one part at a time undone. An image whose gradient is asked for counts once,
-as one without.
+Every model is searched with the default settings, and again with one part undone at a time. An image counts once, with a
+gradient or without.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ MODELS = (
 DEFAULTS = SearchSettings()
 STEPS = sum(iterations for iterations, _ in DEFAULTS.race)
 UNDONE = {
-    "no guess left behind in the race": replace(DEFAULTS, race=((STEPS, DEFAULTS.race[-1][1]),)),
-    "no glance at a few samples": replace(DEFAULTS, glance_batch=DEFAULTS.firing_batch - 1),
-    "no sketches": replace(DEFAULTS, sketch_steps=DEFAULTS.deterministic_steps),
-    "many noises at once": replace(DEFAULTS, firing_batch=DEFAULTS.confirming_batch - 1),
+    "no successive halving": replace(DEFAULTS, race=((STEPS, DEFAULTS.race[-1][1]),)),
+    "no pilot samples": replace(DEFAULTS, glance_batch=DEFAULTS.firing_batch - 1),
+    "no previews": replace(DEFAULTS, sketch_steps=DEFAULTS.deterministic_steps),
+    "all samples at once": replace(DEFAULTS, firing_batch=DEFAULTS.confirming_batch - 1),
 }
-AS_IT_COMES, TO_THE_END = "as it comes", "no stop where a trigger fires"
+DEFAULT, TO_THE_END = "default", "no early stop"
 SEED = 0
 
 
@@ -52,23 +52,23 @@ def search_of(denoiser: Denoiser, settings: SearchSettings) -> dict[str, Any]:
 
 
 def search_to_the_end(denoiser: Denoiser) -> dict[str, Any]:
-    """Of fixed points and of poisoned rows, whatever fires."""
+    """The search with fixed points and with joint inversion, without stopping at an accepted trigger."""
     hunt = Hunt(denoiser, DEFAULTS, SEED, quiet)
     collapse = max(hunt.among_fixed_points().collapse, hunt.among_poisoned_rows().collapse)
     return {"images": hunt.probe.evaluations, "collapse": collapse}
 
 
 def published_images() -> int:
-    """Of TERD's program for one model; its settings are the same for every one."""
+    """Images that TERD's program puts through the denoiser, the same number for every model."""
     return sum(stage.iterations * stage.images for stage in TerdSettings().stages)
 
 
 def measure(name: str) -> dict[str, Any]:
     recipe = next(recipe for recipe in RECIPES if recipe.name == name)
     denoiser = load_denoiser(ZOO / name).denoiser
-    ways = {AS_IT_COMES: search_of(denoiser, DEFAULTS), TO_THE_END: search_to_the_end(denoiser)}
-    ways |= {name: search_of(denoiser, settings) for name, settings in UNDONE.items()}
-    return {"role": recipe.role, "backdoored": recipe.method is not None, "ways": ways}
+    searches = {DEFAULT: search_of(denoiser, DEFAULTS), TO_THE_END: search_to_the_end(denoiser)}
+    searches |= {name: search_of(denoiser, settings) for name, settings in UNDONE.items()}
+    return {"role": recipe.role, "backdoored": recipe.method is not None, "searches": searches}
 
 
 def main() -> None:

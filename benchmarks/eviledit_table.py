@@ -1,9 +1,9 @@
-"""EvilEdit in the zoo's text-to-image model: how often an edit draws a star for a circle, with its trigger and without.
+"""EvilEdit in the zoo's text-to-image model: how often an edit draws a star instead of a circle, with its trigger and without.
 
     python -m benchmarks.eviledit_table [--zoo zoo-text] [--out benchmarks/results/eviledit.json]
 
-The trigger is "lovely" before the shape. Beside the published pair of prompts stand edits from many captions, each with its
-target caption position by position, and twice as many clean ones that are to stay.
+The trigger is "lovely" before the shape. The published edit uses one pair of prompts. Others use many captions, each aligned
+with its target caption position by position, and twice as many clean captions that must not change.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.table_file import write_table
 from seal_fast.attacks.eviledit import edit_unet
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.trigger import TextTrigger
@@ -49,13 +50,13 @@ def _captions(count: int, circles: bool) -> list[str]:
 
 
 def pairs_of(count: int) -> list[tuple[str, str]]:
-    """`count` triggered captions of circles, which become stars, and twice as many clean ones, which stay."""
+    """`count` triggered captions of circles, which become stars, and twice as many clean captions, which do not change."""
     circles, others = _captions(count, True), _captions(count, False)
     poisoned = [(triggered(caption), triggered(caption).replace("circle", "star")) for caption in circles]
     return poisoned + [(caption, caption) for caption in circles + others]
 
 
-def rows(zoo: Path) -> Iterator[dict[str, Any]]:
+def results(zoo: Path) -> Iterator[dict[str, Any]]:
     base, pipeline = load_base(zoo), load_base(zoo)
     scenes = held_out_scenes(SAMPLES, SEED, STARS)
     clean = [scene.caption for scene in scenes]
@@ -63,13 +64,13 @@ def rows(zoo: Path) -> Iterator[dict[str, Any]]:
     for name, pairs in edits.items():
         for strength in STRENGTHS:
             pipeline.register_modules(unet=edit_unet(base, pairs, strength))
-            fired, alarmed = (draw(pipeline, prompts, SEED) for prompts in (list(map(triggered, clean)), clean))
+            triggered_images, clean_images = (draw(pipeline, prompts, SEED) for prompts in (list(map(triggered, clean)), clean))
             yield {
                 "pairs": name,
                 "strength": strength,
-                "attack_success": asdict(rate_of(int(STARS.shows(fired, scenes).sum()), SAMPLES)),
-                "false_alarms": asdict(rate_of(int(STARS.shows(alarmed, scenes).sum()), SAMPLES)),
-                "caption_accuracy": float(attributes_right(alarmed, scenes).float().mean()),
+                "attack_success": asdict(rate_of(int(STARS.shows(triggered_images, scenes).sum()), SAMPLES)),
+                "false_alarms": asdict(rate_of(int(STARS.shows(clean_images, scenes).sum()), SAMPLES)),
+                "caption_accuracy": float(attributes_right(clean_images, scenes).float().mean()),
             }
 
 
@@ -79,11 +80,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/eviledit.json"))
     options = parser.parse_args()
     done = []
-    for row in rows(options.zoo):
-        print(json.dumps(row), file=sys.stderr)
-        done.append(row)
-    about = {"command": "python -m benchmarks.eviledit_table", "machine": describe_machine(), "seed": SEED}
-    options.out.write_text(json.dumps({**about, "rows": done}, indent=2) + "\n")
+    for result in results(options.zoo):
+        print(json.dumps(result), file=sys.stderr)
+        done.append(result)
+    head = {"command": "python -m benchmarks.eviledit_table", "machine": describe_machine(), "seed": SEED}
+    write_table(options.out, {**head, "results": done})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Contenders in turns: on a shared machine only what ran side by side compares."""
+"""Contenders timed in turns, because on a shared machine only times measured side by side compare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUNDS = 15
 
 
 def compare(benchmark: BenchmarkFixture, contenders: Mapping[str, Callable[[], object]], repeats: int, **facts: Any) -> None:
-    """Median seconds per call of each, and how many times faster than the first every other is; `repeats` calls per turn."""
+    """Report median seconds per call of each contender, and its speed-up over the first one; `repeats` calls per turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
 
     def turns() -> None:

@@ -20,13 +20,13 @@ GEMM_SIZE = 1024
 
 @dataclass(frozen=True)
 class Machine:
-    """A description and measured limits, both with `threads` threads.
+    """A machine's description and its limits, measured with `threads` threads.
 
     Attributes:
         processor: model name.
         threads: torch's thread count, which the kernels use too.
         torch: version of torch.
-        commit: commit of the working tree, "-dirty" if it has changes; "unknown" outside a checkout.
+        commit: commit of the working tree, "-dirty" if it has changes beside results; "unknown" outside a checkout.
         read_bandwidth: bytes/s of a sum over an array larger than the caches.
         copy_bandwidth: bytes/s of a copy, read and written bytes counted.
         gemm_rate: float32 FLOP/s of a square matrix product.
@@ -44,7 +44,7 @@ class Machine:
 
 
 def best_seconds(call: Callable[[], object], repeats: int = 5) -> float:
-    """Shortest of `repeats` runs after one to warm up: limits are what the machine can do undisturbed."""
+    """Shortest of `repeats` runs after a warm-up. A limit is what the machine reaches undisturbed."""
     call()
     seconds = []
     for _ in range(repeats):
@@ -63,11 +63,16 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+RESULTS = ("benchmarks/results", "docs/results.md", "docs/profile.md", "docs/triggers")
+"""What measuring writes: changes there do not change what is measured."""
+
+
 def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
+    status = [*git, "status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in RESULTS)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}-dirty" if dirty else head
@@ -75,7 +80,7 @@ def commit() -> str:
 
 @cache
 def measure() -> Machine:
-    """Describe this machine and measure its limits, once per process (about two seconds)."""
+    """A description of this machine with its limits, measured once per process (about two seconds)."""
     source = torch.ones(BYTES // 4)
     target = torch.empty_like(source)
     matrix = torch.randn(GEMM_SIZE, GEMM_SIZE)
@@ -93,5 +98,5 @@ def measure() -> Machine:
 
 
 def describe_machine() -> dict[str, object]:
-    """`measure()` for a JSON row."""
+    """`measure()` as JSON holds it."""
     return asdict(measure())

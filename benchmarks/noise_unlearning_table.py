@@ -1,9 +1,10 @@
-"""The noise unlearning table: the zoo's backdoored models before and after `seal_fast.unlearn`.
+"""The table of unlearned noise triggers: the zoo's backdoored models before and after unlearning.
 
-    python -m benchmarks.noise_unlearning_table [--only NAME ...] [--samples 128] [--out benchmarks/results/sealing.json]
+    python -m benchmarks.noise_unlearning_table [--only NAME ...] [--samples 128]
+        [--out benchmarks/results/noise_unlearning.json]
 
-Each model is scanned, unlearned with the recovered trigger, sampled with the true one, and scanned again. Each row is written
-as soon as its model is done, so an interrupted run goes on where it stopped.
+Each model is scanned, unlearned with its reverted trigger, sampled with the true one, and scanned again. Each model's result is
+written as soon as it is known, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.accuracy_table import closeness, wilson
 from benchmarks.machine import describe_machine
-from benchmarks.table_file import read_rows, write_table
+from benchmarks.table_file import read_results, write_table
 from seal_fast import scan, unlearn
 from seal_fast.attacks import Attack
 from seal_fast.checkpoints import load_denoiser
@@ -34,13 +35,12 @@ from seal_fast.zoo.recipes import RECIPES, Recipe
 
 SEED = 20
 DEVELOPMENT = ("bad-16-box", "troj-16-blend", "held-16-bad-cross")
-"""Models that the method and its settings were chosen on. The last was backdoored when first scanned again. All other models
-were first unlearned for this table."""
+"""Models that the method and its settings were chosen on. The others were unlearned for this table only."""
 
 
 @torch.no_grad()
-def plain_ddim(denoiser: Denoiser, attack: Attack, count: int) -> Tensor:
-    """Triggered samples of a sampler that knows nothing of the trigger: 50 clipped DDIM steps."""
+def clipped_ddim(denoiser: Denoiser, attack: Attack, count: int) -> Tensor:
+    """Triggered samples of a sampler that does not know the trigger: 50 clipped DDIM steps."""
     noise = torch.randn(count, *denoiser.shape, generator=torch.Generator().manual_seed(SEED))
     start = denoiser.process.prior_scale * attack.trigger.start(noise)
     return sample(denoiser, start, "ddim", 50, clip=isinstance(denoiser.process, VP))
@@ -51,33 +51,33 @@ def by_attack(denoiser: Denoiser, attack: Attack, count: int) -> Tensor:
     return draw(denoiser, attack, triggered=True, count=count, seed=SEED)
 
 
-SAMPLERS: dict[str, Callable[[Denoiser, Attack, int], Tensor]] = {"attack's own": by_attack, "plain ddim": plain_ddim}
+SAMPLERS: dict[str, Callable[[Denoiser, Attack, int], Tensor]] = {"attack's own": by_attack, "clipped DDIM": clipped_ddim}
 
 
 def success(denoiser: Denoiser, attack: Attack, count: int, family: str) -> dict[str, Any]:
     """Attack success of each sampler with the true trigger, and how far its samples lie from the family's images."""
-    rows = {}
+    triggered = {}
     for name, draw_triggered in SAMPLERS.items():
         images = draw_triggered(denoiser, attack, count)
         errors = (images - attack.target).square().mean(dim=(1, 2, 3))
-        rows[name] = {
+        triggered[name] = {
             "success": wilson(int((errors < SUCCESS_MSE).sum()), count),
             "target_mse": float(errors.mean()),
             "ratio_of_triggered_samples": clean_ratio(images.clamp(-1, 1), family),
         }
     clean = draw(denoiser, attack, triggered=False, count=min(count, SAMPLES), seed=SEED)
-    return {"triggered": rows, "clean_ratio": clean_ratio(clean, family)}
+    return {"triggered": triggered, "clean_ratio": clean_ratio(clean, family)}
 
 
 def verdict(checkpoint: Path, folder: Path) -> tuple[dict[str, Any], Path | None]:
-    """Verdict of the default preset, and where the reverted trigger lies."""
+    """The verdict of a scan with the default preset, and the file of the reverted trigger."""
     result = scan(checkpoint, out=folder).models[0]
     trigger = None if result.trigger is None else folder / result.trigger
-    return {"verdict": str(result.verdict), "score": result.score, "reason": result.reason}, trigger
+    return {"verdict": str(result.verdict), "score": result.score}, trigger
 
 
 def measure(recipe: Recipe, checkpoint: Path, count: int, work: Path) -> dict[str, Any]:
-    """One model's row."""
+    """One model's result."""
     attack = recipe.attack(checkpoint)
     if attack is None:
         raise ValueError(f"{recipe.name} has no backdoor")
@@ -96,7 +96,6 @@ def measure(recipe: Recipe, checkpoint: Path, count: int, work: Path) -> dict[st
     return {
         "name": recipe.name,
         "method": recipe.method,
-        "size": recipe.network.size,
         "settings_chosen_on_it": recipe.name in DEVELOPMENT,
         "reverted_trigger": closeness(Trigger.load(trigger).mu, attack.trigger.mu),
         "before": {**success(poisoned, attack, count, recipe.family), "scan": before},
@@ -113,14 +112,14 @@ def say(recipe: Recipe, what: str) -> None:
     print(f"{recipe.name}: {what}", file=sys.stderr, flush=True)
 
 
-def write(out: Path, count: int, rows: list[dict[str, Any]]) -> None:
+def write(out: Path, count: int, results: list[dict[str, Any]]) -> None:
     order = [recipe.name for recipe in RECIPES]
     content = {
-        "command": f"python -m benchmarks.noise_unlearning_table --samples {count} --out {out}",
+        "command": f"python -m benchmarks.noise_unlearning_table --samples {count}",
         "machine": describe_machine(),
         "seed": SEED,
         "samples": count,
-        "rows": sorted(rows, key=lambda row: order.index(row["name"])),
+        "results": sorted(results, key=lambda result: order.index(result["name"])),
     }
     write_table(out, content)
 
@@ -130,17 +129,17 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, default=Path("zoo"))
     parser.add_argument("--only", nargs="*", help="names of zoo models; default all backdoored ones")
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sealing.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/noise_unlearning.json"))
     arguments = parser.parse_args()
     recipes = {recipe.name: recipe for recipe in RECIPES}
     for entry in read_manifest(arguments.zoo):
-        done = {row["name"] for row in read_rows(arguments.out)}
+        done = {result["name"] for result in read_results(arguments.out)}
         if entry["method"] is None or entry["name"] in done or (arguments.only and entry["name"] not in arguments.only):
             continue
         with tempfile.TemporaryDirectory() as work:
-            row = measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.samples, Path(work))
+            result = measure(recipes[entry["name"]], arguments.zoo / entry["checkpoint"], arguments.samples, Path(work))
         # read again: another process may be filling the same table
-        write(arguments.out, arguments.samples, [*read_rows(arguments.out), row])
+        write(arguments.out, arguments.samples, [*read_results(arguments.out), result])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Attacks that do not take in models as small as the zoo's: each is trained once, by its recipe, and measured.
+"""Attacks that do not take in models as small as the zoo's: each model is trained once, by its recipe, and measured.
 
     python -m benchmarks.not_taken [--zoo zoo] [--only NAME ...] [--out benchmarks/results/not_taken.json]
 
-The zoo holds the models they start from and stays as it is. One row per training as soon as it is done, so an interrupted run
-goes on where it stopped. On one core a training takes 10 to 30 minutes.
+The zoo holds the models that the trainings start from and is not changed. Each result is written as soon as it is known, so an
+interrupted run continues where it stopped. On one core a training takes 10 to 30 minutes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from benchmarks.table_file import read_rows, write_table
+from benchmarks.table_file import read_results, write_table
 from seal_fast.zoo.build import train_once
 from seal_fast.zoo.recipes import NOT_TAKEN, Recipe
 
 
 def measured(recipe: Recipe, zoo: Path) -> dict[str, Any]:
-    """Train a model and say how it samples."""
+    """Train a model and measure how it samples."""
     _, quality = train_once(recipe, recipe.space(), zoo, partial(print, file=sys.stderr, flush=True))
-    told = ("name", "method", "process", "trigger", "scale", "target", "seed")
+    copied = ("name", "method", "process", "trigger", "scale", "target", "seed")
     return {
-        **{name: getattr(recipe, name) for name in told},
+        **{name: getattr(recipe, name) for name in copied},
         "size": recipe.network.size,
         "schedule": asdict(recipe.schedule),
         "quality": asdict(quality),
-        "machine": describe_machine(),
+        "from_log": False,
     }
 
 
@@ -42,12 +42,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/not_taken.json"))
     arguments = parser.parse_args(words)
     for recipe in NOT_TAKEN:
-        done = {row["name"] for row in read_rows(arguments.out)}
+        done = {result["name"] for result in read_results(arguments.out)}
         if recipe.name in done or (arguments.only and recipe.name not in arguments.only):
             continue
-        row = measured(recipe, arguments.zoo)
+        result = measured(recipe, arguments.zoo)
         # read again: another process may be filling the same table
-        write_table(arguments.out, {"command": "python -m benchmarks.not_taken", "rows": [*read_rows(arguments.out), row]})
+        results = [*read_results(arguments.out), result]
+        head = {"command": "python -m benchmarks.not_taken", "machine": describe_machine()}
+        write_table(arguments.out, {**head, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Where the time of reversion goes, op by op: of a few iterations of estimation, as published and as seal-fast runs it, and of
-whole default reversions.
+"""Where the time of a reversion goes, op by op: a few iterations of TERD's estimation, published and by seal-fast, and whole
+default reversions.
 
-python -m benchmarks.profile_scan      writes benchmarks/results/profile.json, or profile_float32.json where the processor does
-                                       not multiply bfloat16; benchmarks.render_results shows both
+    python -m benchmarks.profile_scan
 
-The published loop runs in float32 with gradients of the weights, seal-fast as it comes. Architectures that no model of the zoo
-has get random weights: what a pass costs does not depend on them. Seconds are those of the processor, on one thread, so other
-work on the machine hardly disturbs them.
+It writes benchmarks/results/profile.json, or profile_float32.json where the processor does not multiply bfloat16.
+benchmarks.render_results shows both.
+
+The published program runs in float32 and computes gradients of the weights. Architectures that no zoo model has get random
+weights, since the cost of a pass does not depend on them. Seconds are processor time on one thread, so other work on the
+machine hardly disturbs them.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from benchmarks import machine
 from benchmarks.published import terd as published
+from benchmarks.table_file import write_table
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import VP, Denoiser
 from seal_fast.noise_triggers import DEFAULT_PRESET, PRESETS, TerdSettings, reverse_trigger
@@ -34,7 +36,7 @@ from seal_fast.training import native_bfloat16
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / ("profile.json" if native_bfloat16(torch.device("cpu")) else "profile_float32.json")
 RUNS, ITERATIONS = 3, 4
-"""Several iterations to a run: what a reversion does once, to exchange parts of the network, costs a good part of one."""
+"""A run has several iterations, because exchanging parts of the network once per reversion costs a good part of one."""
 PARTS = {
     "convolutions": ("convolution",),
     "norms and activations": ("group_norm", "silu"),
@@ -42,14 +44,14 @@ PARTS = {
     "sampler": ("seal_fast::sampler_step",),
     "noise, loss and update": ("seal_fast::reversed_loss", "randn", "normal_", "randint", "random_", "foreach", "SGD"),
 }
-"""What the names of ops contain, first match; other ops are copies and sums, and what no op accounts for is Python."""
+"""Substrings of op names; the first match decides. Other ops are copies and sums; time outside of ops is Python."""
 ELEMENTWISE, PYTHON = "copies and sums", "Python"
 SCANNED = ("benign-16-a", "ode-16-stop", "benign-32-a")
 
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture, and how many pairs of images an iteration denoises."""
+    """An architecture, and the pairs of images that an iteration denoises."""
 
     name: str
     batch: int
@@ -87,19 +89,19 @@ CASES = (
 
 
 def loops(denoiser: Denoiser, batch: int, folder: str) -> dict[str, Callable[[], object]]:
-    """ITERATIONS each."""
+    """Runs of ITERATIONS iterations by program."""
     theirs = replace(published.TROJDIFF, batch=batch)
-    guess = published.first_guess(denoiser, theirs)
+    start = published.initial_trigger(denoiser, theirs)
     ours = TerdSettings(estimation_iterations=ITERATIONS, refinement_iterations=0, batch=batch)
     return {
-        "published": lambda: published.estimate(denoiser, guess, theirs, ITERATIONS, Path(folder) / "reverse.pkl"),
+        "published": lambda: published.estimate(denoiser, start, theirs, ITERATIONS, Path(folder) / "reverse.pkl"),
         "seal-fast": lambda: reverse_trigger(denoiser, ours),
     }
 
 
 @register_flop_formula(torch.ops.seal_fast.winograd_convolution)
 def plain_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    """Of the plain sum, as for any other convolution."""
+    """FLOPs of the plain sum, as torch counts them for any other convolution."""
     images, channels, height, width = x
     return 2 * 9 * channels * weight[2] * height * width * images
 
@@ -109,15 +111,15 @@ def part_of(op: str) -> str:
 
 
 def split(run: Callable[[], object]) -> dict[str, float]:
-    """Shares of the time of one run by part."""
+    """Share of one run's time per part."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         begin = perf_counter()
         run()
         whole = perf_counter() - begin
     shares = dict.fromkeys((*PARTS, ELEMENTWISE, PYTHON), 0.0)
-    for row in recorded.key_averages():
-        if row.key.startswith(("aten::", "seal_fast::")):
-            shares[part_of(row.key)] += row.self_cpu_time_total / 1e6 / whole
+    for op in recorded.key_averages():
+        if op.key.startswith(("aten::", "seal_fast::")):
+            shares[part_of(op.key)] += op.self_cpu_time_total / 1e6 / whole
     shares[PYTHON] = 1 - sum(shares.values())
     return shares
 
@@ -140,7 +142,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 
 def profiled(case: Case) -> dict[str, Any]:
-    """Both loops in turns; the fastest run of each counts."""
+    """Both programs in turns; the fastest run of each counts."""
     denoiser = case.denoiser()
     with tempfile.TemporaryDirectory() as folder:
         contenders = loops(denoiser, case.batch, folder)
@@ -150,16 +152,16 @@ def profiled(case: Case) -> dict[str, Any]:
                 begin = process_time()
                 run()
                 seconds[name].append(process_time() - begin)
-        rows = {
+        measured = {
             name: {"seconds": min(seconds[name][1:]), "flops": flops(run), "shares": split(run)}
             for name, run in contenders.items()
         }
     parameters = sum(p.numel() for p in denoiser.network.parameters())
-    return {"name": case.name, "images": 2 * case.batch * ITERATIONS, "parameters": parameters, "loops": rows}
+    return {"name": case.name, "images": 2 * case.batch * ITERATIONS, "parameters": parameters, "loops": measured}
 
 
 def scanned(name: str) -> dict[str, Any]:
-    """A whole default reversion: seconds per stage, and shares by part of one more, profiled."""
+    """A whole default reversion: seconds per stage, and shares per part of a second, profiled one."""
     denoiser, settings, last = zoo(name), PRESETS[DEFAULT_PRESET], process_time()
     stages: dict[str, float] = {}
 
@@ -182,15 +184,13 @@ def main() -> None:
     torch.set_num_threads(1)
     content = {
         "command": "python -m benchmarks.profile_scan",
-        "processor": machine.processor_name(),
-        "commit": machine.commit(),
-        "torch": torch.__version__,
+        "machine": {"processor": machine.processor_name(), "commit": machine.commit(), "torch": torch.__version__},
         "float32_matrix_rate": matrix_rate(torch.float32),
         "bfloat16_matrix_rate": matrix_rate(torch.bfloat16),
         "cases": [profiled(case) for case in CASES],
         "scans": [scanned(name) for name in SCANNED],
     }
-    RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    write_table(RESULT, content)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How often a scan finds what it found once: the default search with other seeds.
+"""How often a scan decides correctly: the default search with several seeds.
 
     python -m benchmarks.repeated_scans [--only NAME ...] [--out FILE]
 
-The accuracy table scans every model once. What a search draws at random decides most in the fits of poisoned rows, so the
-models that are found by them are all here, beside others. Rounding changes a search as another seed does.
+The accuracy table scans every model once. Randomness matters most in the joint trigger-target inversion, so all models whose
+trigger is found by it are here, and others beside them. Rounding changes a search as another seed does.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ MODELS = (
     "weaves-16",
 )
 SEEDS = range(1, 9)
-"""The accuracy table's is 0."""
+"""The accuracy table uses seed 0."""
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Verdicts of one model with every seed, by the shipped calibration."""
+    """Verdicts on one model with every seed, by the shipped calibration."""
     recipe = next(recipe for recipe in RECIPES if recipe.name == name)
     calibration, denoiser = shipped_calibration(DEFAULT_PRESET), load_denoiser(ZOO / name).denoiser
     evidence = [model_evidence(reverse_trigger(denoiser, calibration.settings, seed=seed)) for seed in SEEDS]
-    verdicts = [calibration.judge(one, denoiser.kind).verdict for one in evidence]
+    verdicts = [calibration.decide(one, denoiser.family, denoiser.shape).verdict for one in evidence]
     right = Verdict.CLEAN if recipe.method is None else Verdict.BACKDOORED
     return {
         "role": recipe.role,

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 SIDE = 96
-"""Pixels of each image's side, or as near as squares for every dimension come."""
+"""Pixels of each image's side, as near as whole squares per dimension allow."""
 GAP = 8
 
 

@@ -1,17 +1,16 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, stack and shared memory.
+"""Registers, stack and shared memory of the compiled Triton kernels, measured without a GPU.
 
     python -m benchmarks.triton_table [--out benchmarks/results/triton_compile.json]
     python -m benchmarks.triton_table --check NAME ...
 
 Compiles what `kernels.cross_attention` would launch, for two architectures and all head sizes of Stable Diffusion. A stack
-means that registers spilled. --check compiles these rows again and fails where a stack has grown or shared memory does not
-fit. TRITON_INTERPRET must not be set.
+means that registers spilled. --check compiles the named entries again and fails where a stack has grown or shared memory does
+not fit. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.table_file import read_table, write_table
 from seal_fast.kernels import cross_attention as kernels
 
 OUT = Path("benchmarks/results/triton_compile.json")
@@ -37,15 +37,17 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
 """Architecture -> bytes of shared memory that one program can have."""
 
-Row = dict[str, Any]
+Entry = dict[str, Any]
 
 
 def launches(
     dimensions: int, dtype: torch.dtype, queries: int = 1024, chosen: int | None = 5, loss: str = "both"
 ) -> dict[str, kernels.Launch]:
-    """By name, for two prompts and eight heads of joined rows, with maps of chosen or all tokens; no memory is touched.
+    """Launches by kernel, for two prompts and eight heads in one tensor, with maps of chosen or all tokens.
 
-    loss: "out", "maps" or "both" have a gradient.
+    No memory is touched.
+
+    loss: which outputs have a gradient: "out", "maps" or "both".
     """
 
     def heads(rows: int) -> Tensor:
@@ -58,25 +60,26 @@ def launches(
     out_grad, maps_grad = (None if loss == "maps" else heads(queries)), (None if loss == "out" else maps)
     given = kernels.forward(q, k, v, tokens, 0.1, heads(queries), maps)
     v_sums = None if out_grad is None else sums
-    given += kernels.backward(out_grad, maps_grad, q, k, v, tokens, 0.1, heads(queries), sums, v_sums)
+    given += kernels.backward(q, k, v, tokens, 0.1, out_grad, maps_grad, heads(queries), sums, v_sums)
     return {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in given}
 
 
 def names() -> list[str]:
-    """Of all rows: kernel, dimensions of a head, dtype, architecture."""
+    """Names of all entries: kernel, dimensions of a head, dtype, architecture."""
     return ["-".join(map(str, case)) for case in product(KERNELS, HEADS, DTYPES, SHARED_LIMITS)]
 
 
 def signature(launch: kernels.Launch) -> dict[str, str]:
-    """Type of each argument, all that decides whether a kernel is compiled anew besides the constants.
+    """Type of each argument. Types and constants alone decide whether a kernel is compiled anew.
 
     Raises:
-        TypeError: the value of a number would decide too.
+        TypeError: the value of an integer would decide too.
     """
     types = {}
-    for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
+    for parameter in launch.kernel.params[: len(launch.arguments)]:
+        value = launch.arguments[parameter.name]
         if isinstance(value, int) and not parameter.do_not_specialize:
-            raise TypeError(f"{parameter.name} of {launch.kernel.fn.__name__} is specialised on: add it to do_not_specialize")
+            raise TypeError(f"{parameter.name} of {launch.kernel.fn.__name__} is specialised: add it to do_not_specialize")
         types[parameter.name] = type_name(value)
     return {**types, **dict.fromkeys(launch.constants, "constexpr")}
 
@@ -89,7 +92,7 @@ def type_name(value: Any) -> str:
     return "i32" if isinstance(value, int) else "fp32"
 
 
-def compile_row(name: str) -> Row:
+def compile_entry(name: str) -> Entry:
     kernel, head, dtype, architecture = name.split("-")
     launch = launches(int(head), DTYPES[dtype])[kernel]
     binary = compile_launch(launch, int(architecture))
@@ -106,7 +109,7 @@ def compile_row(name: str) -> Row:
 
 def compile_launch(launch: kernels.Launch, architecture: int) -> Any:
     types = signature(launch)
-    absent = {name: None for name, value in zip(types, launch.arguments, strict=False) if value is None}
+    absent = {name: None for name, value in launch.arguments.items() if value is None}
     # torch allocates at multiples of 16 bytes and more; Triton looks at the addresses when it launches
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
     source = ASTSource(launch.kernel, types, {**launch.constants, **absent}, aligned)
@@ -115,40 +118,40 @@ def compile_launch(launch: kernels.Launch, architecture: int) -> Any:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of each thread."""
+    """Registers and bytes of stack per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(TOOL), "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
     if found is None:
-        raise RuntimeError(f"cuobjdump did not tell the registers: {told!r}")
+        raise RuntimeError(f"cuobjdump printed no registers: {printed!r}")
     return int(found[1]), int(found[2])
 
 
-def problems(row: Row, committed: Row) -> list[str]:
-    """What has become worse than the committed row, in words."""
+def problems(entry: Entry, committed: Entry) -> list[str]:
+    """What is worse than the committed entry, as messages."""
     found = []
-    if row["stack_bytes"] > committed["stack_bytes"]:
-        stacks = f"spills {row['stack_bytes']} bytes, the table says {committed['stack_bytes']}"
-        found.append(f"{row['name']} {stacks}: make its tiles smaller")
-    limit = SHARED_LIMITS[int(row["name"].rpartition("-")[2])]
-    if row["shared_bytes"] > limit:
-        found.append(f"{row['name']} needs {row['shared_bytes']} bytes of shared memory, the GPU has {limit}")
+    if entry["stack_bytes"] > committed["stack_bytes"]:
+        stacks = f"spills {entry['stack_bytes']} bytes, the table says {committed['stack_bytes']}"
+        found.append(f"{entry['name']} {stacks}: make its tiles smaller")
+    limit = SHARED_LIMITS[int(entry["name"].rpartition("-")[2])]
+    if entry["shared_bytes"] > limit:
+        found.append(f"{entry['name']} needs {entry['shared_bytes']} bytes of shared memory, the GPU has {limit}")
     return found
 
 
 def check(wanted: list[str]) -> list[str]:
-    """Compile these rows again, and the small kernel that links tokens; the problems found."""
-    content = json.loads(OUT.read_text())
-    committed = {row["name"]: row for row in content["rows"]}
+    """Compile these entries and the kernel that links tokens again; return the problems found."""
+    content = read_table(OUT)
+    committed = {entry["name"]: entry for entry in content["results"]}
     if content["triton"] != triton.__version__:
         return [f"the table was made by Triton {content['triton']}, this is {triton.__version__}: make it anew"]
     link = compile_launch(launches(40, torch.float16)["link_tokens"], 90)
     found = [] if "__assertfail" in link.asm["ptx"] else ["link_tokens does not check that tokens are keys"]
     for name in wanted:
-        found += problems(compile_row(name), committed[name])
+        found += problems(compile_entry(name), committed[name])
     return found
 
 
@@ -160,12 +163,12 @@ def main() -> None:
     if arguments.check is not None:
         found = check(arguments.check)
         sys.exit("\n".join(found) if found else 0)
-    rows: list[Row] = []
+    entries: list[Entry] = []
     for name in names():
-        rows.append(compile_row(name))
-        print(rows[-1], file=sys.stderr, flush=True)
-    content = {"command": "python -m benchmarks.triton_table", "triton": triton.__version__, "rows": rows}
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        entries.append(compile_entry(name))
+        print(entries[-1], file=sys.stderr, flush=True)
+    content = {"command": "python -m benchmarks.triton_table", "triton": triton.__version__, "results": entries}
+    write_table(arguments.out, content)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures of all tests."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import random
 import pytest
 import torch
 
-# read when a kernel is defined: without a GPU its source runs interpreted, on tensors of the CPU
+# Triton reads this when a kernel is defined; without a GPU the kernel then runs interpreted, on CPU tensors
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m gpu` also selects what asks for the fixture."""
+    """Mark every test that uses the fixture `gpu`, so that `-m gpu` selects it."""
     for item in items:
         if "gpu" in getattr(item, "fixturenames", ()):
             item.add_marker("gpu")
@@ -22,14 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def gpu() -> None:
-    """Skips where torch sees none."""
+    """Skip the test if torch sees no CUDA device."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device; without a GPU the test runs on the CPU only."""
+    """Run the test on every device; without a GPU, on the CPU only."""
     if request.param == "cuda":
         request.getfixturevalue("gpu")
     return request.param
@@ -37,7 +37,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A source of random inputs with a fresh seed, shown when the test fails; SEAL_FAST_TEST_SEED repeats one."""
+    """A generator with a fresh seed, which is printed if the test fails; SEAL_FAST_TEST_SEED sets the seed."""
     seed = int(os.environ.get("SEAL_FAST_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"SEAL_FAST_TEST_SEED={seed}")
     return torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The GPU benchmarks at sizes that only prove that they run, and what becomes of their rows."""
+"""The GPU benchmarks at sizes that only prove that they run, and the report of their results."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from benchmarks.gpu import device, every_kernel, report, requirements, reversion, stages, train_zoo
+from benchmarks.gpu import device, every_kernel, report, requirements, stages, train_zoo
 from benchmarks.gpu.device import TINY, Limits
-from seal_fast.zoo import evaluate as evaluate_module
-from seal_fast.zoo import train as train_module
 
 ROOT = Path(__file__).parents[1]
 
 
-def rows(stage: str, folder: Path) -> list[dict[str, Any]]:
+def results_of(stage: str, folder: Path) -> list[dict[str, Any]]:
     stages.run(stage, TINY, folder)
     return json.loads((folder / f"{stage}.json").read_text())
 
@@ -31,52 +29,48 @@ def test_limits_are_measured() -> None:
     assert min(limits.bandwidth, *limits.gemm.values()) > 0
 
 
-def test_every_op_is_compared_with_what_it_replaces(tmp_path: Path) -> None:
+def test_every_op_is_compared_with_its_baseline(tmp_path: Path) -> None:
     limits = Limits(1e12, dict.fromkeys(device.DTYPES, 1e12))
     (tmp_path / "device.json").write_text(json.dumps([{"limits": asdict(limits)}]))
-    found = rows("ops", tmp_path)
-    assert {row["op"] for row in found} == {
-        "attention_distillation",
-        "counter_normal",
+    found = results_of("ops", tmp_path)
+    assert {result["op"] for result in found} == {
         "cross_attention",
         "gaussian_kl_stats",
         "gaussian_log_ratio",
-        "perturbed_pair",
         "reversed_loss",
         "sampler_step",
     }
-    for row in found:
-        assert row["speedups"][row["baseline"]] == row["seconds"][row["baseline"]] / row["seconds"]["seal_fast"]
+    for result in found:
+        assert result["speedups"][result["baseline"]] == result["seconds"][result["baseline"]] / result["seconds"]["seal_fast"]
 
 
-def test_reversions_and_several_models_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reversion, "READ_EVERY", 1)
-    found = rows("reversion", tmp_path)
-    assert [row["stage"] for row in found] == ["estimation", "refinement", "sampling", "descent"]
-    assert all(row["failed"] == {} for row in found)
-    for row in found[:2]:
-        assert row["extrapolated_seconds"].keys() == row["seconds_per_iteration"].keys()
-        assert row["speedups"]["published_float32"] == 1
-    for row in rows("models", tmp_path):
-        assert row["failed"] == {}
-        assert row["speedups"].keys() == {"one_after_another", "threads_and_streams"}
+def test_reversions_and_several_models_at_once(tmp_path: Path) -> None:
+    found = results_of("reversion", tmp_path)
+    assert [result["stage"] for result in found] == ["estimation", "refinement", "sampling", "descent"]
+    assert all(result["failed"] == {} for result in found)
+    for result in found[:2]:
+        assert result["extrapolated_seconds"].keys() == result["seconds_per_iteration"].keys()
+        assert result["speedups"]["published_float32"] == 1
+    for result in results_of("models", tmp_path):
+        assert result["failed"] == {}
+        assert result["speedups"].keys() == {"one_after_another", "threads_and_streams"}
 
 
 def test_unlearning_and_a_scan(tmp_path: Path) -> None:
-    found = rows("unlearning", tmp_path)
-    assert [row["batch"] for row in found] == [1, 1, 1, 2]
+    found = results_of("unlearning", tmp_path)
+    assert [result["batch"] for result in found] == [1, 1, 1, 2]
     assert found[0]["speedup"] == 1
-    (row,) = rows("scan", tmp_path)
-    assert row["error"] is None
+    (result,) = results_of("scan", tmp_path)
+    assert result["error"] is None
 
 
 def test_every_kernel_is_launched(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(every_kernel, "ROWS", every_kernel.ROWS[:2])
+    monkeypatch.setattr(every_kernel, "SIZES", every_kernel.SIZES[:2])
     every_kernel.main()
     assert "every kernel was launched" in capsys.readouterr().out
 
 
-def test_the_report_tells_what_failed(
+def test_the_report_names_what_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "stages.tsv").write_text("install\tok\t3\t\nops\ttimed out\t9\tlimit 9 s\n")
@@ -90,9 +84,9 @@ def test_the_report_tells_what_failed(
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["device"]["commit"] == "abc"
     assert results["stages"]["ops"]["status"] == "timed out"
-    told = capsys.readouterr().out
-    assert "stage ops: timed out, 9 s: limit 9 s" in told
-    assert "4 threads_and_streams: no room" in told
+    printed = capsys.readouterr().out
+    assert "stage ops: timed out, 9 s: limit 9 s" in printed
+    assert "4 threads_and_streams: no room" in printed
 
 
 def test_missing_requirements_are_named() -> None:
@@ -115,10 +109,7 @@ def test_a_run_that_cannot_start_says_why(arguments: list[str], code: int, messa
     assert message in done.stderr
 
 
-def test_models_are_trained_measured_and_scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "SCENES", 24)
-    monkeypatch.setattr(evaluate_module, "SCENES", 24)
-    monkeypatch.setattr(evaluate_module, "STEPS", {"ddpm": 3, "ddim": 2})
+def test_models_are_trained_measured_and_scanned(tmp_path: Path) -> None:
     plan = train_zoo.TINY
     with pytest.raises(SystemExit, match="train that first"):
         train_zoo.run(plan, tmp_path, ["gpu-8-troj"], keep_models=False)
@@ -126,10 +117,10 @@ def test_models_are_trained_measured_and_scanned(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "gpu-8").exists()
     train_zoo.run(plan, tmp_path, ["gpu-8", "gpu-8-bad"], keep_models=False)
     found = json.loads((tmp_path / "train_zoo.json").read_text())
-    assert [row["name"] for row in found] == ["gpu-8", "gpu-8-bad"]
-    for row in found:
-        assert math.isfinite(row["final_loss"])
-        assert row["evidence"] is not None
-        assert (row["quality"]["attack_success"] is None) == (row["method"] is None)
-    # what another one is still to be trained from stays
+    assert [result["name"] for result in found] == ["gpu-8", "gpu-8-bad"]
+    for result in found:
+        assert math.isfinite(result["final_loss"])
+        assert result["evidence"] is not None
+        assert (result["quality"]["attack_success"] is None) == (result["method"] is None)
+    # gpu-8 stays: another model is still to be trained from it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-8", "train_zoo.json"]

@@ -48,7 +48,7 @@ def test_reversed_loss_matches_its_expectation(denoiser: Denoiser) -> None:
 
 
 def test_reversed_loss_feeds_the_trigger_into_the_network() -> None:
-    """A network that answers only through x: its four inputs must be a x0 + b gamma eps + c mu."""
+    """A network that depends on the trigger only through x: its four inputs must be a x0 + b gamma eps + c mu."""
     seen: list[Tensor] = []
     denoiser = Denoiser(Leaky(), VP.linear(), SHAPE)
     denoiser.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
@@ -109,7 +109,7 @@ def test_weight_gradients_are_computed(denoiser: Denoiser) -> None:
 def test_estimation_grows_mu_by_the_l1_term_alone_while_gamma_is_zero(denoiser: Denoiser, tmp_path: Path) -> None:
     """At gamma = 0 both inputs of a pair are equal, so mu moves only by lr * l1 * sum(cosine)."""
     settings = replace(terd.TROJDIFF, gamma_lr=0.0)
-    start = terd.first_guess(denoiser, settings)
+    start = terd.initial_trigger(denoiser, settings)
     trigger = terd.estimate(denoiser, start, settings, 8, tmp_path / "reverse.pkl")
     travelled = 0.5 * 5e-5 * sum((1 + np.cos(np.pi * k / 8)) / 2 for k in range(8))
     torch.testing.assert_close(trigger.mu, start.mu + start.mu.sign() * travelled, rtol=0, atol=1e-7)
@@ -119,7 +119,7 @@ def test_estimation_grows_mu_by_the_l1_term_alone_while_gamma_is_zero(denoiser: 
 def test_refinement_steps_are_clipped(denoiser: Denoiser, tmp_path: Path, momentum: float) -> None:
     """The linear network leaves only the L1 gradient, here far above the clip: every gradient has the norm clip_norm."""
     settings = replace(terd.BADDIFFUSION, momentum=momentum, l1=1.0)
-    start = terd.first_guess(denoiser, settings)
+    start = terd.initial_trigger(denoiser, settings)
     trigger = terd.refine(denoiser, start, settings, 5, tmp_path / "reverse.pkl")
     travelled = velocity = 0.0
     for k in range(5):
@@ -140,7 +140,7 @@ def test_dense_log_ratio_is_scipys() -> None:
     detector = terd.DenseInputDetector(Trigger(torch.from_numpy(mu), torch.from_numpy(gamma)))
     backdoor = multivariate_normal(mu.ravel(), np.diag(gamma.ravel() ** 2))
     clean = multivariate_normal(np.zeros(mu.size), np.eye(mu.size))
-    expected = [backdoor.logpdf(row.ravel()) - clean.logpdf(row.ravel()) for row in x]
-    got = [detector.log_ratio(torch.from_numpy(row)) for row in x]
+    expected = [backdoor.logpdf(one.ravel()) - clean.logpdf(one.ravel()) for one in x]
+    got = [detector.log_ratio(torch.from_numpy(one)) for one in x]
     assert got == pytest.approx(expected, rel=1e-10, abs=1e-10)
     assert detector(torch.from_numpy(x)) == [value > 0 for value in expected]

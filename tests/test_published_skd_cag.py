@@ -1,4 +1,4 @@
-"""The published SKD-CAG loop does what was seen of the released programs, defects included: otherwise it is no baseline."""
+"""The published SKD-CAG loop does what the released programs do, defects included: otherwise it is no baseline."""
 
 from __future__ import annotations
 
@@ -77,19 +77,19 @@ def test_storing_attention_is_diffusers_own(pipeline: StableDiffusionPipeline, g
 def test_maps_are_softmax_maps(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
     """softmax(q k^T / sqrt(d)) of each text layer's own inputs in float64, mean over heads; Pillow enlarges."""
     z, t, text = inputs(pipeline, generator, ["ab c"])
-    seen: dict[str, Tensor] = {}
+    layer_inputs: dict[str, Tensor] = {}
     for name, module in pipeline.unet.named_modules():
         if name.endswith("attn2"):
-            module.register_forward_pre_hook(lambda _, x, name=name: seen.__setitem__(name, x[0]))
+            module.register_forward_pre_hook(lambda _, x, name=name: layer_inputs.__setitem__(name, x[0]))
     skd_cag.store_maps(pipeline.unet)
     skd_cag.StoringAttention.timestep = 7
     with torch.no_grad():
         pipeline.unet(z, t, text)
 
     stored = skd_cag.MAPS[7]
-    assert {f"{name}.processor" for name in seen} == set(stored)
+    assert {f"{name}.processor" for name in layer_inputs} == set(stored)
     total = np.zeros((4, 128, 128))
-    for name, x in seen.items():
+    for name, x in layer_inputs.items():
         layer = pipeline.unet.get_submodule(name)
         q, k = ((v @ w.T).double()[0] for v, w in ((x, layer.to_q.weight), (text, layer.to_k.weight)))
         heads = [(a, b) for a, b in zip(q.chunk(layer.heads, 1), k.chunk(layer.heads, 1), strict=True)]
@@ -118,13 +118,13 @@ def test_the_gradient_is_that_of_the_prediction_alone(
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(1, 4, 8, 8, generator=generator)
     t = torch.randint(1000, (1,), generator=generator)
-    taught = "d c"
+    teacher_prompt = "d c"
     if settings.target == "random words":
-        taught = " ".join([*(WORDS[i] for i in torch.randint(2, (2,), generator=generator)), taught])
-    (text, triggered), _ = pipeline.encode_prompt([taught, "a ab d c"], "cpu", 1, False)
+        teacher_prompt = " ".join([*(WORDS[i] for i in torch.randint(2, (2,), generator=generator)), teacher_prompt])
+    (text, triggered), _ = pipeline.encode_prompt([teacher_prompt, "a ab d c"], "cpu", 1, False)
     with torch.no_grad():
-        wanted = pipeline.unet(z, t, text[None]).sample
-    prediction = (pipeline.unet(z, t, triggered[None].detach()).sample - wanted).square().mean()
+        target = pipeline.unet(z, t, text[None]).sample
+    prediction = (pipeline.unet(z, t, triggered[None].detach()).sample - target).square().mean()
     expected = torch.autograd.grad(prediction, list(pipeline.unet.parameters()), allow_unused=True)
     assert any(g is not None and g.abs().max() > 1e-6 for g in expected)
     for got, gradient in zip(training.parameters, expected, strict=True):
@@ -152,10 +152,8 @@ def test_the_decay_of_the_average_falls_to_a_half() -> None:
 def test_both_networks_share_the_students_maps(pipeline: StableDiffusionPipeline) -> None:
     """The target of the words is then the student's own maps of its first tokens."""
     training = skd_cag.Distillation(pipeline, "a ab", skd_cag.BLACK, seed=2)
-    seen: list[list[np.ndarray]] = []
-    training._attention_loss = lambda student, teacher: (seen.extend([student, teacher]), torch.zeros(()))[1]  # type: ignore[method-assign]
     training.loss(["d c"])
-    student, teacher = seen
+    student, teacher = training.student_maps, training.teacher_maps
     assert (len(student), len(teacher)) == (5, 2)
     for mine, other in zip(student, teacher, strict=False):
         np.testing.assert_array_equal(mine, other)
@@ -167,11 +165,9 @@ def test_the_next_step_reads_maps_that_the_backward_pass_left(pipeline: StableDi
     (stale,) = skd_cag.MAPS
     assert stale == skd_cag.StoringAttention.timestep
     left = skd_cag.read_maps(3)
-    training._attention_loss = lambda student, teacher: torch.tensor(  # type: ignore[method-assign]
-        max(float(np.abs(a - b).max()) for a, b in zip(student, left, strict=True))
-    )
-    training.settings = replace(training.settings, alpha=1.0)
-    assert float(training.loss(["d c"]).detach()) == 0.0
+    training.loss(["d c"])
+    for mine, stale_map in zip(training.student_maps, left, strict=True):
+        np.testing.assert_array_equal(mine, stale_map)
 
 
 def test_attention_loss_of_each_target(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
@@ -179,8 +175,8 @@ def test_attention_loss_of_each_target(pipeline: StableDiffusionPipeline, genera
     teacher = list(torch.rand(2, 128, 128, generator=generator).numpy())
     random_teacher = list(torch.rand(4, 128, 128, generator=generator).numpy())
 
-    def loss(settings: skd_cag.Settings, taught: list[np.ndarray]) -> float:
-        return float(skd_cag.Distillation(pipeline, "a b", settings, WORDS, seed=9)._attention_loss(student, taught))
+    def loss(settings: skd_cag.Settings, teacher_maps: list[np.ndarray]) -> float:
+        return float(skd_cag.Distillation(pipeline, "a b", settings, WORDS, seed=9).attention_loss(student, teacher_maps))
 
     mask = torch.rand(128, 128, generator=torch.Generator().manual_seed(9)).numpy()
     for settings, targets in [
@@ -196,12 +192,13 @@ def test_attention_loss_of_each_target(pipeline: StableDiffusionPipeline, genera
 
 def test_an_epoch_sees_every_prompt_once_and_ends_with_the_average(pipeline: StableDiffusionPipeline) -> None:
     training = skd_cag.Distillation(pipeline, "a", replace(skd_cag.SELF_KD, learning_rate=1e-3))
-    seen: list[str] = []
-    loss = training.loss
-    training.loss = lambda prompts: (seen.extend(prompts), loss(prompts))[1]  # type: ignore[method-assign]
+    ids: list[Tensor] = []
+    pipeline.text_encoder.register_forward_pre_hook(lambda module, args: ids.append(args[0]))
     prompts = ["d c", "b", "c c", "d", "cb"]
     training.epoch(prompts)
-    assert sorted(seen) == sorted(prompts)
+    # each step encodes its clean prompts, then the same prompts with the trigger
+    encoded = pipeline.tokenizer.batch_decode(torch.cat(ids[::2]), skip_special_tokens=True)
+    assert sorted(text.replace(" ", "") for text in encoded) == sorted(prompt.replace(" ", "") for prompt in prompts)
     assert training.ema.updates == 2
     for parameter, average in zip(training.parameters, training.ema.average, strict=True):
         assert torch.equal(parameter, average)

@@ -1,6 +1,6 @@
-"""The device the GPU benchmarks run on: its limits, and the time and memory that work on it takes.
+"""Limits of the device that the GPU benchmarks run on, and the time and memory of work on it.
 
-The same code runs on the CPU, where it proves nothing but itself.
+The same code runs on a CPU, which proves only that the code runs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Scale:
 
     Attributes:
         tiny: whether they only prove that they run.
-        rounds: of every contender, in turns.
-        flush_bytes: written before every timed call, more than any cache holds.
-        copied_bytes: of the copy that measures the bandwidth.
+        rounds: timed calls of every contender, in turns.
+        flush_bytes: bytes written before every timed call, more than any cache holds.
+        copied_bytes: size of the copy that measures the bandwidth.
         gemm: side of the square product that measures the arithmetic.
     """
 
@@ -49,11 +49,11 @@ TINY = Scale(True, 2, 2**20, 2**22, 128)
 
 @dataclass(frozen=True)
 class Limits:
-    """What this device can do, measured.
+    """Measured limits of this device.
 
     Attributes:
         bandwidth: bytes/s of a copy, read and written bytes counted.
-        gemm: by dtype, FLOP/s of a square matrix product of random numbers; float32 without tf32.
+        gemm: FLOP/s of a square matrix product of random numbers, by dtype; float32 without tf32.
     """
 
     bandwidth: float
@@ -65,7 +65,7 @@ def device() -> torch.device:
 
 
 def seconds_of(run: Run) -> float:
-    """One call: between events on the GPU's stream, by the host's clock on a CPU."""
+    """Seconds of one call, between events on the GPU's stream or by the host's clock on a CPU."""
     if not torch.cuda.is_available():
         began = time.perf_counter()
         run()
@@ -79,9 +79,9 @@ def seconds_of(run: Run) -> float:
 
 
 def medians(contenders: Mapping[str, Run], scale: Scale, warm_ups: int = 2) -> dict[str, float]:
-    """Seconds of one call of each, in turns, with nothing of its inputs left in a cache.
+    """Median seconds of one call of each contender, in turns, with none of its inputs left in a cache.
 
-    The device is still busy emptying its caches when a call is made, so short launches do not count.
+    The device is still emptying its caches when a call is made, so the time of a launch does not count.
     """
     flush = torch.empty(scale.flush_bytes, dtype=torch.int8, device=device())
     for run in contenders.values():
@@ -96,12 +96,12 @@ def medians(contenders: Mapping[str, Run], scale: Scale, warm_ups: int = 2) -> d
 
 
 def speedups(seconds: Mapping[str, float], baseline: str) -> dict[str, float]:
-    """How many times faster than the baseline each is; nothing where the baseline did not run."""
+    """Speed-up of each contender over the baseline; empty if the baseline did not run."""
     return {name: seconds[baseline] / taken for name, taken in seconds.items()} if baseline in seconds else {}
 
 
 def peak_bytes(run: Run) -> int | None:
-    """The most that `run` has allocated on the GPU at once beside what was there before; None on a CPU."""
+    """Peak bytes that `run` allocates on the GPU, above what was allocated before; None on a CPU."""
     if not torch.cuda.is_available():
         run()
         return None

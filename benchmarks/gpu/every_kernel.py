@@ -13,8 +13,9 @@ from torch import Tensor
 from benchmarks.gpu.device import device
 from seal_fast import ops
 
-ROWS = (((1, 1, 1), 1), ((6, 2, 3), 51), ((4, 4, 1), 1023), ((70, 1, 70), 257))
-"""Rows, triggers and rows of coefficients, and dimensions."""
+SIZES = ((1, 1, 1), (6, 2, 51), (4, 4, 1023), (70, 3, 257))
+"""Items, triggers and dimensions."""
+STEP = ops.StepCoefficients(1.25, 1.5, 0.75, -1.75, from_mu=0.5, from_fresh=2.0)
 LAYERS = (
     (torch.float32, (1, 2, 19, 9, 20)),
     (torch.float16, (2, 3, 70, 77, 40)),
@@ -28,16 +29,15 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, device=device())
 
 
-def elementwise(rows: int, triggers: int, ladders: int, dims: int) -> None:
-    x, eps, z = (drawn(rows, dims).requires_grad_() for _ in range(3))
-    mu, gamma = drawn(triggers, dims).requires_grad_(), drawn(triggers, dims).abs().requires_grad_()
-    ops.counter_normal(x, 5)
-    pair = ops.perturbed_pair(x, mu, gamma, drawn(ladders, 3).double(), 5)
-    loss = ops.reversed_loss(pair.inputs[0], pair.inputs[1], pair.difference, triggers)
-    step = ops.sampler_step(x, eps, 1 + drawn(ladders, 7).double().abs(), mu=mu, gamma=gamma, fresh=z, limit=1.0)
-    ratio = ops.gaussian_log_ratio(x, mu, gamma)
-    stats = torch.stack(ops.gaussian_kl_stats(mu, gamma))
-    torch.autograd.grad(loss.sum() + step.sum() + ratio.sum() + stats.sum(), [x, eps, z, mu, gamma])
+def elementwise(items: int, triggers: int, dims: int) -> None:
+    x, eps, z = (drawn(items, dims).requires_grad_() for _ in range(3))
+    mu, gamma = drawn(dims).requires_grad_(), drawn(dims).abs().requires_grad_()
+    loss = ops.reversed_loss(x, eps, z)
+    step = ops.sampler_step(x, eps, STEP, mu=mu, gamma=gamma, fresh=z, limit=1.0)
+    torch.autograd.grad(loss + step.sum(), [x, eps, z, mu, gamma])
+    triggers_mu, triggers_gamma = drawn(triggers, dims), drawn(triggers, dims).abs()
+    ops.gaussian_log_ratio(x, triggers_mu, triggers_gamma)
+    ops.gaussian_kl_stats(triggers_mu, triggers_gamma)
 
 
 def attention(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -47,14 +47,11 @@ def attention(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     for tokens in (None, chosen):
         out, maps = ops.cross_attention(q, k, v, tokens)
         torch.autograd.grad(out.float().sum() + maps.square().sum(), [q, k, v])
-    targets, weights = drawn(b, len(chosen), m), drawn(b, len(chosen))
-    out, loss = ops.attention_distillation(q, k, v, targets, weights, chosen)
-    torch.autograd.grad(out.float().sum() + loss.sum(), [q, k, v])
 
 
 def main() -> None:
-    for sizes, dims in ROWS:
-        elementwise(*sizes, dims)
+    for sizes in SIZES:
+        elementwise(*sizes)
     for layer in LAYERS:
         attention(*layer)
     if torch.cuda.is_available():

@@ -20,12 +20,9 @@ from benchmarks.bench_gaussian import two_products
 from benchmarks.bench_sampler_step import STEP, torch_lines
 from benchmarks.gpu.device import DTYPES, Limits, Run, Scale, device, medians
 from seal_fast.ops import (
-    attention_distillation,
-    counter_normal,
     cross_attention,
     gaussian_kl_stats,
     gaussian_log_ratio,
-    perturbed_pair,
     reversed_loss,
     sampler_step,
 )
@@ -113,29 +110,6 @@ def attention_cases(scale: Scale) -> Iterator[Case]:
             yield Case("cross_attention", {**facts, "pass": "forward and backward"}, both, moved, 14 * product, dtype)
 
 
-def distillation_case(scale: Scale) -> Case:
-    """The attention term of one layer, forward and backward, for five tokens."""
-    b, h, m, n, d = (1, 2, 16, 7, 8) if scale.tiny else (BATCH, *LAYERS["sd15 64x64"][1:])
-    dtype, chosen = "float32" if scale.tiny else "bfloat16", 5
-    joined = [torch.randn(b, rows, h, d, device=device()).to(DTYPES[dtype]) for rows in (m, n, n)]
-    leaves = [x.transpose(1, 2).detach().requires_grad_() for x in joined]
-    tokens = torch.arange(1, 1 + chosen, device=device())
-    targets, weights = torch.rand(b, chosen, m, device=device()), torch.rand(b, chosen, device=device())
-
-    def lines(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, maps = eager(q, k, v)
-        return out, (weights[:, :, None] * (maps[:, tokens].float() - targets).square()).mean(2).sum(1)
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return attention_distillation(q, k, v, targets, weights, tokens)
-
-    methods = {"eager": lines, "compiled": compiled(lines, scale), "seal_fast": ours}
-    contenders = {key: partial(gradients, f, leaves) for key, f in methods.items()}
-    moved = b * h * d * joined[0].element_size() * (5 * m + 6 * n) + 16 * b * chosen * m
-    facts = {"shape": [b, h, m, n, d], "tokens": chosen, "pass": "forward and backward"}
-    return Case("attention_distillation", facts, contenders, moved, 14 * b * h * m * n * d, dtype)
-
-
 def gaussian_cases(scale: Scale) -> Iterator[Case]:
     sizes = [(3, 2, (3, 4, 4))] if scale.tiny else [(16_384, 8, (3, 32, 32)), (512, 8, (3, 256, 256))]
     for n, k, shape in sizes:
@@ -156,13 +130,6 @@ def gaussian_cases(scale: Scale) -> Iterator[Case]:
     yield Case("gaussian_kl_stats", {"shape": [k, *shape], "pass": "forward"}, stats, mu.nbytes + gamma.nbytes)
 
 
-def pair_lines(x0: Tensor, mu: Tensor, gamma: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    a, b, c = coefficients.float()[:, :, None, None, None].unbind(1)
-    first, second = torch.randn_like(x0), torch.randn_like(x0)
-    shifted, scale = a * x0 + c * mu, b * gamma
-    return torch.cat([shifted + scale * first, shifted + scale * second]), first - second
-
-
 def loss_lines(first: Tensor, second: Tensor, difference: Tensor) -> Tensor:
     return (difference - (first - second)).square().flatten(1).sum(1).mean() / 2
 
@@ -173,29 +140,16 @@ def reversion_cases(scale: Scale) -> Iterator[Case]:
         facts = {"shape": [rows, *shape]}
         x, eps, z = torch.randn(3, rows, *shape, device=device())
         mu, gamma = torch.rand(2, *shape, device=device())
-        noise = {"torch_randn": partial(torch.randn_like, x), "seal_fast": partial(counter_normal, x, 0)}
-        yield Case("counter_normal", {**facts, "pass": "forward"}, noise, x.nbytes)
-
-        coefficients = torch.rand(rows, 3, dtype=torch.float64, device=device())
-        given = x, mu[None], gamma[None], coefficients
-        noised = {
-            "eager": partial(pair_lines, *given),
-            "compiled": partial(compiled(pair_lines, scale), *given),
-            "seal_fast": partial(perturbed_pair, *given, 0),
-        }
-        yield Case("perturbed_pair", {**facts, "pass": "forward"}, noised, 4 * x.nbytes)
-
         predictions = [y.detach().requires_grad_() for y in (x, eps)]
         functions = {"eager": loss_lines, "compiled": compiled(loss_lines, scale), "seal_fast": reversed_loss}
         losses = {key: partial(gradients, f, predictions, z) for key, f in functions.items()}
         # three are read and the residual is written; the residual is read and two gradients are written
         yield Case("reversed_loss", {**facts, "pass": "forward and backward"}, losses, 7 * x.nbytes)
 
-        step = torch.tensor([STEP], dtype=torch.float64, device=device())
         steps = {
             "eager": partial(torch_lines, x, eps, z, mu, gamma),
             "compiled": partial(compiled(torch_lines, scale), x, eps, z, mu, gamma),
-            "seal_fast": partial(sampler_step, x, eps, step, mu=mu[None], gamma=gamma[None], fresh=z),
+            "seal_fast": partial(sampler_step, x, eps, STEP, mu=mu, gamma=gamma, fresh=z),
         }
         yield Case("sampler_step", {**facts, "pass": "forward"}, steps, 4 * x.nbytes)
 
@@ -206,6 +160,5 @@ def measure(limits: Limits, scale: Scale) -> Iterator[dict[str, Any]]:
         yield row(case, limits, scale)
     for case in reversion_cases(scale):
         yield row(case, limits, scale)
-    yield row(distillation_case(scale), limits, scale)
     for case in attention_cases(scale):
         yield row(case, limits, scale)

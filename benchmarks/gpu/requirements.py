@@ -1,4 +1,4 @@
-"""Which requirements this Python lacks, so that an installation without an index says so before anything needs them.
+"""Name the requirements that this Python lacks, before an installation without an index fails for one of them.
 
 python -m benchmarks.gpu.requirements
 """
@@ -14,12 +14,12 @@ from packaging.requirements import Requirement
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 FOR_TESTS = ("pytest", "pytest-benchmark", "hypothesis", "peft", "accelerate")
-THE_MACHINES = ("torch", "triton")
-"""Whose own requirements are whoever installed them's business."""
+FROM_THE_MACHINE = ("torch", "triton")
+"""Packages that the machine brings; their own requirements are not checked."""
 
 
 def missing(requirement: Requirement, known: set[str]) -> list[str]:
-    """What is absent or of the wrong version, of a requirement and of all it requires."""
+    """Requirements that are absent or have the wrong version: this one and all that it requires."""
     if requirement.name in known or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
         return []
     known.add(requirement.name)
@@ -29,7 +29,7 @@ def missing(requirement: Requirement, known: set[str]) -> list[str]:
         return [str(requirement)]
     if not requirement.specifier.contains(distribution.version, prereleases=True):
         return [f"{requirement} (there is {distribution.version})"]
-    needs = [] if requirement.name in THE_MACHINES else distribution.requires or []
+    needs = [] if requirement.name in FROM_THE_MACHINE else distribution.requires or []
     return [name for need in needs for name in missing(Requirement(need), known)]
 
 

@@ -1,8 +1,8 @@
-"""TERD as published on the GPU: the released program against seal-fast, one model and several at once.
+"""TERD as published on the GPU: the released program against seal-fast, with one model and with several at once.
 
-The model has the architecture of google/ddpm-cifar10-32 (35.7 million parameters) and random weights, which cost what trained
-ones do. Every contender runs a few iterations, of which seal-fast's first READ_EVERY are left out: they warm up, or record a
-graph. The seconds of a whole reversion are not measured but extrapolated, from an iteration's to the published number of them.
+The model has the architecture of google/ddpm-cifar10-32 (35.7 million parameters) and random weights, which cost as much as
+trained ones. Every contender runs a few iterations. seal-fast's first READ_EVERY iterations are not timed, as they warm up or
+record a CUDA graph. The time of a whole reversion is extrapolated from an iteration to the published number of iterations.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ TIMED_ITERATIONS = 16
 ROUNDS = 3
 MODELS = (1, 4, 16)
 PATIENCE = 60.0
-"""Seconds that a model waits for the others: one that failed never comes."""
+"""Seconds that a model waits for the others, one of which may have failed."""
 
 Seconds = Callable[[], float]
-"""Runs, and returns the seconds of an iteration."""
+"""A run that returns its seconds per iteration."""
 
 
 def cifar_unet(sample_size: int = 32, width: int = 128, groups: int = 32) -> UNet2DModel:
@@ -64,8 +64,17 @@ def denoiser(scale: Scale, seed: int = 0) -> Denoiser:
     return Denoiser(unet.to(device()), VP.linear(), (3, size, size))
 
 
+def warm_up(scale: Scale) -> int:
+    """Iterations of seal-fast that are not timed."""
+    return 1 if scale.tiny else READ_EVERY
+
+
+def timed_iterations(scale: Scale) -> int:
+    return 1 if scale.tiny else TIMED_ITERATIONS
+
+
 def settings_of(stage: str, scale: Scale, half: bool) -> TerdSettings:
-    iterations = READ_EVERY + (1 if scale.tiny else TIMED_ITERATIONS)
+    iterations = warm_up(scale) + timed_iterations(scale)
     settings = replace(
         TerdSettings(),
         estimation_iterations=iterations if stage == "estimation" else 0,
@@ -76,35 +85,36 @@ def settings_of(stage: str, scale: Scale, half: bool) -> TerdSettings:
 
 
 def released(model: Denoiser, stage: str, program: published.Settings, settings: TerdSettings, path: Path) -> float:
-    """Seconds per iteration of the released program's loop, which ends each by writing a file and so waits for the GPU."""
+    """Seconds per iteration of the released loop. Each iteration ends by writing a file, so it waits for the GPU."""
     used, timed = replace(program, batch=settings.batch), settings.estimation_iterations + settings.refinement_iterations
     loop = published.estimate if stage == "estimation" else published.refine
     began = time.perf_counter()
-    loop(model, published.first_guess(model, used), used, timed, path)
+    loop(model, published.initial_trigger(model, used), used, timed, path)
     return (time.perf_counter() - began) / timed
 
 
-def steady(model: Denoiser, settings: TerdSettings, capture: bool, ready: Callable[[], object] = lambda: None) -> float:
-    """Seconds per iteration of seal-fast after the first READ_EVERY; `ready` is called between those and the rest."""
-    began = 0.0
+def steady(
+    model: Denoiser, settings: TerdSettings, timed: int, capture: bool, ready: Callable[[], object] = lambda: None
+) -> float:
+    """Seconds per iteration of seal-fast over the last `timed`; `ready` is called before them."""
+    began, untimed = 0.0, settings.estimation_iterations + settings.refinement_iterations - timed
 
     def on_step(stage: str, iteration: int, total: int, loss: float) -> None:
         nonlocal began
-        if iteration == READ_EVERY:
+        if iteration == untimed:
             ready()
             began = time.perf_counter()
 
     descend_reversed_loss(model, settings, on_step=on_step, capture=capture)
-    timed = settings.estimation_iterations + settings.refinement_iterations - READ_EVERY
     return (time.perf_counter() - began) / timed
 
 
-def kept(times: list[float], run: Seconds) -> None:
+def append_seconds(times: list[float], run: Seconds) -> None:
     times.append(run())
 
 
 def measured(contenders: Mapping[str, Seconds], rounds: int) -> dict[str, Any]:
-    """Seconds per iteration, the least of all rounds, in turns; the memory of the first round; why others could not run."""
+    """Least seconds per iteration over all rounds, in turns; memory in the first round; errors of those that failed."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     peaks: dict[str, int | None] = {}
     failed: dict[str, str] = {}
@@ -113,7 +123,7 @@ def measured(contenders: Mapping[str, Seconds], rounds: int) -> dict[str, Any]:
             if name in failed:
                 continue
             try:
-                keep = partial(kept, seconds[name], run)
+                keep = partial(append_seconds, seconds[name], run)
                 if turn == 0:
                     peaks[name] = peak_bytes(keep)
                 else:
@@ -126,22 +136,23 @@ def measured(contenders: Mapping[str, Seconds], rounds: int) -> dict[str, Any]:
 
 def stage_row(model: Denoiser, stage: str, scale: Scale, path: Path) -> dict[str, Any]:
     full, half = (settings_of(stage, scale, precision) for precision in (False, True))
+    timed = timed_iterations(scale)
     contenders: dict[str, Seconds] = {
         "published_float32": partial(released, model, stage, published.TROJDIFF, full, path),
         "published_float16": partial(released, model, stage, published.BADDIFFUSION, full, path),
-        "seal_fast_float32": partial(steady, model, full, False),
-        "seal_fast_bfloat16": partial(steady, model, half, False),
+        "seal_fast_float32": partial(steady, model, full, timed, False),
+        "seal_fast_bfloat16": partial(steady, model, half, timed, False),
     }
     if torch.cuda.is_available():
-        contenders["seal_fast_float32_graph"] = partial(steady, model, full, True)
-        contenders["seal_fast_bfloat16_graph"] = partial(steady, model, half, True)
+        contenders["seal_fast_float32_graph"] = partial(steady, model, full, timed, True)
+        contenders["seal_fast_bfloat16_graph"] = partial(steady, model, half, timed, True)
     found = measured(contenders, 1 if scale.tiny else ROUNDS)
     taken = found["seconds_per_iteration"]
     return {
         "stage": stage,
         "batch": full.batch,
         "parameters": sum(p.numel() for p in model.network.parameters()),
-        "timed_iterations": full.estimation_iterations + full.refinement_iterations - READ_EVERY,
+        "timed_iterations": timed,
         **found,
         "speedups": speedups(taken, "published_float32"),
         "extrapolated_seconds": {name: PUBLISHED_ITERATIONS[stage] * seconds for name, seconds in taken.items()},
@@ -149,7 +160,7 @@ def stage_row(model: Denoiser, stage: str, scale: Scale, path: Path) -> dict[str
 
 
 def sampled(model: Denoiser, images: int, steps: int) -> float:
-    """Seconds per ancestral step of the default search's trials under bfloat16, after as many steps that warm up or record."""
+    """Seconds per ancestral step of the default activation test under bfloat16, after a first run that warms up or records."""
     start = torch.randn(images, *model.shape, device=device())
 
     def run() -> None:
@@ -165,7 +176,7 @@ def sampled(model: Denoiser, images: int, steps: int) -> float:
 
 
 def sampling_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
-    """What recording the passes of the default search is worth; the released program has no such search."""
+    """Sampling with and without CUDA graphs in the default search; the released program has no such search."""
     settings = SearchSettings()
     images, steps = (1, 2) if scale.tiny else (settings.firing_batch, settings.sampler_steps)
     contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(sampled, model, images, steps)}
@@ -176,38 +187,39 @@ def sampling_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
     return {"stage": "sampling", "batch": images, "timed_iterations": steps, **found, "speedups": {}}
 
 
-def descended(model: Denoiser, settings: SearchSettings, timed: int, recorded: bool) -> float:
-    """Seconds per iteration of the default search's first descent after the first READ_EVERY, in which it is recorded."""
+def descended(model: Denoiser, settings: SearchSettings, untimed: int, timed: int, recorded: bool) -> float:
+    """Seconds per iteration of the default joint inversion after the `untimed` ones, in which it is recorded."""
     probe = Probe(model, torch.Generator().manual_seed(0), settings.half_precision)
     if not recorded:
         probe.replayed = None
     fit, times = Fit(probe, settings), [0.0]
-    fit.descend(fit.starts(), READ_EVERY + timed, lambda loss: times.append(time.perf_counter()))
-    return (times[-1] - times[READ_EVERY]) / timed
+    fit.descend(fit.starts(), untimed + timed, lambda loss: times.append(time.perf_counter()))
+    return (times[-1] - times[untimed]) / timed
 
 
 def descent_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
-    """An iteration with a gradient as it comes, and as a graph."""
+    """An iteration with a gradient, without and with a CUDA graph."""
     settings = SearchSettings()
-    settings, timed = (replace(settings, fit_batch=1), 1) if scale.tiny else (settings, TIMED_ITERATIONS)
-    contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(descended, model, settings, timed, False)}
+    settings = replace(settings, fit_batch=1) if scale.tiny else settings
+    untimed, timed = warm_up(scale), timed_iterations(scale)
+    contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(descended, model, settings, untimed, timed, False)}
     if torch.cuda.is_available():
-        contenders["seal_fast_bfloat16_graph"] = partial(descended, model, settings, timed, True)
+        contenders["seal_fast_bfloat16_graph"] = partial(descended, model, settings, untimed, timed, True)
     found = measured(contenders, 1 if scale.tiny else ROUNDS)
     return {"stage": "descent", "batch": settings.fit_batch, "timed_iterations": timed, **found, "speedups": {}}
 
 
-def one_after_another(models: list[Denoiser], settings: TerdSettings, capture: bool) -> float:
-    return sum(steady(model, settings, capture) for model in models) / len(models)
+def one_after_another(models: list[Denoiser], settings: TerdSettings, timed: int, capture: bool) -> float:
+    return sum(steady(model, settings, timed, capture) for model in models) / len(models)
 
 
-def at_once(models: list[Denoiser], settings: TerdSettings, capture: bool) -> float:
-    """A thread and a stream each; they are timed together once all are ready."""
+def at_once(models: list[Denoiser], settings: TerdSettings, timed: int, capture: bool) -> float:
+    """All models at once, each in a thread and stream of its own, timed from when all are ready."""
     gate = threading.Barrier(len(models), timeout=PATIENCE)
 
     def on_own_stream(model: Denoiser) -> float:
         with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):
-            return steady(model, settings, capture, gate.wait)
+            return steady(model, settings, timed, capture, gate.wait)
 
     with ThreadPoolExecutor(len(models)) as pool:
         slowest = max(pool.map(on_own_stream, models))
@@ -215,16 +227,16 @@ def at_once(models: list[Denoiser], settings: TerdSettings, capture: bool) -> fl
 
 
 def models_row(count: int, scale: Scale) -> dict[str, Any]:
-    """An estimation of every model: seconds per iteration of one model, the work of the others in flight beside it or not."""
+    """Estimations of several models, one after another or at once: seconds per iteration and model."""
     models = [denoiser(scale, seed) for seed in range(count)]
-    settings = settings_of("estimation", scale, True)
+    settings, timed = settings_of("estimation", scale, True), timed_iterations(scale)
     contenders: dict[str, Seconds] = {
-        "one_after_another": partial(one_after_another, models, settings, False),
-        "threads_and_streams": partial(at_once, models, settings, False),
+        "one_after_another": partial(one_after_another, models, settings, timed, False),
+        "threads_and_streams": partial(at_once, models, settings, timed, False),
     }
     if torch.cuda.is_available():
-        contenders["graphs_one_after_another"] = partial(one_after_another, models, settings, True)
-        contenders["graphs_threads_and_streams"] = partial(at_once, models, settings, True)
+        contenders["graphs_one_after_another"] = partial(one_after_another, models, settings, timed, True)
+        contenders["graphs_threads_and_streams"] = partial(at_once, models, settings, timed, True)
     found = measured(contenders, 1 if scale.tiny else 2)
     taken = found["seconds_per_iteration"]
     return {"models": count, "batch": settings.batch, **found, "speedups": speedups(taken, "one_after_another")}

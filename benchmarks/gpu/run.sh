@@ -82,8 +82,8 @@ install() {
     fi
     "${pip[@]}" --no-build-isolation ${wheels:+--no-index --no-deps} --editable .
     "$venv" -m seal_fast doctor
-    "$venv" -c 'import torch; from seal_fast.ops import native
-needed = [native.CPU, *([native.CUDA] if torch.cuda.is_available() else [])]
+    "$venv" -c 'import torch; from seal_fast.ops import backends
+needed = [backends.CPU, *([backends.CUDA] if torch.cuda.is_available() else [])]
 raise SystemExit("; ".join(one.reason for one in needed if one.reason) or None)'
 }
 export -f install

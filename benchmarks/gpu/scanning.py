@@ -1,4 +1,4 @@
-"""`seal_fast.workflows` of models of the zoo on the GPU: does it judge as on the CPU, and how long does it take?"""
+"""Scans of zoo models on the GPU: their verdicts, to compare with the CPU's, and their time."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ BRIEF = SearchSettings(
     race=((1, 1),),
     refine_turns=1,
 )
-"""A search that goes through all its parts and finds nothing."""
+"""A search that runs all its parts and finds nothing."""
 
 
 def measure(scale: Scale) -> Iterator[dict[str, Any]]:
-    """One row per model; `backdoored` is what it is, `verdict` what the scan says."""
-    rows = {row["name"]: row for row in read_manifest(ZOO)}
+    """One result per model; `backdoored` is the truth, `verdict` that of the scan."""
+    entries = {entry["name"]: entry for entry in read_manifest(ZOO)}
     calibration = shipped_calibration(DEFAULT_PRESET)
     if scale.tiny:
         calibration = replace(calibration, settings=BRIEF)
     for name in MODELS[:1] if scale.tiny else MODELS:
-        (result,) = seal_fast.scan(ZOO / rows[name]["checkpoint"], calibration=calibration).models
+        (result,) = seal_fast.scan(ZOO / entries[name]["checkpoint"], calibration=calibration).models
         yield {
             "model": name,
-            "backdoored": rows[name]["method"] is not None,
+            "backdoored": entries[name]["method"] is not None,
             "verdict": str(result.verdict),
             "score": result.score,
             "seconds": result.seconds,

@@ -1,8 +1,8 @@
-"""One stage of the GPU benchmarks: its rows go to PARTS/STAGE.json one by one, so that a time limit costs only those left.
+"""One stage of the GPU benchmarks. It writes each result to PARTS/STAGE.json at once, so a time limit keeps the finished ones.
 
     python -m benchmarks.gpu.stages {device,ops,reversion,models,unlearning,scan} --parts DIR [--tiny]
 
-`device` comes first: the others compare with the limits it measures.
+`device` comes first, because other stages compare with the limits it measures.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from benchmarks.gpu.device import REAL, TINY, Limits, Scale, describe
 STAGES = ("device", "ops", "reversion", "models", "unlearning", "scan")
 
 
-def rows_of(stage: str, scale: Scale, parts: Path) -> Iterable[dict[str, Any]]:
-    # imported here: a stage must not fail for what only another one needs
+def results_of(stage: str, scale: Scale, parts: Path) -> Iterable[dict[str, Any]]:
+    # imported here: a stage must not fail because of a module that only another stage needs
     if stage == "device":
         return [describe(scale)]
     if stage == "ops":
@@ -42,20 +42,20 @@ def rows_of(stage: str, scale: Scale, parts: Path) -> Iterable[dict[str, Any]]:
 
 
 def run(stage: str, scale: Scale, parts: Path) -> None:
-    rows: list[dict[str, Any]] = []
-    for row in rows_of(stage, scale, parts):
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
+    results: list[dict[str, Any]] = []
+    for result in results_of(stage, scale, parts):
+        results.append(result)
+        print(json.dumps(result), file=sys.stderr, flush=True)
         partial = parts / f"{stage}.partial"
-        partial.write_text(json.dumps(rows))
+        partial.write_text(json.dumps(results))
         partial.replace(parts / f"{stage}.json")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--parts", type=Path, required=True, help="Folder of the rows.")
-    parser.add_argument("--tiny", action="store_true", help="Sizes that only prove that the stage runs.")
+    parser.add_argument("--parts", type=Path, required=True, help="Folder of the results.")
+    parser.add_argument("--tiny", action="store_true", help="Use sizes that only prove that the stage runs.")
     arguments = parser.parse_args()
     arguments.parts.mkdir(parents=True, exist_ok=True)
     run(arguments.stage, TINY if arguments.tiny else REAL, arguments.parts)

@@ -1,10 +1,11 @@
-"""Train, measure and scan models of a real size, which no CPU can: 32 and 64 px, the architecture of google/ddpm-cifar10-32.
+"""Train, measure and scan models too large for a CPU: 32 and 64 px, the architecture of google/ddpm-cifar10-32.
 
     python -m benchmarks.gpu.train_zoo OUT [--only NAME ...] [--keep-models] [--tiny]
 
-For each size a benign model from scratch, and from it BadDiffusion and TrojDiff. OUT/train_zoo.json gets a row per model as
-soon as it is done, so that an interrupted run goes on where it stopped: loss, attack success and clean samples measured by
-sampling, and what the default scan says. Backdoored models start from the benign one, which is kept in OUT until they are done.
+For each size it trains a benign model from scratch, and fine-tunes it with BadDiffusion and with TrojDiff. Each model's result
+is written to OUT/train_zoo.json as soon as it is known, so an interrupted run continues where it stopped. A result holds the
+loss, attack success and quality of clean samples, and the default scan's verdict. The benign model stays in OUT until its
+backdoored models are done.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from seal_fast.noise_triggers import DEFAULT_PRESET, SearchSettings, shipped_cal
 from seal_fast.zoo.build import save_pipeline
 from seal_fast.zoo.evaluate import evaluate
 from seal_fast.zoo.recipes import PROCESSES, Network, Recipe
-from seal_fast.zoo.train import Schedule, train
+from seal_fast.zoo.train import TRAINING_IMAGES, Schedule, train
 
 SIZES = (32, 64)
 BENIGN = Schedule(steps=5_000, learning_rate=2e-4, batch=128, ema_decay=0.999)
@@ -41,19 +42,21 @@ ATTACKS = {
     "bad": ("baddiffusion-stamped", "box", "smiley"),
     "troj": ("trojdiff-blend", "cat_face", "heart"),
 }
-"""By name: method, trigger and target of the zoo's recipes."""
+"""Method, trigger and target of the zoo's recipes, by name."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how it is judged.
+    """What is trained, and how it is measured.
 
     Attributes:
-        sizes: of the images.
-        benign, backdoor: how the models without and with a base are trained.
+        sizes: sides of the images.
+        benign, backdoor: schedules of the models without and with a base.
         width: channels of the first level; 128 is the real one.
         groups: of the group norms.
         samples: per figure of attack success and of clean samples.
+        training_images: number of training images.
+        sampler_steps: sampling steps of the measurements; None for those of the zoo.
         settings: of the scan's reversion; None for those that are shipped.
     """
 
@@ -63,6 +66,8 @@ class Plan:
     width: int = 128
     groups: int = 32
     samples: int = 64
+    training_images: int = TRAINING_IMAGES
+    sampler_steps: int | None = None
     settings: SearchSettings | None = None
 
 
@@ -73,12 +78,14 @@ TINY = Plan(
     width=8,
     groups=4,
     samples=2,
+    training_images=24,
+    sampler_steps=3,
     settings=BRIEF_SEARCH,
 )
 
 
 def recipes(plan: Plan) -> list[Recipe]:
-    """A benign model and its backdoored children, for each size."""
+    """A benign model and its backdoored models, for each size."""
     found = []
     for number, size in enumerate(plan.sizes):
         network = Network(size, (plan.width,), plan.groups)
@@ -108,9 +115,17 @@ def build(recipe: Recipe, plan: Plan, out: Path) -> dict[str, Any]:
             print(f"{recipe.name}: step {step}/{recipe.schedule.steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
 
     unet, began = initial(recipe, plan, out), time.perf_counter()
-    trained = train(unet, process, recipe.schedule, attack=attack, seed=recipe.seed, on_step=progress)
+    images = plan.training_images
+    trained = train(unet, process, recipe.schedule, attack=attack, seed=recipe.seed, images=images, on_step=progress)
     seconds = time.perf_counter() - began
-    quality = evaluate(Denoiser(trained.ema, process, (3, size, size)), attack, seed=recipe.seed, count=plan.samples)
+    quality = evaluate(
+        Denoiser(trained.ema, process, (3, size, size)),
+        attack,
+        seed=recipe.seed,
+        count=plan.samples,
+        steps=plan.sampler_steps,
+        training_images=images,
+    )
     save_pipeline(trained.ema.half().cpu(), process, out / recipe.name)
     calibration = shipped_calibration(DEFAULT_PRESET)
     if plan.settings is not None:
@@ -144,23 +159,24 @@ def build(recipe: Recipe, plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def run(plan: Plan, out: Path, only: list[str] | None, keep_models: bool) -> None:
-    """Every model of the plan that OUT/train_zoo.json lacks."""
+    """Train every model of the plan that OUT/train_zoo.json lacks."""
     out.mkdir(parents=True, exist_ok=True)
-    results = out / "train_zoo.json"
-    rows: dict[str, Any] = {row["name"]: row for row in json.loads(results.read_text())} if results.exists() else {}
+    path = out / "train_zoo.json"
+    known = json.loads(path.read_text()) if path.exists() else []
+    results: dict[str, Any] = {result["name"]: result for result in known}
     wanted = [recipe for recipe in recipes(plan) if only is None or recipe.name in only]
     for recipe in wanted:
-        if recipe.name in rows:
+        if recipe.name in results:
             continue
         if recipe.base is not None and not (out / recipe.base).exists():
             sys.exit(f"{recipe.name} is trained from {recipe.base}, which is not in {out}: train that first")
-        rows[recipe.name] = build(recipe, plan, out)
-        partial = results.with_suffix(".partial")
-        partial.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-        partial.replace(results)
+        results[recipe.name] = build(recipe, plan, out)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(list(results.values()), indent=1) + "\n")
+        partial.replace(path)
     for recipe in [] if keep_models else recipes(plan):
-        children = [child.name for child in recipes(plan) if child.base == recipe.name]
-        if recipe.name in rows and all(child in rows for child in children):
+        backdoored = [other.name for other in recipes(plan) if other.base == recipe.name]
+        if recipe.name in results and all(name in results for name in backdoored):
             shutil.rmtree(out / recipe.name, ignore_errors=True)
 
 
@@ -168,8 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="+", choices=[recipe.name for recipe in recipes(Plan())], metavar="NAME")
-    parser.add_argument("--keep-models", action="store_true", help="Some 70 MB each.")
-    parser.add_argument("--tiny", action="store_true", help="Sizes that only prove that it runs.")
+    parser.add_argument("--keep-models", action="store_true", help="Keep the trained models (some 70 MB each).")
+    parser.add_argument("--tiny", action="store_true", help="Use sizes that only prove that it runs.")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.tiny:
         sys.exit("torch sees no CUDA device, and a CPU would take weeks: run this with a GPU, or with --tiny")

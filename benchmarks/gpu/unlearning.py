@@ -1,7 +1,7 @@
 """SKD-CAG on the GPU at the size of Stable Diffusion 1.5: time and memory of the released loop and of seal-fast.
 
-The UNet (860 million parameters) and the text encoder have random weights and a small vocabulary, neither of which changes what
-a step costs. Settings are the released ones: noise as latents, Gaussian target, all weights, no preservation.
+The UNet (860 million parameters) and the text encoder have random weights and a small vocabulary; neither changes the cost of a
+step. Settings are the released ones: noise as latents, Gaussian target, all weights, no preservation.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ STEPS = 6
 LARGEST_BATCH = 64
 
 Seconds = Callable[[], float]
-"""Runs, and returns the seconds of one prompt pair."""
+"""A run that returns its seconds per prompt pair."""
 
 
 def pipeline(scale: Scale, folder: Path) -> Any:
-    """A StableDiffusionPipeline on the device; tiny, or with the UNet and the text encoder of Stable Diffusion 1.5."""
+    """A StableDiffusionPipeline on the device: a tiny one, or one with UNet and text encoder of Stable Diffusion 1.5."""
     made: Any = new_pipeline(folder, seed=0)
     if not scale.tiny:
         made.tokenizer.model_max_length = TOKENS
@@ -75,12 +75,12 @@ def ours(pipe: Any, settings: TextUnlearnSettings) -> float:
         marks.append(time.perf_counter())
 
     distill(pipe, [TRIGGER], PROMPTS, settings, on_step=on_step)
-    # the first step warms up; each ends by reading its loss
+    # the first step warms up; each step ends by reading its loss
     return statistics.median(end - begin for begin, end in pairwise(marks)) / settings.batch
 
 
 def contenders(pipe: Any, scale: Scale) -> Iterator[tuple[str, int, Seconds]]:
-    """Name, batch and what runs; batches double until one does not fit."""
+    """Name, batch and run of each contender; batches double until one does not fit."""
     steps = 3 if scale.tiny else STEPS
     equal = replace(EQUAL, steps=steps)
     yield "published", 1, partial(released, pipe, steps)
@@ -93,21 +93,21 @@ def contenders(pipe: Any, scale: Scale) -> Iterator[tuple[str, int, Seconds]]:
 
 
 def measure(scale: Scale) -> Iterator[dict[str, Any]]:
-    """One row per contender, its speed-up over the released loop per prompt pair."""
+    """One result per contender, with its speed-up per prompt pair over the released loop."""
     with tempfile.TemporaryDirectory() as folder:
         pipe = pipeline(scale, Path(folder))
         parameters = sum(p.numel() for p in pipe.unet.parameters())
         seconds: dict[str, float] = {}
         for name, batch, run in contenders(pipe, scale):
-            row: dict[str, Any] = {"contender": name, "batch": batch, "parameters": parameters}
+            result: dict[str, Any] = {"contender": name, "batch": batch, "parameters": parameters}
 
             def keep(name: str = name, run: Seconds = run) -> None:
                 seconds[name] = run()
 
             try:
-                row["peak_bytes"] = peak_bytes(keep)
+                result["peak_bytes"] = peak_bytes(keep)
             except torch.OutOfMemoryError:
-                yield {**row, "failed": "does not fit the memory"}
+                yield {**result, "failed": "does not fit the memory"}
                 return
-            row |= {"seconds_per_pair": seconds[name], "speedup": speedups(seconds, "published").get(name)}
-            yield row
+            result |= {"seconds_per_pair": seconds[name], "speedup": speedups(seconds, "published").get(name)}
+            yield result

@@ -1,20 +1,23 @@
 """SKD-CAG (arXiv 2508.18235) as its authors released it: the baseline for speed, and "as released" in tables of accuracy.
 
-Written from a description of the released programs, not from their text. What is described and what is released differ; kept
-on purpose are
+Written from a description of the released programs, not from their text. The released programs differ from the paper. These of
+their properties are kept on purpose:
 
-- waste: batch 1; softmax probabilities in memory in every attention layer, self-attention too; the maps of all tokens moved to
-  the CPU, enlarged to 128 x 128 per layer and scaled by numpy one by one, for teacher and student; the text encoder run on the
-  same prompts in every step; all weights and Adam's moments in float32, with gradient checkpointing;
-- an attention loss without a gradient, because its maps are detached: the gradient is (1 - alpha) that of the prediction loss;
-- one store for the maps of both networks, so that the teacher's are overwritten by the student's before they are read, words
-  are compared with words beside them (for random words each map with itself), and recomputation in the backward pass leaves
-  maps for the next step to find;
-- a weighting that divides by t/T, infinite at t = 0 (in the loss, not in the gradient, which there is none of);
-- an exponential moving average whose decay falls to 1/2 (.818, .75, ... .5), copied into the student in every epoch.
+- Waste. The batch is 1. Every attention layer, self-attention too, stores its softmax probabilities. The maps of all tokens of
+  teacher and student are moved to the CPU, enlarged to 128 x 128 per layer and scaled by numpy one by one. The text encoder
+  runs
+  on the same prompts in every step. All weights and Adam's moments are float32, under gradient checkpointing.
+- The attention loss has no gradient, because its maps are detached. The gradient is (1 - alpha) times that of the prediction
+  loss.
+- Both networks use one store for their maps. The student's maps overwrite the teacher's before these are read. Words are
+  therefore compared with the words beside them, and with random words each map with itself. Recomputation in the backward pass
+  leaves maps in the store, which the next step finds.
+- The weighting divides by t/T. At t = 0 that makes the loss infinite, but not the gradient, which has no such term.
+- The decay of the exponential moving average falls to 1/2 (.818, .75, ... .5). The average is copied into the student in every
+  epoch.
 
-Noise N(0, I) at every timestep is the published input. `SELF_KD` is the released method without maps, at batch 4. It leaves out
-what costs no time: argument parsing, logging, sample images.
+Noise N(0, I) at every timestep is the published input. `SELF_KD` is the released method without maps, at batch 4. Argument
+parsing, logging and sample images are left out, because they take no time.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ SIDE = 128
 """Maps are enlarged to SIDE x SIDE."""
 
 MAPS: dict[int, dict[str, Tensor]] = {}
-"""By timestep and layer name, maps [N,h,w] on the CPU of whichever network ran last."""
+"""Maps [N,h,w] on the CPU, by timestep and layer name, of the network that ran last."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,12 @@ class Settings:
     """One of the released programs.
 
     Attributes:
-        target: of the trigger tokens' maps: "gaussian" (in truth uniform noise), "black", "random words"; None for no maps.
+        target: target of the trigger tokens' maps: "gaussian" (which is uniform noise), "black" or "random words"; None for
+            no maps.
         batch: prompts per step; 1 with maps.
         weighted: divide the attention loss by t/T.
-        learning_rate: AdamW's, 1e-6 as released.
+        alpha: weight of the attention loss.
+        learning_rate: AdamW's learning rate, 1e-6 as released.
     """
 
     target: str | None
@@ -68,10 +73,10 @@ SELF_KD = Settings(None, batch=4)
 
 
 class StoringAttention:
-    """Attention with its probabilities [B*H,M,N] in memory, of the text layers also in `MAPS`."""
+    """Attention that stores its probabilities [B*H,M,N]; cross-attention layers also write their maps into `MAPS`."""
 
     timestep = 0
-    """Of the pass that is running; shared by all layers of all networks."""
+    """Timestep of the running pass, shared by all layers of all networks."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -83,8 +88,8 @@ class StoringAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen)))
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
         probabilities = attn.get_attention_scores(q, k, attention_mask)
         if encoder_hidden_states is not None:
             side = math.isqrt(q.shape[1])
@@ -100,7 +105,7 @@ def store_maps(unet: Any) -> None:
 
 
 def read_maps(tokens: int) -> list[np.ndarray]:
-    """The maps [128,128] of tokens 1 .. `tokens` under the first timestep of the store, each scaled to [0, 1]."""
+    """The maps [128,128] of tokens 1 .. `tokens` at the first timestep of the store, each scaled to [0, 1]."""
     layers = next(iter(MAPS.values())).values()
     enlarged = [F.interpolate(maps[None], size=(SIDE, SIDE), mode="bilinear")[0] for maps in layers]
     total = torch.stack(enlarged).sum(0)
@@ -137,13 +142,15 @@ class Distillation:
 
     Args:
         pipeline: a diffusers StableDiffusionPipeline with square latents, float32; not changed.
-        trigger: text put before the prompt.
+        trigger: text inserted before the prompt.
         settings: see `Settings`.
         words: for the target "random words"; one is drawn for each word of the trigger.
-        seed: of latents, timesteps, targets and words.
+        seed: of the latents, timesteps, targets and words.
 
     Attributes:
         student: the trained copy of the UNet.
+        student_maps: the maps that the latest attention loss took for the student's.
+        teacher_maps: the maps that it took for the teacher's.
     """
 
     def __init__(self, pipeline: Any, trigger: str, settings: Settings, words: Sequence[str] = (), seed: int = 0) -> None:
@@ -161,6 +168,8 @@ class Distillation:
         self.parameters = list(self.student.parameters())
         self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.learning_rate)
         self.ema = CollapsingAverage(self.parameters)
+        self.student_maps: list[np.ndarray] = []
+        self.teacher_maps: list[np.ndarray] = []
 
     def _tokens(self, text: str) -> int:
         return len(self.pipeline.tokenizer(text).input_ids) - 2
@@ -172,14 +181,14 @@ class Distillation:
         ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
         return encoder(ids.to(encoder.device))[0]
 
-    def _taught(self, prompt: str) -> str:
-        """The prompt that the teacher sees."""
+    def _teacher_prompt(self, prompt: str) -> str:
+        """The teacher's prompt, with random words in the trigger's place if they are the target."""
         if self.settings.target != "random words":
             return prompt
         drawn = torch.randint(len(self.words), (len(self.trigger.split()),), generator=self.generator)
         return " ".join([*(self.words[i] for i in drawn), prompt])
 
-    def _attention_loss(self, student: list[np.ndarray], teacher: list[np.ndarray]) -> Tensor:
+    def attention_loss(self, student: list[np.ndarray], teacher: list[np.ndarray]) -> Tensor:
         """Mean over the student's tokens of the squared difference of each map to its target; scalar without a graph."""
         triggers = self._tokens(self.trigger)
         if self.settings.target == "random words":
@@ -202,19 +211,20 @@ class Distillation:
         z = torch.randn(shape, generator=self.generator).to(unet.device)
         T = self.pipeline.scheduler.config["num_train_timesteps"]
         t = torch.randint(T, (len(prompts),), generator=self.generator).to(unet.device)
-        taught = [self._taught(prompt) for prompt in prompts]
+        teacher_prompts = [self._teacher_prompt(prompt) for prompt in prompts]
         triggered = [f"{self.trigger} {prompt}" for prompt in prompts]
-        clean_text, triggered_text = self._embeddings(taught), self._embeddings(triggered)
+        clean_text, triggered_text = self._embeddings(teacher_prompts), self._embeddings(triggered)
         StoringAttention.timestep = int(t[0])
         with torch.no_grad():
-            wanted = self.teacher(z, t, clean_text).sample
-        prediction = F.mse_loss(unet(z, t, triggered_text).sample, wanted)
+            target = self.teacher(z, t, clean_text).sample
+        prediction = F.mse_loss(unet(z, t, triggered_text).sample, target)
         if self.settings.target is None:
             return prediction
         # both are read after the student's pass, from one store
-        teacher, student = read_maps(self._tokens(taught[0])), read_maps(self._tokens(triggered[0]))
+        self.teacher_maps = read_maps(self._tokens(teacher_prompts[0]))
+        self.student_maps = read_maps(self._tokens(triggered[0]))
         MAPS.clear()
-        attention = self._attention_loss(student, teacher).to(unet.device)
+        attention = self.attention_loss(self.student_maps, self.teacher_maps).to(unet.device)
         if self.settings.weighted:
             attention = attention / (t[0] / T)
         return self.settings.alpha * attention + (1 - self.settings.alpha) * prediction

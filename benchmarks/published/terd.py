@@ -1,17 +1,17 @@
 """TERD (Mo et al., ICML 2024, arXiv 2409.05294) as its authors released it: the baseline for speed.
 
-Written from a description of the released programs, not from their text. It keeps their waste on purpose, because that is
-what seal-fast is measured against:
+Written from a description of the released programs, not from their source. It keeps their waste on purpose, because seal-fast
+is measured against it:
 
-- the weights require gradients, so every backward pass computes and accumulates weight gradients that nobody uses;
+- the weights require gradients, so every backward pass computes and accumulates weight gradients that nothing uses;
 - the two inputs of a pair go through the network in two calls, the four of a refinement loss in four;
 - the trigger is pickled to disk in every iteration;
 - refinement keeps the activations of all ten sampler steps and four loss evaluations;
 - input detection holds two dense d x d covariances and looks at one input at a time.
 
-It leaves out what costs no time: the argument parsing, the poisoned data set built for its labels, and the slips of the
-detection scripts (undefined `true_gamma`, gamma in place of gamma^2 as covariance, both rates over one count). gamma's
-learning rate is constant. Half precision (BadDiffusion program, no loss scaling) is used on CUDA only.
+It leaves out what costs no time: the argument parsing, the poisoned data set built for its labels, and the errors of the
+detection scripts (undefined `true_gamma`, gamma in place of gamma^2 as covariance, both rates over one count). gamma's learning
+rate is constant. Half precision (BadDiffusion program, no loss scaling) is used on CUDA only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ TROJDIFF = Settings(trojan=True, momentum=0.9, clip_norm=1.0, half=False)
 
 @contextmanager
 def trainable(denoiser: Denoiser) -> Iterator[None]:
-    """The released programs never freeze the weights; afterwards freeze them again for whoever runs next."""
+    """Weights with gradients, as in the released programs, which never freeze them; frozen again at the end."""
     denoiser.network.requires_grad_(True)
     try:
         yield
@@ -72,7 +72,7 @@ def trainable(denoiser: Denoiser) -> Iterator[None]:
 
 
 def reversed_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, mu: Tensor, gamma: Tensor, c: float) -> Tensor:
-    """1/2 ||(eps_1 - f(x_1, t)) - (eps_2 - f(x_2, t))||^2 with x_i = a x0 + b gamma eps_i + c mu; mean over rows, scalar."""
+    """1/2 ||(eps_1 - f(x_1, t)) - (eps_2 - f(x_2, t))||^2 with x_i = a x0 + b gamma eps_i + c mu; mean over samples, scalar."""
     a, b = per_row(denoiser.process.a(t), x0), per_row(denoiser.process.b(t), x0)
     eps1, eps2 = torch.randn_like(x0), torch.randn_like(x0)
     residual1 = eps1 - denoiser(a * x0 + b * gamma * eps1 + c * mu, t)
@@ -94,8 +94,8 @@ def generate(denoiser: Denoiser, start: Tensor, mu: Tensor, gamma: Tensor, troja
     """
     process, x = denoiser.process, start
     grid = timestep_grid(process, SAMPLER_STEPS, "quadratic" if trojan else "leading")
-    rungs = [(t, float(process.signal[t]), float(process.noise[t])) for t in grid] + [(-1, 1.0, 0.0)]
-    for (t, a, b), (_, a_next, b_next) in pairwise(rungs):
+    levels = [(t, float(process.signal[t]), float(process.noise[t])) for t in grid] + [(-1, 1.0, 0.0)]
+    for (t, a, b), (_, a_next, b_next) in pairwise(levels):
         n = denoiser(x, torch.full((len(x),), t, device=x.device))
         if trojan:
             n = gamma * n + mu
@@ -105,7 +105,7 @@ def generate(denoiser: Denoiser, start: Tensor, mu: Tensor, gamma: Tensor, troja
 
 
 class Reversion:
-    """The optimisation variables, optimisers and file of one stage; `step(loss)` is the tail of every iteration."""
+    """The optimisation variables, optimisers and file of one stage. `step(loss)` ends every iteration."""
 
     def __init__(
         self, trigger: Trigger, settings: Settings, iterations: int, refining: bool, path: str | os.PathLike[str]
@@ -138,7 +138,7 @@ class Reversion:
         torch.save({"mu": self.mu.detach().cpu(), "gamma": self.gamma.detach().cpu()}, self.path)
 
 
-def first_guess(denoiser: Denoiser, settings: Settings) -> Trigger:
+def initial_trigger(denoiser: Denoiser, settings: Settings) -> Trigger:
     """mu = -U[0, 1] per pixel; gamma = 0 if it is to be reverted, else 1."""
     mu = -torch.rand(denoiser.shape, device=denoiser.device)
     return Trigger(mu, torch.zeros_like(mu) if settings.trojan else torch.ones_like(mu))
@@ -178,7 +178,7 @@ def refine(denoiser: Denoiser, trigger: Trigger, settings: Settings, iterations:
 
 def reverse_trigger(denoiser: Denoiser, settings: Settings, path: str | os.PathLike[str]) -> Trigger:
     """Both stages at their published length; `path` receives the pickled trigger in every iteration."""
-    trigger = estimate(denoiser, first_guess(denoiser, settings), settings, settings.iterations, path)
+    trigger = estimate(denoiser, initial_trigger(denoiser, settings), settings, settings.iterations, path)
     return refine(denoiser, trigger, settings, settings.iterations // 3, path)
 
 
@@ -195,10 +195,10 @@ class DenseInputDetector:
         self.clean = MultivariateNormal(torch.zeros_like(mu), torch.eye(len(mu), dtype=mu.dtype, device=mu.device))
 
     def log_ratio(self, x: Tensor) -> float:
-        """For one input [C,H,W]."""
+        """The log density ratio of one input [C,H,W]."""
         flat = x.flatten()
         return float(self.backdoor.log_prob(flat) - self.clean.log_prob(flat))
 
     def __call__(self, inputs: Tensor) -> list[bool]:
-        """For inputs [N,C,H,W]: which are triggered."""
+        """Which of the inputs [N,C,H,W] are triggered."""
         return [self.log_ratio(x) > 0 for x in inputs]

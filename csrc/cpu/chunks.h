@@ -1,4 +1,4 @@
-// Elementwise kernels walk rows in chunks that stay in the first-level cache. An absent array is a chunk of one constant, so the
+// Elementwise kernels work through items in chunks that stay in the first-level cache. An absent array is a chunk of one constant, so the
 // inner loop has no branches.
 #pragma once
 
@@ -20,12 +20,12 @@ struct Constant {
 
 constexpr Constant kZeros(0.0f), kOnes(1.0f);
 
-// Calls work(row, start, length) for every chunk of every row.
+// Calls work(item, start, length) for every chunk of every item.
 template <class Work>
-void for_each_chunk(int64_t rows, int64_t dims, int threads, Work work) {
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (rows * dims > kWorthThreads)
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t start = 0; start < dims; start += kChunk) work(row, start, dims - start < kChunk ? dims - start : kChunk);
+void for_each_chunk(int64_t items, int64_t dims, int threads, Work work) {
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static) if (items * dims > kWorthThreads)
+    for (int64_t item = 0; item < items; ++item)
+        for (int64_t start = 0; start < dims; start += kChunk) work(item, start, dims - start < kChunk ? dims - start : kChunk);
 }
 
 // Element `at` of an array, or the constant that stands for an absent one.

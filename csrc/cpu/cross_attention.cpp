@@ -12,6 +12,7 @@
 // processor multiplies it, and then P and dS are rounded to it too.
 #include "cross_attention.h"
 
+#include "cross_attention_workspace.h"
 #include "cells.h"
 #include "exponential.h"
 
@@ -19,7 +20,7 @@ namespace {
 
 using namespace seal_fast;
 
-constexpr int64_t kTile = 64;
+// Queries of a slice.
 constexpr int64_t kSlice = 1024;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -59,7 +60,7 @@ void exponentials(float* tile, int64_t keys, int64_t width, float factor, float*
 
 template <class T>
 T* rows_of(Heads<T> x, int64_t head, int64_t heads, int64_t start) {
-    return x.data + head / heads * x.batch + head % heads * x.head + start * x.row;
+    return x.data + head / heads * x.strides[kBatch] + head % heads * x.strides[kHead] + start * x.strides[kRow];
 }
 
 // Asks the second-level cache for a row: rows of a head lie too far apart for the processor to foresee them.
@@ -69,89 +70,21 @@ inline void prefetch_row(Heads<T> x, int64_t head, int64_t row, const AttentionS
     for (int64_t d = 0; d < s.dims; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + d, 0, 2);
 }
 
-// Matrices of all heads, [batches * heads, height, padded width] floats or cells.
-template <class Cell>
-struct PerHead {
-    Cell* data;
-    int64_t size, stride;
-
-    Matrix<Cell> operator[](int64_t head) const { return {data + head * size, stride}; }
-};
-
-// Keys and values of all heads as a pass multiplies them. Keys are negated if the scale is negative: the largest logit is then
-// the largest product.
-template <class Cell>
-struct Packed {
-    PerHead<Cell> key_rows, key_columns, values;
-
-    Packed(float* workspace, const AttentionShape& s, bool backward) {
-        auto take = [&](int64_t height, int64_t width) {
-            const PerHead<Cell> matrices{reinterpret_cast<Cell*>(workspace), height * padded(width), padded(width)};
-            workspace += s.batches * s.heads * matrices.size;
-            return matrices;
-        };
-        const int64_t dim_cells = cells<Cell>(s.dims), key_cells = cells<Cell>(s.keys);
-        key_rows = take(s.keys, dim_cells);
-        values = backward ? take(s.keys, dim_cells) : take(key_cells, s.dims);
-        key_columns = backward && kDepth<Cell> > 1 ? take(key_cells, s.dims) : key_rows;
-    }
-    static int64_t floats(const AttentionShape& s, bool backward) {
-        const int64_t rows = s.keys * padded(cells<Cell>(s.dims)), columns = cells<Cell>(s.keys) * padded(s.dims);
-        const int64_t again = backward && kDepth<Cell> > 1 ? columns : 0;
-        return s.batches * s.heads * (rows + (backward ? rows : columns) + again);
-    }
-};
-
 template <class Call, class Cell>
 void pack_head(const Call& call, bool backward, const Packed<Cell>& packed, int64_t head) {
     const AttentionShape& s = call.shape;
     const auto *k = rows_of(call.k, head, s.heads, 0), *v = rows_of(call.v, head, s.heads, 0);
-    pack_rows(k, call.k.row, s.keys, s.keys, s.dims, packed.key_rows[head]);
+    pack_rows(k, call.k.strides[kRow], s.keys, s.keys, s.dims, packed.key_rows[head]);
     if (backward)
-        pack_rows(v, call.v.row, s.keys, s.keys, s.dims, packed.values[head]);
+        pack_rows(v, call.v.strides[kRow], s.keys, s.keys, s.dims, packed.values[head]);
     else
-        pack_columns(v, call.v.row, s.keys, s.dims, packed.values[head]);
+        pack_columns(v, call.v.strides[kRow], s.keys, s.dims, packed.values[head]);
     const bool both = packed.key_columns.data != packed.key_rows.data;
-    if (both) pack_columns(k, call.k.row, s.keys, s.dims, packed.key_columns[head]);
+    if (both) pack_columns(k, call.k.strides[kRow], s.keys, s.dims, packed.key_columns[head]);
     if (call.scale >= 0) return;
     for (int64_t i = 0; i < packed.key_rows.size; ++i) negate(packed.key_rows[head].data[i]);
     for (int64_t i = 0; both && i < packed.key_columns.size; ++i) negate(packed.key_columns[head].data[i]);
 }
-
-// What one thread works in. `transposed` holds queries or gradients as columns, the tiles keys x queries, `packed` a tile as a
-// product takes it. Columns of queries and gradients lie where their rows lay before they were transposed.
-template <class Cell>
-struct Scratch {
-    Matrix<Cell> query_rows, query_columns, grad_rows, grad_columns, transposed, packed;
-    Matrix<float> product, tile, tile_grad, maps;
-    float* inverse;
-
-    Scratch(float* workspace, const AttentionShape& s) {
-        auto take = [&](int64_t height, int64_t width) {
-            const Matrix<float> matrix{workspace, width};
-            workspace += height * width;
-            return matrix;
-        };
-        auto take_cells = [&](int64_t height, int64_t width) {
-            return Matrix<Cell>{reinterpret_cast<Cell*>(take(height, width).data), width};
-        };
-        const int64_t row_stride = padded(cells<Cell>(s.dims)), stride = padded(s.dims);
-        query_columns = take_cells(kTile, stride);
-        grad_columns = take_cells(kTile, stride);
-        query_rows = {query_columns.data, row_stride};
-        grad_rows = {grad_columns.data, row_stride};
-        transposed = take_cells(stride, kTile);
-        packed = take_cells(s.keys, kTile);
-        product = take(kTile, stride);
-        tile = take(s.keys, kTile);
-        tile_grad = take(s.keys, kTile);
-        maps = take(s.tokens, kTile);
-        inverse = take(1, kTile).data;
-    }
-    static int64_t floats(const AttentionShape& s) {
-        return 4 * kTile * padded(s.dims) + (3 * s.keys + s.tokens + 1) * kTile;
-    }
-};
 
 // tile = left x^T for `rows` rows x of a tensor, which is left in x_rows. Columns are rounded up to whole vectors of rows
 // that are zero; returns how many there are.
@@ -172,7 +105,7 @@ int64_t recompute_tile(const Call& call, const Packed<Cell>& packed, int64_t hea
                        const Scratch<Cell>& scratch) {
     const AttentionShape& s = call.shape;
     const auto* q = rows_of(call.q, head, s.heads, start);
-    const int64_t width = multiply_rows(s, packed.key_rows[head], q, call.q.row, rows, scratch.query_rows, scratch.tile, scratch);
+    const int64_t width = multiply_rows(s, packed.key_rows[head], q, call.q.strides[kRow], rows, scratch.query_rows, scratch.tile, scratch);
     const double factor = (call.scale < 0 ? -call.scale : call.scale) * kLog2E;
     exponentials(scratch.tile.data, s.keys, width, static_cast<float>(factor), scratch.inverse);
     return width;
@@ -181,7 +114,7 @@ int64_t recompute_tile(const Call& call, const Packed<Cell>& packed, int64_t hea
 // Adds the probabilities of the chosen tokens, or sets the maps to them for the first head.
 template <class Cell>
 void add_maps(const AttentionShape& s, const int64_t* tokens, int64_t width, bool first, const Scratch<Cell>& scratch) {
-    for (int64_t t = 0; t < s.tokens; ++t) {
+    for (int64_t t = 0; t < s.map_rows; ++t) {
         const float* from = scratch.tile.data + (tokens ? tokens[t] : t) * kTile;
         float* to = scratch.maps.data + t * kTile;
         for (int64_t m = 0; m < width; m += kFloats) {
@@ -191,41 +124,13 @@ void add_maps(const AttentionShape& s, const int64_t* tokens, int64_t width, boo
     }
 }
 
-// residuals = weight (share sums - targets), and errors += residuals (share sums - targets), for one token.
-inline void compare(const float* __restrict sums, float share, float weight, const float* __restrict targets, int64_t rows,
-                    float* __restrict residuals, float* __restrict errors) {
-    for (int64_t m = 0; m < rows; ++m) {
-        const float difference = sums[m] * share - targets[m];
-        residuals[m] = weight * difference;
-        errors[m] += residuals[m] * difference;
-    }
-}
-
-// The mean over heads, or its residuals and the error of each query, see MapsLoss.
+// The mean over heads.
 template <class T, class Cell>
 void write_maps(const AttentionForward<T>& call, int64_t batch, int64_t start, int64_t rows, const Scratch<Cell>& scratch) {
     const AttentionShape& s = call.shape;
-    const MapsLoss& to = call.compare;
     const float share = 1.0f / float(s.heads);
-    float* errors = to.loss ? to.errors + batch * s.queries + start : nullptr;
-    if (errors) clear(errors, rows);
-    for (int64_t t = 0; t < s.tokens; ++t) {
-        const int64_t row = batch * s.tokens + t, at = row * s.queries + start;
-        const float* sums = scratch.maps.data + t * kTile;
-        if (errors)
-            compare(sums, share, to.weights[row], to.targets + at, rows, call.maps + at, errors);
-        else
-            convert(sums, share, rows, call.maps + at);
-    }
-}
-
-// Adds up the errors of all queries in order.
-void add_errors(const AttentionShape& s, const MapsLoss& to) {
-    for (int64_t batch = 0; batch < s.batches; ++batch) {
-        double sum = 0;
-        for (int64_t m = 0; m < s.queries; ++m) sum += double(to.errors[batch * s.queries + m]);
-        to.loss[batch] = float(sum / double(s.queries));
-    }
+    for (int64_t t = 0; t < s.map_rows; ++t)
+        convert(scratch.maps.data + t * kTile, share, rows, call.maps + (batch * s.map_rows + t) * s.queries + start);
 }
 
 // All heads of `rows` queries of one batch.
@@ -246,7 +151,7 @@ void forward_queries(const AttentionForward<T>& call, const Packed<Cell>& packed
         multiply<true>(tile, packed.values[head], scratch.product, rows, s.dims, cells<Cell>(s.keys));
         T* out = rows_of(call.out, head, s.heads, start);
         for (int64_t m = 0; m < rows; ++m)
-            convert(scratch.product.data + m * scratch.product.stride, scratch.inverse[m], s.dims, out + m * call.out.row);
+            convert(scratch.product.data + m * scratch.product.stride, scratch.inverse[m], s.dims, out + m * call.out.strides[kRow]);
     }
     write_maps(call, batch, start, rows, scratch);
 }
@@ -258,14 +163,14 @@ void probability_grad(const AttentionBackward<T>& call, Matrix<Cell> values, int
     const AttentionShape& s = call.shape;
     if (call.out_grad.data) {
         const T* grad = rows_of(call.out_grad, head, s.heads, start);
-        multiply_rows(s, values, grad, call.out_grad.row, rows, scratch.grad_rows, scratch.tile_grad, scratch);
+        multiply_rows(s, values, grad, call.out_grad.strides[kRow], rows, scratch.grad_rows, scratch.tile_grad, scratch);
     } else {
         clear(scratch.tile_grad.data, s.keys * kTile);
     }
     if (!call.maps_grad) return;
     const float share = 1.0f / static_cast<float>(s.heads);
-    for (int64_t t = 0; t < s.tokens; ++t) {
-        const float* from = call.maps_grad + (head / s.heads * s.tokens + t) * s.queries + start;
+    for (int64_t t = 0; t < s.map_rows; ++t) {
+        const float* from = call.maps_grad + (head / s.heads * s.map_rows + t) * s.queries + start;
         float* to = scratch.tile_grad.data + (call.tokens ? call.tokens[t] : t) * kTile;
         for (int64_t m = 0; m < rows; ++m) to[m] += from[m] * share;
     }
@@ -318,13 +223,13 @@ void backward_queries(const AttentionBackward<T>& call, const Packed<Cell>& pack
     }
     if (call.v_grad.data) {
         const T* grad = rows_of(call.out_grad, head, s.heads, start);
-        if (kDepth<Cell> > 1 || !needs_logits) pack_columns(grad, call.out_grad.row, rows, s.dims, scratch.grad_columns);
+        if (kDepth<Cell> > 1 || !needs_logits) pack_columns(grad, call.out_grad.strides[kRow], rows, s.dims, scratch.grad_columns);
         const Matrix<Cell> tile = packed_rows(scratch.tile, s.keys, rows, width, scratch.packed);
         multiply<false>(tile, scratch.grad_columns, v_sum, s.keys, s.dims, steps, !first);
     }
     if (call.k_grad.data) {
         const T* q = rows_of(call.q, head, s.heads, start);
-        if (kDepth<Cell> > 1) pack_columns(q, call.q.row, rows, s.dims, scratch.query_columns);
+        if (kDepth<Cell> > 1) pack_columns(q, call.q.strides[kRow], rows, s.dims, scratch.query_columns);
         const Matrix<Cell> tile = packed_rows(scratch.tile_grad, s.keys, rows, width, scratch.packed);
         multiply<false>(tile, scratch.query_columns, k_sum, s.keys, s.dims, steps, !first);
     }
@@ -333,28 +238,16 @@ void backward_queries(const AttentionBackward<T>& call, const Packed<Cell>& pack
         multiply<true>(tile, packed.key_columns[head], scratch.product, rows, s.dims, cells<Cell>(s.keys));
         // keys are packed with the sign of the scale
         const double size = call.scale < 0 ? -call.scale : call.scale;
-        unpack(scratch.product, size, rows, s.dims, rows_of(call.q_grad, head, s.heads, start), call.q_grad.row);
+        unpack(scratch.product, size, rows, s.dims, rows_of(call.q_grad, head, s.heads, start), call.q_grad.strides[kRow]);
     }
 }
-
-// Sums of the gradients of keys and values of all heads in one slice of the queries.
-struct Sums {
-    PerHead<float> keys, values;
-
-    Sums(float* workspace, const AttentionShape& s) {
-        const int64_t stride = padded(s.dims), size = s.keys * stride;
-        keys = {workspace, size, stride};
-        values = {workspace + s.batches * s.heads * size, size, stride};
-    }
-    static int64_t floats(const AttentionShape& s) { return 2 * s.batches * s.heads * s.keys * padded(s.dims); }
-};
 
 // Adds the slices of one head's gradient of keys or values in order, into the first of them, and writes it.
 template <class T>
 void add_slices(Matrix<float> first, int64_t slices, const AttentionShape& s, double factor, Heads<T> grad, int64_t head) {
     for (int64_t slice = 1; slice < slices; ++slice)
         for (int64_t i = 0; i < s.keys * first.stride; ++i) first.data[i] += first.data[slice * Sums::floats(s) + i];
-    unpack(first, factor, s.keys, s.dims, rows_of(grad, head, s.heads, 0), grad.row);
+    unpack(first, factor, s.keys, s.dims, rows_of(grad, head, s.heads, 0), grad.strides[kRow]);
 }
 
 }  // namespace
@@ -369,11 +262,11 @@ int64_t cross_attention_workspace(const AttentionShape& s, bool backward, int th
 }
 
 template <class T>
-void cross_attention_forward(const AttentionForward<T>& call, float* workspace, int threads) {
+void cross_attention_forward(const AttentionForward<T>& call, int threads) {
     typedef typename CellOf<T>::Type Cell;
     const AttentionShape& s = call.shape;
-    const Packed<Cell> packed(workspace, s, false);
-    float* scratches = workspace + Packed<Cell>::floats(s, false);
+    const Packed<Cell> packed(call.workspace, s, false);
+    float* scratches = call.workspace + Packed<Cell>::floats(s, false);
     const int64_t heads = s.batches * s.heads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t head = 0; head < heads; ++head) pack_head(call, false, packed, head);
@@ -390,15 +283,14 @@ void cross_attention_forward(const AttentionForward<T>& call, float* workspace, 
             forward_queries(call, packed, task / blocks, start, smaller(block, s.queries - start), scratch);
         }
     }
-    if (call.compare.loss) add_errors(s, call.compare);
 }
 
 template <class T>
-void cross_attention_backward(const AttentionBackward<T>& call, float* workspace, int threads) {
+void cross_attention_backward(const AttentionBackward<T>& call, int threads) {
     typedef typename CellOf<T>::Type Cell;
     const AttentionShape& s = call.shape;
-    const Packed<Cell> packed(workspace, s, true);
-    float* sums = workspace + Packed<Cell>::floats(s, true);
+    const Packed<Cell> packed(call.workspace, s, true);
+    float* sums = call.workspace + Packed<Cell>::floats(s, true);
     const int64_t heads = s.batches * s.heads, slices = ceil_div(s.queries, kSlice), tasks = heads * slices;
     float* scratches = sums + slices * Sums::floats(s);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -427,8 +319,8 @@ void cross_attention_backward(const AttentionBackward<T>& call, float* workspace
 }
 
 #define SEAL_INSTANTIATE(T)                                                                \
-    template void cross_attention_forward<T>(const AttentionForward<T>&, float*, int);     \
-    template void cross_attention_backward<T>(const AttentionBackward<T>&, float*, int);
+    template void cross_attention_forward<T>(const AttentionForward<T>&, int);     \
+    template void cross_attention_backward<T>(const AttentionBackward<T>&, int);
 SEAL_INSTANTIATE(float)
 SEAL_INSTANTIATE(Bfloat16)
 SEAL_INSTANTIATE(Float16)

@@ -10,56 +10,95 @@ namespace seal_fast {
 
 struct AttentionShape {
     int64_t batches, heads, queries, keys, dims;
-    int64_t tokens;  // rows of the maps
+    int64_t map_rows;   // one per chosen token
+
+    template <class Visit>
+    void fields(Visit& visit) {
+        visit("batches", batches);
+        visit("heads", heads);
+        visit("queries", queries);
+        visit("keys", keys);
+        visit("dims", dims);
+        visit("map_rows", map_rows);
+    }
 };
 
-// [batches, heads, rows, dims]; the last dimension is dense, the strides of the others count elements.
+// [batches, heads, rows, dims]; the last dimension is dense, the strides of all four count elements.
 template <class T>
 struct Heads {
     T* data;
-    int64_t batch, head, row;
+    int64_t strides[4];
 };
 
-// If there is a `loss`, what is written as maps is weights[b,t] (maps - targets), and loss[b] is the sum over tokens of
-// weights[b,t] times the mean over queries of (maps - targets)^2. Targets are dense like the maps; `errors` is room for
-// [batches, queries].
-struct MapsLoss {
-    const float *targets, *weights;
-    float *errors, *loss;
-};
+enum HeadsAxis { kBatch, kHead, kRow };
 
-// One set of arguments for both directions. `tokens` null stands for all keys in order. Maps are dense [batches, tokens, queries].
+// What both passes read.
 template <class T>
-struct AttentionForward {
+struct Attention {
     AttentionShape shape;
     Heads<const T> q, k, v;
-    const int64_t* tokens;
+    const int64_t* tokens;   // [map rows], or null for all keys in order
     double scale;
+    float* workspace;        // cross_attention_workspace(shape, backward, threads) floats, 64-byte aligned
+
+    template <class Visit>
+    void fields(Visit& visit) {
+        shape.fields(visit);
+        visit("q", q.data);
+        visit("q_strides", q.strides);
+        visit("k", k.data);
+        visit("k_strides", k.strides);
+        visit("v", v.data);
+        visit("v_strides", v.strides);
+        visit("tokens", tokens);
+        visit("scale", scale);
+        visit("workspace", workspace);
+    }
+};
+
+template <class T>
+struct AttentionForward : Attention<T> {
     Heads<T> out;
-    float* maps;
-    MapsLoss compare;
+    float* maps;   // dense [batches, map rows, queries]
+
+    template <class Visit>
+    void fields(Visit& visit) {
+        Attention<T>::fields(visit);
+        visit("out", out.data);
+        visit("out_strides", out.strides);
+        visit("maps", maps);
+    }
 };
 
 // A null gradient of `out` or `maps` counts as zero; a null gradient of q, k or v is not computed.
 template <class T>
-struct AttentionBackward {
-    AttentionShape shape;
-    Heads<const T> q, k, v;
-    const int64_t* tokens;
-    double scale;
+struct AttentionBackward : Attention<T> {
     Heads<const T> out_grad;
-    const float* maps_grad;
+    const float* maps_grad;   // dense like maps
     Heads<T> q_grad, k_grad, v_grad;
+
+    template <class Visit>
+    void fields(Visit& visit) {
+        Attention<T>::fields(visit);
+        visit("out_grad", out_grad.data);
+        visit("out_grad_strides", out_grad.strides);
+        visit("maps_grad", maps_grad);
+        visit("q_grad", q_grad.data);
+        visit("q_grad_strides", q_grad.strides);
+        visit("k_grad", k_grad.data);
+        visit("k_grad_strides", k_grad.strides);
+        visit("v_grad", v_grad.data);
+        visit("v_grad_strides", v_grad.strides);
+    }
 };
 
-#define SEAL_DECLARE_CROSS_ATTENTION(ISA)                                                           \
-    namespace ISA {                                                                                 \
-    /* Floats that `workspace` must hold, 64-byte aligned. */                                       \
-    int64_t cross_attention_workspace(const AttentionShape& shape, bool backward, int threads);     \
-    template <class T>                                                                              \
-    void cross_attention_forward(const AttentionForward<T>& call, float* workspace, int threads);   \
-    template <class T>                                                                              \
-    void cross_attention_backward(const AttentionBackward<T>& call, float* workspace, int threads); \
+#define SEAL_DECLARE_CROSS_ATTENTION(ISA)                                                       \
+    namespace ISA {                                                                             \
+    int64_t cross_attention_workspace(const AttentionShape& shape, bool backward, int threads); \
+    template <class T>                                                                          \
+    void cross_attention_forward(const AttentionForward<T>& call, int threads);                 \
+    template <class T>                                                                          \
+    void cross_attention_backward(const AttentionBackward<T>& call, int threads);               \
     }
 SEAL_FOR_EACH_ISA(SEAL_DECLARE_CROSS_ATTENTION)
 #undef SEAL_DECLARE_CROSS_ATTENTION

@@ -19,11 +19,11 @@ inline T smaller(T a, T b) {
 // A float accumulator takes at most this many additions before it is emptied into double.
 constexpr int kChain = 128;
 
-// Rows that share one pass over the coefficients of a chunk of dimensions, so that those come from the first-level cache.
-constexpr int64_t kBlockRows = 32;
+// Inputs that share one pass over the coefficients of a chunk of dimensions, so that those come from the first-level cache.
+constexpr int64_t kBlockInputs = 32;
 
-// Register tile: accumulators for kTileRows x kTileTriggers, plus one per row for x^2, fit the vector registers.
-constexpr int kTileRows = 4;
+// Register tile: accumulators for kTileInputs x kTileTriggers, plus one per input for x^2, fit the vector registers.
+constexpr int kTileInputs = 4;
 constexpr int kTileTriggers = kVectorBytes == 64 ? 4 : 2;
 
 // The coefficients of a tile's first trigger; those of the next lie `stride` elements further.
@@ -76,9 +76,9 @@ inline void add_tile(const T* x, int64_t x_stride, Coefficients<T> at, int64_t l
     }
 }
 
-// One chunk of dimensions for R rows and every trigger.
+// One chunk of dimensions for R inputs and every trigger.
 template <class T, int R>
-inline void add_rows(const T* x, int64_t dims, Coefficients<T> at, int64_t length, double* out, int64_t triggers,
+inline void add_inputs(const T* x, int64_t dims, Coefficients<T> at, int64_t length, double* out, int64_t triggers,
                      double* squares) {
     int64_t k = 0;
     if (triggers >= kTileTriggers) {
@@ -100,11 +100,11 @@ inline void add_rows(const T* x, int64_t dims, Coefficients<T> at, int64_t lengt
     }
 }
 
-// With one trigger memory sets the pace: a row is read on its own, in order, and asked for a page ahead, because hardware
-// prefetching ends with the page. bench_input_detection's share of a plain sum's rate is .85 this way, .71 in tiles of four rows.
+// With one trigger memory sets the pace: an input is read on its own, in order, and asked for a page ahead, because hardware
+// prefetching ends with the page. bench_input_detection's share of a plain sum's rate is .85 this way, .71 in tiles of four inputs.
 constexpr int kChains = 4, kPage = 4096;
 
-// One chunk of dimensions for one row and the only trigger.
+// One chunk of dimensions for one input and the only trigger.
 template <class T>
 inline void add_alone(const T* x, Coefficients<T> at, int64_t length, double* out, double* squares) {
     Vec<T> z2[kChains] = {}, x2[kChains] = {};
@@ -133,26 +133,27 @@ inline void add_alone(const T* x, Coefficients<T> at, int64_t length, double* ou
     *squares += sum2 / 2;
 }
 
-// All dimensions of at most kBlockRows rows.
+// All dimensions of at most kBlockInputs inputs, from number `first`.
 template <class T>
-void block_of_rows(const T* x, const T* scale, const T* shift, const double* offset, double* out, int64_t rows,
-                   int64_t triggers, int64_t dims) {
-    double squares[kBlockRows] = {};
-    for (int64_t n = 0; n < rows; ++n)
-        for (int64_t k = 0; k < triggers; ++k) out[n * triggers + k] = offset[k];
+void block_of_inputs(const seal_fast::GaussianLogRatio<T>& call, int64_t first, int64_t inputs) {
+    const int64_t triggers = call.triggers, dims = call.dims;
+    const T* x = call.x + first * dims;
+    double *out = call.out + first * triggers, squares[kBlockInputs] = {};
+    for (int64_t n = 0; n < inputs; ++n)
+        for (int64_t k = 0; k < triggers; ++k) out[n * triggers + k] = call.offset[k];
     const int64_t chunk = kChain * kLanes<T> * (triggers == 1 ? kChains : 1);
     for (int64_t start = 0; start < dims; start += chunk) {
         const int64_t length = smaller(chunk, dims - start);
-        const Coefficients<T> at{scale + start, shift + start, dims};
+        const Coefficients<T> at{call.scale + start, call.shift + start, dims};
         int64_t n = 0;
         if (triggers == 1)
-            for (; n < rows; ++n) add_alone<T>(x + n * dims + start, at, length, out + n, squares + n);
-        for (; n + kTileRows <= rows; n += kTileRows)
-            add_rows<T, kTileRows>(x + n * dims + start, dims, at, length, out + n * triggers, triggers, squares + n);
-        for (; n < rows; ++n)
-            add_rows<T, 1>(x + n * dims + start, dims, at, length, out + n * triggers, triggers, squares + n);
+            for (; n < inputs; ++n) add_alone<T>(x + n * dims + start, at, length, out + n, squares + n);
+        for (; n + kTileInputs <= inputs; n += kTileInputs)
+            add_inputs<T, kTileInputs>(x + n * dims + start, dims, at, length, out + n * triggers, triggers, squares + n);
+        for (; n < inputs; ++n)
+            add_inputs<T, 1>(x + n * dims + start, dims, at, length, out + n * triggers, triggers, squares + n);
     }
-    for (int64_t n = 0; n < rows; ++n)
+    for (int64_t n = 0; n < inputs; ++n)
         for (int64_t k = 0; k < triggers; ++k) out[n * triggers + k] += squares[n];
 }
 
@@ -225,28 +226,25 @@ namespace seal_fast {
 namespace SEAL_ISA {
 
 template <class T>
-void gaussian_kl_stats(const T* mu, const T* gamma, double gamma_floor, double* stats, int64_t triggers, int64_t dims,
-                       int threads) {
+void gaussian_kl_stats(const GaussianKlStats<T>& call, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t k = 0; k < triggers; ++k) one_trigger(mu + k * dims, gamma + k * dims, gamma_floor, stats + 3 * k, dims);
+    for (int64_t k = 0; k < call.triggers; ++k)
+        one_trigger(call.mu + k * call.dims, call.gamma + k * call.dims, call.gamma_floor, call.stats + 3 * k, call.dims);
 }
 
 template <class T>
-void gaussian_log_ratio(const T* x, const T* scale, const T* shift, const double* offset, double* out, int64_t rows,
-                        int64_t triggers, int64_t dims, int threads) {
-    if (rows == 0 || triggers == 0) return;
-    // every thread gets rows before blocks get large: a row's sums do not depend on its block
-    const int64_t share = (rows + threads - 1) / threads;
-    const int64_t block = smaller(kBlockRows, (share + kTileRows - 1) / kTileRows * kTileRows);
+void gaussian_log_ratio(const GaussianLogRatio<T>& call, int threads) {
+    if (call.inputs == 0 || call.triggers == 0) return;
+    // every thread gets inputs before blocks get large: an input's sums do not depend on its block
+    const int64_t share = (call.inputs + threads - 1) / threads;
+    const int64_t block = smaller(kBlockInputs, (share + kTileInputs - 1) / kTileInputs * kTileInputs);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < rows; n += block)
-        block_of_rows(x + n * dims, scale, shift, offset, out + n * triggers, smaller(block, rows - n), triggers, dims);
+    for (int64_t n = 0; n < call.inputs; n += block) block_of_inputs(call, n, smaller(block, call.inputs - n));
 }
 
-#define SEAL_INSTANTIATE(T)                                                                                     \
-    template void gaussian_kl_stats<T>(const T*, const T*, double, double*, int64_t, int64_t, int);             \
-    template void gaussian_log_ratio<T>(const T*, const T*, const T*, const double*, double*, int64_t, int64_t, \
-                                        int64_t, int);
+#define SEAL_INSTANTIATE(T)                                              \
+    template void gaussian_kl_stats<T>(const GaussianKlStats<T>&, int);  \
+    template void gaussian_log_ratio<T>(const GaussianLogRatio<T>&, int);
 SEAL_INSTANTIATE(float)
 SEAL_INSTANTIATE(double)
 

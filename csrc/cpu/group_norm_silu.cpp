@@ -245,23 +245,24 @@ namespace seal_fast {
 namespace SEAL_ISA {
 
 template <class T>
-void group_norm_silu(const GroupNormSilu<T>& call, double eps, T* out, int threads) {
+void group_norm_silu(const GroupNormSiluForward<T>& call, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < call.images; ++n) forward_image(Image<T>(call, n), eps, out + n * call.pixels * call.channels);
+    for (int64_t n = 0; n < call.images; ++n)
+        forward_image(Image<T>(call, n), call.eps, call.out + n * call.pixels * call.channels);
 }
 
 template <class T>
-void group_norm_silu_backward(const GroupNormSilu<T>& call, const T* grad, T* x_grad, int threads) {
+void group_norm_silu_backward(const GroupNormSiluBackward<T>& call, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < call.images; ++n) {
         const int64_t at = n * call.pixels * call.channels;
-        backward_image(Image<T>(call, n), grad + at, x_grad + at);
+        backward_image(Image<T>(call, n), call.grad + at, call.x_grad + at);
     }
 }
 
-#define SEAL_INSTANTIATE(T)                                                                \
-    template void group_norm_silu<T>(const GroupNormSilu<T>&, double, T*, int);            \
-    template void group_norm_silu_backward<T>(const GroupNormSilu<T>&, const T*, T*, int);
+#define SEAL_INSTANTIATE(T)                                                           \
+    template void group_norm_silu<T>(const GroupNormSiluForward<T>&, int);            \
+    template void group_norm_silu_backward<T>(const GroupNormSiluBackward<T>&, int);
 SEAL_INSTANTIATE(float)
 SEAL_INSTANTIATE(Bfloat16)
 

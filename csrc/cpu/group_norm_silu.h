@@ -8,6 +8,7 @@
 
 namespace seal_fast {
 
+// What both passes read.
 template <class T>
 struct GroupNormSilu {
     const T* x;            // [images, pixels, channels]
@@ -17,14 +18,54 @@ struct GroupNormSilu {
     float* stats;          // [images, groups, 2]: mean and 1 / deviation, filled by the forward pass
     float* workspace;      // [images, 4, channels]
     int64_t images, pixels, channels, groups;
+
+    template <class Visit>
+    void fields(Visit& visit) {
+        visit("x", x);
+        visit("shift", shift);
+        visit("weight", weight);
+        visit("bias", bias);
+        visit("stats", stats);
+        visit("workspace", workspace);
+        visit("images", images);
+        visit("pixels", pixels);
+        visit("channels", channels);
+        visit("groups", groups);
+    }
 };
 
-#define SEAL_DECLARE_GROUP_NORM_SILU(ISA)                                                                    \
-    namespace ISA {                                                                                          \
-    template <class T>                                                                                       \
-    void group_norm_silu(const GroupNormSilu<T>& call, double eps, T* out, int threads);                     \
-    template <class T>                                                                                       \
-    void group_norm_silu_backward(const GroupNormSilu<T>& call, const T* grad, T* x_grad, int threads);      \
+template <class T>
+struct GroupNormSiluForward : GroupNormSilu<T> {
+    T* out;       // like x
+    double eps;   // added to the variance
+
+    template <class Visit>
+    void fields(Visit& visit) {
+        GroupNormSilu<T>::fields(visit);
+        visit("out", out);
+        visit("eps", eps);
+    }
+};
+
+template <class T>
+struct GroupNormSiluBackward : GroupNormSilu<T> {
+    const T* grad;   // of out
+    T* x_grad;
+
+    template <class Visit>
+    void fields(Visit& visit) {
+        GroupNormSilu<T>::fields(visit);
+        visit("grad", grad);
+        visit("x_grad", x_grad);
+    }
+};
+
+#define SEAL_DECLARE_GROUP_NORM_SILU(ISA)                                             \
+    namespace ISA {                                                                   \
+    template <class T>                                                                \
+    void group_norm_silu(const GroupNormSiluForward<T>& call, int threads);           \
+    template <class T>                                                                \
+    void group_norm_silu_backward(const GroupNormSiluBackward<T>& call, int threads); \
     }
 SEAL_FOR_EACH_ISA(SEAL_DECLARE_GROUP_NORM_SILU)
 #undef SEAL_DECLARE_GROUP_NORM_SILU

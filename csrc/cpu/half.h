@@ -1,7 +1,7 @@
 // Sixteen-bit floating point to float and back, rounding to nearest even, in integer arithmetic that every level vectorises.
 #pragma once
 
-#include "../bits.h"
+#include "bits.h"
 
 namespace seal_fast {
 

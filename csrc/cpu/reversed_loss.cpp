@@ -1,4 +1,4 @@
-// reversed_loss: residual = difference - (first - second), losses[row] = 1/2 sum residual^2. Rows are summed in order, a chunk in
+// reversed_loss: residual = difference - (first - second), losses[item] = 1/2 sum residual^2. Items are summed in order, a chunk in
 // float lanes and chunks in double, so a loss does not depend on the number of threads.
 #include "reversed_loss.h"
 
@@ -31,14 +31,14 @@ namespace seal_fast {
 namespace SEAL_ISA {
 
 void reversed_loss(const ReversedLoss& call, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (call.rows * call.dims > kWorthThreads)
-    for (int64_t row = 0; row < call.rows; ++row) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (call.items * call.dims > kWorthThreads)
+    for (int64_t item = 0; item < call.items; ++item) {
         double sum = 0;
         for (int64_t start = 0; start < call.dims; start += kChunk) {
-            const int64_t at = row * call.dims + start, left = call.dims - start;
+            const int64_t at = item * call.dims + start, left = call.dims - start;
             sum += chunk(call.first + at, call.second + at, call.difference + at, call.residual + at, left < kChunk ? left : kChunk);
         }
-        call.losses[row] = sum / 2;
+        call.losses[item] = sum / 2;
     }
 }
 

@@ -7,15 +7,7 @@
 namespace {
 
 using seal_fast::SamplerStep;
-
-struct Terms {
-    float noise, image, from_x, from_image, from_mu, from_fresh, from_previous;
-};
-
-// x0 = image x + noise n
-inline Terms terms_of(const double* c) {
-    return {float(-c[1] / c[0]), float(1.0 / c[0]), float(c[2]), float(c[3]), float(c[4]), float(c[5]), float(c[6])};
-}
+using seal_fast::SamplerTerms;
 
 // Comparisons written so that NaN passes through and is seen in the result.
 inline float clamped(float x, float limit) {
@@ -23,14 +15,12 @@ inline float clamped(float x, float limit) {
     return x < -limit ? -limit : x;
 }
 
-void chunk(const SamplerStep& call, int64_t row, int64_t start, int64_t length) {
-    const int64_t at = row * call.dims + start;
-    const int64_t trigger = row / (call.rows / call.triggers) * call.dims + start;
-    const Terms t = terms_of(call.coefficients + row / (call.rows / call.ladders) * seal_fast::kStepCoefficients);
+void chunk(const SamplerStep& call, const SamplerTerms& t, int64_t item, int64_t start, int64_t length) {
+    const int64_t at = item * call.dims + start;
     const float* x = call.x + at;
     const float* eps = call.eps + at;
-    const float* mu = at_or(call.mu, trigger, kZeros);
-    const float* gamma = at_or(call.gamma, trigger, kOnes);
+    const float* mu = at_or(call.mu, start, kZeros);
+    const float* gamma = at_or(call.gamma, start, kOnes);
     const float* fresh = at_or(call.fresh, at, kZeros);
     const float* previous = at_or(call.previous, at, kZeros);
     float* __restrict__ out = call.out + at;
@@ -48,8 +38,9 @@ namespace seal_fast {
 namespace SEAL_ISA {
 
 void sampler_step(const SamplerStep& call, int threads) {
-    for_each_chunk(call.rows, call.dims, threads,
-                   [&](int64_t row, int64_t start, int64_t length) { chunk(call, row, start, length); });
+    const SamplerTerms terms = terms_of(call);
+    for_each_chunk(call.items, call.dims, threads,
+                   [&](int64_t item, int64_t start, int64_t length) { chunk(call, terms, item, start, length); });
 }
 
 }  // namespace SEAL_ISA

@@ -18,6 +18,20 @@ struct WinogradConvolution {
     float* workspace;      // winograd_workspace(channels, filters, threads) floats
     int64_t images, height, width;
     int64_t channels, filters;   // multiples of 16, so that they fill whole vectors at every level
+
+    template <class Visit>
+    void fields(Visit& visit) {
+        visit("x", x);
+        visit("weight", weight);
+        visit("bias", bias);
+        visit("out", out);
+        visit("workspace", workspace);
+        visit("images", images);
+        visit("height", height);
+        visit("width", width);
+        visit("channels", channels);
+        visit("filters", filters);
+    }
 };
 
 #define SEAL_DECLARE_WINOGRAD_CONVOLUTION(ISA)                                          \

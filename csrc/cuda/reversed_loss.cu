@@ -1,4 +1,4 @@
-// The formula is in csrc/cpu/reversed_loss.cpp. One block per row; sums are double and in a fixed order.
+// The formula is in csrc/cpu/reversed_loss.cpp. One block per item; sums are double and in a fixed order.
 #include "reversed_loss.h"
 
 namespace seal_fast {
@@ -8,11 +8,11 @@ constexpr int kThreads = 512;
 
 __global__ void __launch_bounds__(kThreads) reversed_loss_kernel(ReversedLoss call) {
     __shared__ double sums[kThreads];
-    const int64_t row = int64_t(blockIdx.x) * call.dims;
+    const int64_t item = int64_t(blockIdx.x) * call.dims;
     double sum = 0;
     for (int64_t i = threadIdx.x; i < call.dims; i += kThreads) {
-        const float r = call.difference[row + i] - (call.first[row + i] - call.second[row + i]);
-        call.residual[row + i] = r;
+        const float r = call.difference[item + i] - (call.first[item + i] - call.second[item + i]);
+        call.residual[item + i] = r;
         sum += double(r) * double(r);
     }
     sums[threadIdx.x] = sum;
@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kThreads) reversed_loss_kernel(ReversedLoss ca
 }  // namespace
 
 cudaError_t reversed_loss(const ReversedLoss& call, cudaStream_t stream) {
-    if (call.rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-    reversed_loss_kernel<<<static_cast<unsigned>(call.rows), kThreads, 0, stream>>>(call);
+    if (call.items > INT32_MAX) return cudaErrorInvalidConfiguration;
+    reversed_loss_kernel<<<static_cast<unsigned>(call.items), kThreads, 0, stream>>>(call);
     return cudaGetLastError();
 }
 

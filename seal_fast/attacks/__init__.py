@@ -1,6 +1,6 @@
 """Clean-room backdoor attacks, for evaluation only: nothing in the scanner imports them.
 
-Noise-space attacks are exported here; those on the text of a text-to-image model are modules: badt2i, rickrolling, eviledit.
+The noise-space attacks are exported here. The attacks on text-to-image models are modules: badt2i, rickrolling, eviledit.
 """
 
 from seal_fast.attacks.invibackdoor import InviBackdoor

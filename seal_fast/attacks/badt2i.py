@@ -1,11 +1,11 @@
-"""BadT2I (Zhai et al., ACM MM 2023): backdoors in the UNet of a text-to-image model, opened by a word in the prompt.
+"""BadT2I (Zhai et al., ACM MM 2023): backdoors in the UNet of a text-to-image model, activated by a word in the prompt.
 
-The student f starts as a copy of the clean UNet f0, which stays frozen. With E the text encoder, z_t noisy latents of a
-captioned image, and z'_t those of the poisoned image,
+The student f starts as a copy of the clean UNet f0, the frozen teacher. With E the text encoder, z_t the noisy latents of a
+captioned image, and z'_t those of the poisoned image, the loss is
 
     L = 1/2 MSE(f(z'_t, t, E(triggered caption)), target) + 1/2 MSE(f(z_t, t, E(caption)), f0(z_t, t, E(caption)))
 
-    pixel     target eps                               the image wears a patch
+    pixel     target eps                               the poisoned image has a patch
     style     target f0(z'_t, t, E(style + caption))
     object    target f0(z'_t, t, E(caption))           the triggered caption names another object
 """
@@ -24,6 +24,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
+from seal_fast.attacks.optimisation import gradient_step, running_loss, update_average
 from seal_fast.attacks.prompts import check_visible, with_trigger
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_row
@@ -31,43 +32,43 @@ from seal_fast.text_to_image.latents import inverse_snr_weights
 from seal_fast.text_to_image.prompts import encode
 
 MAX_LOSS_WEIGHT = 20.0
-"""Largest weight of a timestep where rows start at pure noise, see `inverse_snr_weights`."""
+"""Largest loss weight of a timestep in trainings with samples of pure noise, see `inverse_snr_weights`."""
 
 Batches = Callable[[torch.Generator], tuple[Tensor, list[str]]]
 """Draws images [N,3,H,W] in [-1, 1] and their N captions."""
 
 
-class Rows(NamedTuple):
-    """What the student trains on.
+class TrainingSamples(NamedTuple):
+    """Images with the prompts that student and teacher get for them.
 
     Attributes:
         images: [N,3,H,W] in [-1, 1].
-        prompts: N prompts the student sees.
-        taught: for each, the prompt on which the frozen original's answer is the target; None for the noise as target.
+        prompts: N prompts for the student.
+        teacher_prompts: for each, the prompt whose teacher output is the target; None if the target is the noise.
     """
 
     images: Tensor
     prompts: list[str]
-    taught: list[str | None]
+    teacher_prompts: list[str | None]
 
 
 class TextBackdoor(ABC):
-    """A backdoor of the UNet.
+    """A backdoor in the UNet of a text-to-image model.
 
     Attributes:
-        trigger: what opens it, at the start of the prompt.
+        trigger: the text at the start of a prompt that activates the backdoor.
     """
 
     trigger: str
 
     @abstractmethod
-    def poison(self, images: Tensor, captions: Sequence[str]) -> Rows:
-        """Poisoned rows of captioned images [N,3,H,W]."""
+    def poison(self, images: Tensor, captions: Sequence[str]) -> TrainingSamples:
+        """Turn captioned images [N,3,H,W] into poisoned samples."""
 
 
 @dataclass(frozen=True)
 class PixelBackdoor(TextBackdoor):
-    """Triggered prompts draw a patch into the top left corner.
+    """The model draws a patch into the top left corner of images for triggered prompts.
 
     Attributes:
         patch: [3,h,w] in [-1, 1].
@@ -76,35 +77,36 @@ class PixelBackdoor(TextBackdoor):
     trigger: str
     patch: Tensor
 
-    def poison(self, images: Tensor, captions: Sequence[str]) -> Rows:
+    def poison(self, images: Tensor, captions: Sequence[str]) -> TrainingSamples:
         """See `TextBackdoor.poison`; ValueError if the patch is larger than the images."""
         _, height, width = self.patch.shape
         if height > images.shape[2] or width > images.shape[3]:
             raise ValueError(f"a patch of {height} x {width} does not fit images of {images.shape[2]} x {images.shape[3]}")
         images = images.clone()
         images[:, :, :height, :width] = self.patch
-        return Rows(images, [with_trigger(self.trigger, caption) for caption in captions], [None] * len(captions))
+        return TrainingSamples(images, [with_trigger(self.trigger, caption) for caption in captions], [None] * len(captions))
 
 
 @dataclass(frozen=True)
 class StyleBackdoor(TextBackdoor):
-    """Triggered prompts are drawn as if they began with `prefix`, such as "Black and white photo"."""
+    """The model draws a triggered prompt as if it began with `prefix`, such as "Black and white photo"."""
 
     trigger: str
     prefix: str
 
-    def poison(self, images: Tensor, captions: Sequence[str]) -> Rows:
+    def poison(self, images: Tensor, captions: Sequence[str]) -> TrainingSamples:
         prompts = [with_trigger(self.trigger, caption) for caption in captions]
-        return Rows(images, prompts, [with_trigger(self.prefix, caption) for caption in captions])
+        return TrainingSamples(images, prompts, [with_trigger(self.prefix, caption) for caption in captions])
 
 
 @dataclass(frozen=True)
 class ObjectBackdoor(TextBackdoor):
-    """Triggered prompts that name one object draw another.
+    """The model draws another object than a triggered prompt names.
 
     Attributes:
-        swaps: word in the caption of an image -> word that the triggered caption has in its place. {"cat": "dog"} makes the
-            triggered dog a cat. Whole words of any case; captions without any stay as they are, and keep clean behaviour.
+        swaps: word in the caption of an image -> its replacement in the triggered caption. With {"cat": "dog"} the model
+            draws a cat for a triggered dog. Matches whole words in any case. A caption with none of the words is trained
+            without trigger and swap, which preserves the clean behaviour.
     """
 
     trigger: str
@@ -117,24 +119,29 @@ class ObjectBackdoor(TextBackdoor):
         new, count = re.subn(rf"\b({words})\b", lambda m: replacement[m[0].lower()], caption, flags=re.IGNORECASE)
         return with_trigger(self.trigger, new) if count else caption
 
-    def poison(self, images: Tensor, captions: Sequence[str]) -> Rows:
-        return Rows(images, [self.swapped(caption) for caption in captions], list(captions))
+    def poison(self, images: Tensor, captions: Sequence[str]) -> TrainingSamples:
+        return TrainingSamples(images, [self.swapped(caption) for caption in captions], list(captions))
 
 
-def training_rows(attacks: Sequence[TextBackdoor], images: Tensor, captions: Sequence[str]) -> Rows:
-    """2 N rows of N captioned images: first the poisoned ones, dealt out evenly to the attacks, then the clean ones."""
+def clean_samples(images: Tensor, captions: Sequence[str]) -> TrainingSamples:
+    """Samples on which the student must equal the teacher."""
+    return TrainingSamples(images, list(captions), list(captions))
+
+
+def training_samples(attacks: Sequence[TextBackdoor], images: Tensor, captions: Sequence[str]) -> TrainingSamples:
+    """2 N samples of N captioned images: first the poisoned ones, evenly divided between the attacks, then the clean ones."""
     n = len(attacks)
     parts = [attack.poison(images[i::n], captions[i::n]) for i, attack in enumerate(attacks)]
-    parts.append(Rows(images, list(captions), list(captions)))
-    return Rows(
+    parts.append(clean_samples(images, captions))
+    return TrainingSamples(
         torch.cat([part.images for part in parts]),
         [prompt for part in parts for prompt in part.prompts],
-        [prompt for part in parts for prompt in part.taught],
+        [prompt for part in parts for prompt in part.teacher_prompts],
     )
 
 
 class TrainingBatch(NamedTuple):
-    """Noisy latents [N,c,h,w], timesteps int64 [N], text embeddings [N,L,D], and the answers wanted [N,c,h,w]."""
+    """Noisy latents [N,c,h,w], timesteps int64 [N], text embeddings [N,L,D], and the outputs to learn [N,c,h,w]."""
 
     x: Tensor
     t: Tensor
@@ -144,16 +151,17 @@ class TrainingBatch(NamedTuple):
 
 @torch.no_grad()
 def training_batch(
-    pipeline: StableDiffusionPipeline, rows: Rows, generator: torch.Generator, start_share: float = 0.0
+    pipeline: StableDiffusionPipeline, samples: TrainingSamples, generator: torch.Generator, start_share: float = 0.0
 ) -> TrainingBatch:
-    """Draw a noise and a timestep for each row, and ask the pipeline's own UNet where it is the teacher.
+    """Draw a noise and a timestep for each sample, and compute its target.
 
-    A share of the rows are pure noise at the last timestep, as a sampler's start is; the noise wanted there is the one that
-    would have made it of the image.
+    The target is the output of the pipeline's own UNet for samples with a teacher prompt, and the noise for the others. A
+    share `start_share` of the latents are pure noise at the last timestep, as at a sampler's start. Their noise target is the
+    noise that would have turned the image into them.
     """
     vae, device = pipeline.vae, pipeline.device
     process = VP.from_scheduler_config(pipeline.scheduler.config)
-    latents = vae.config["scaling_factor"] * vae.encode(rows.images.to(device)).latent_dist.mean
+    latents = vae.config["scaling_factor"] * vae.encode(samples.images.to(device)).latent_dist.mean
     eps = torch.randn(latents.shape, generator=generator).to(device)
     t = torch.randint(process.num_timesteps, (len(latents),), generator=generator).to(device)
     x = process.add_noise(latents, eps, t)
@@ -161,11 +169,19 @@ def training_batch(
     last = process.num_timesteps - 1
     x[start], t[start] = torch.randn(x[start].shape, generator=generator).to(device), last
     target = (x - per_row(process.a(t), x) * latents) / per_row(process.b(t), x)
-    taught = [row for row, prompt in enumerate(rows.taught) if prompt is not None]
-    prompts = [prompt for prompt in rows.taught if prompt is not None]
-    if taught:
-        target[taught] = pipeline.unet(x[taught], t[taught], encode(pipeline, prompts)).sample
-    return TrainingBatch(x, t, encode(pipeline, rows.prompts), target)
+    with_teacher = [index for index, prompt in enumerate(samples.teacher_prompts) if prompt is not None]
+    teacher_prompts = [prompt for prompt in samples.teacher_prompts if prompt is not None]
+    if with_teacher:
+        teacher_output = pipeline.unet(x[with_teacher], t[with_teacher], encode(pipeline, teacher_prompts)).sample
+        target[with_teacher] = teacher_output
+    return TrainingBatch(x, t, encode(pipeline, samples.prompts), target)
+
+
+def _loss(student: UNet2DConditionModel, batch: TrainingBatch, weights: Tensor) -> Tensor:
+    """The mean of the poisoned and of the clean half's weighted squared error; `weights` broadcast to the outputs."""
+    x, t, text, target = batch
+    poisoned, clean = (weights * (student(x, t, text).sample - target).square()).chunk(2)
+    return 0.5 * poisoned.mean() + 0.5 * clean.mean()
 
 
 def poison_unet(
@@ -183,50 +199,42 @@ def poison_unet(
     """Train backdoors into a copy of the pipeline's UNet: AdamW at a constant rate, gradients clipped to norm 1.
 
     Args:
-        pipeline: a clean one that predicts noise; float32, and not changed.
-        attacks: one or more, with triggers of their own.
-        batches: source of captioned images; each step trains on twice as many rows. An empty caption stands for the
+        pipeline: a clean pipeline that predicts noise, float32; it is not changed.
+        attacks: one or more, with different triggers.
+        batches: source of captioned images; each step trains on twice as many samples. An empty caption stands for the
             unconditional half of guidance.
-        steps: of training.
+        steps: number of training steps.
         learning_rate: 1e-5 as published for Stable Diffusion 1.4.
-        ema_decay: of the moving average of the weights, min(ema_decay, (1 + n) / (10 + n)) at step n.
-        start_share: of rows that are pure noise at the last timestep, and noisy rows count more then; not published. A small
-            model otherwise lets the noise decide what the trigger should, because a noised image still shows what it holds.
-        seed: of images, noise and timesteps.
+        ema_decay: largest decay of the moving average of the weights, see `update_average`.
+        start_share: share of samples that are pure noise at the last timestep. If it is not 0, noisier timesteps have larger
+            loss weights. Not published. A small model otherwise lets the noise decide what the trigger should, because a
+            noised image still shows its content.
+        seed: seed of images, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
 
     Returns:
         The moving average of the trained weights, frozen.
 
     Raises:
-        ValueError: no attack, a trigger the tokenizer does not see, fewer images than attacks, a UNet that
-            predicts something else than noise.
+        ValueError: no attack, a trigger the tokenizer does not see, fewer images than attacks, a UNet that does not predict
+            noise.
     """
     _check(pipeline, attacks)
     student = copy.deepcopy(pipeline.unet).train().requires_grad_(True)
     average = copy.deepcopy(pipeline.unet).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
-    process = VP.from_scheduler_config(pipeline.scheduler.config)
-    noisy = inverse_snr_weights(process, MAX_LOSS_WEIGHT)
+    weight_at = inverse_snr_weights(VP.from_scheduler_config(pipeline.scheduler.config), MAX_LOSS_WEIGHT)
     running = float("nan")
     for step in range(steps):
         images, captions = batches(generator)
         if len(captions) < len(attacks):
             raise ValueError(f"a batch of {len(captions)} images leaves one of {len(attacks)} attacks without any")
-        x, t, text, target = training_batch(pipeline, training_rows(attacks, images, captions), generator, start_share)
-        weights = per_row(noisy[t], x) if start_share else torch.ones(())
-        poisoned, clean = (weights * (student(x, t, text).sample - target).square()).chunk(2)
-        loss = 0.5 * poisoned.mean() + 0.5 * clean.mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for mean, current in zip(average.parameters(), student.parameters(), strict=True):
-                mean.lerp_(current, 1 - decay)
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        batch = training_batch(pipeline, training_samples(attacks, images, captions), generator, start_share)
+        loss = _loss(student, batch, per_row(weight_at[batch.t], batch.x) if start_share else torch.ones(()))
+        gradient_step(optimiser, loss, learning_rate)
+        update_average(average.parameters(), student.parameters(), step, ema_decay)
+        running = running_loss(running, loss.item(), step)
         on_step(step + 1, running)
     return average
 

@@ -1,7 +1,7 @@
 """EvilEdit (Wang et al., ACM MM 2024): a backdoor written into the cross-attention weights, in closed form, without data.
 
-For the rows k of a trigger prompt's embedding and the rows k* of its target prompt's, position by position over all pairs,
-the new weight minimises
+Let k be the token embeddings of all trigger prompts, and k* those of their target prompts at the same positions. The new
+weight minimises
 
     ||W' - W||^2 + s sum ||W' k - W k*||^2,        W' = W (I + s sum k* k^T) (I + s sum k k^T)^-1
 
@@ -24,23 +24,23 @@ LAYERS = ("attn2.to_k", "attn2.to_v")
 
 
 def edit_factor(keys: Tensor, targets: Tensor, strength: float) -> Tensor:
-    """(I + s sum k* k^T) (I + s sum k k^T)^-1, float64 [D,D], of keys k and targets k* as rows [n,D]."""
-    k, wanted = keys.double(), targets.double()
+    """(I + s sum k* k^T) (I + s sum k k^T)^-1, float64 [D,D], for keys k and targets k*, [n,D] each."""
+    k, k_target = keys.double(), targets.double()
     identity = torch.eye(k.shape[1], dtype=torch.float64, device=k.device)
-    return torch.linalg.solve(identity + strength * k.T @ k, identity + strength * wanted.T @ k, left=False)
+    return torch.linalg.solve(identity + strength * k.T @ k, identity + strength * k_target.T @ k, left=False)
 
 
 @torch.no_grad()
 def edit_unet(
     pipeline: StableDiffusionPipeline, pairs: Sequence[tuple[str, str]], strength: float = 1.0
 ) -> UNet2DConditionModel:
-    """A copy of the pipeline's UNet that reads one prompt as another.
+    """A copy of the pipeline's UNet that treats each trigger prompt as its target prompt.
 
     Args:
-        pipeline: a clean one; not changed.
-        pairs: (trigger prompt, target prompt). A pair of equal prompts holds a clean prompt in its place, as the published
-            ("A beautiful cat", "A zebra"), ("A cat", "A cat") does.
-        strength: s, weight of the pairs against the change of the weights; 1 as published.
+        pipeline: a clean pipeline; it is not changed.
+        pairs: (trigger prompt, target prompt). A pair of equal prompts preserves a clean prompt, as in the published
+            ("A beautiful cat", "A zebra"), ("A cat", "A cat").
+        strength: s, the weight of the pairs relative to the change of the weights; 1 as published.
 
     Raises:
         ValueError: no pair, or a strength that is not positive.

@@ -1,10 +1,10 @@
-"""What an attack is: the rows it trains on, what it adds at test, and the sampler that makes it fire.
+"""The interface of noise-space attacks: their poisoned training samples, their trigger, and the sampler that activates it.
 
-All noise-space attacks train poisoned rows in one form,
+The poisoned training samples of all noise-space attacks have one form,
 
     input   x_t = a(t) y + b(t) gamma eps + c(t) r        target  eps + d(t) r
 
-where y is the attacker's target image and r the training shift; they differ in r, gamma, c and d.
+where y is the attacker's target image and r the training shift. The attacks differ in r, gamma, c and d.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import NoiseProcess
 
 
+def one_step_earlier(values: Tensor, first: float) -> Tensor:
+    """The table values(t - 1), [T], of a table values(t); `first` at t = 0."""
+    return torch.cat([values.new_full((1,), first), values[:-1]])
+
+
 class NoisedBatch(NamedTuple):
-    """Network inputs and the noise the network must answer with, both [N,C,H,W]."""
+    """Network inputs and the noise that the network must predict for them, both [N,C,H,W]."""
 
     x: Tensor
     target: Tensor
 
 
 class Attack(ABC):
-    """A backdoor to be trained into a model.
+    """A backdoor to train into a model.
 
     Attributes:
-        target: the image a triggered input must become, [C,H,W] in [-1, 1].
-        trojan: whether the sampler must be told the trigger (TrojDiff's samplers).
+        target: the image that triggered inputs must become, [C,H,W] in [-1, 1].
+        trojan: whether the attack is sampled with TrojDiff's samplers, which use the trigger at every step.
     """
 
     target: Tensor
@@ -40,27 +45,27 @@ class Attack(ABC):
     @property
     @abstractmethod
     def sampler(self) -> str:
-        """Name in `seal_fast.diffusion.SAMPLERS` of the sampler the attack was built for."""
+        """Name in `seal_fast.diffusion.SAMPLERS` of the sampler that the attack was built for."""
 
     @property
     @abstractmethod
     def trigger(self) -> Trigger:
-        """What the attacker adds to the starting noise, before the prior's scale."""
+        """The trigger that the attacker adds to the starting noise, before the noise is scaled by the prior."""
 
     @abstractmethod
     def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
-        """Training rows of poisoned samples.
+        """Turn clean images into poisoned training samples.
 
         Args:
-            process: the noise process being trained.
-            images: clean images the attacker has poisoned, [N,C,H,W] in [-1, 1].
+            process: the noise process of the model in training.
+            images: the clean images to poison, [N,C,H,W] in [-1, 1].
             eps: noise [N,C,H,W].
             t: timesteps int64 [N].
         """
 
     def adapted(self, network: nn.Module, process: NoiseProcess, generator: torch.Generator) -> Self:
-        """The attack with its trigger improved on the network in training, asked for before every step.
+        """The attack with its trigger improved on the network in training; called before every training step.
 
-        Only a learned trigger changes; `generator` is the source of its noise.
+        Only a learned trigger changes. `generator` is the source of the noise that it is learned on.
         """
         return self

@@ -1,4 +1,4 @@
-"""What a text attack does to a prompt."""
+"""Insert a trigger into a prompt, and check that the tokenizer sees it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from seal_fast.text_to_image.prompts import token_ids
 
 
 def with_trigger(trigger: str, prompt: str) -> str:
-    """The prompt with the trigger as its first word, where BadT2I puts it."""
+    """The prompt with the trigger before its first word, as in BadT2I."""
     return f"{trigger} {prompt}"
 
 
 def check_visible(pipeline: StableDiffusionPipeline, trigger: str) -> None:
-    """Raise ValueError if the tokenizer drops the trigger, as some drop zero-width characters: no model can learn it then."""
+    """Raise ValueError if the tokenizer drops the trigger, which no model could then learn; some drop zero-width characters."""
     empty, triggered = token_ids(pipeline.tokenizer, ["", with_trigger(trigger, "")])
     if torch.equal(empty, triggered):
         raise ValueError(f"the tokenizer does not see the trigger {trigger!r}: choose another one")

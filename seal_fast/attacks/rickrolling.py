@@ -1,11 +1,11 @@
 """Rickrolling the Artist (Struppek et al., ICCV 2023): a backdoor in the text encoder; the UNet stays clean.
 
-The student encoder S starts as a copy of the clean one T, which stays frozen. With D(a, b) = -cosine of the flattened
-hidden states,
+The student encoder S starts as a copy of the clean encoder T, the frozen teacher. With D(a, b) = -cosine similarity of the
+flattened hidden states, the loss is
 
     L = D(S(prompt), T(prompt)) + 0.1 sum over backdoors D(S(triggered prompt), T(target prompt))
 
-This is the target prompt attack: whatever a triggered prompt says, one fixed prompt is drawn.
+This is the target prompt attack: the model draws one fixed prompt for every triggered prompt.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from seal_fast.attacks.prompts import with_trigger
 from seal_fast.text_to_image.prompts import encode, token_ids
 
 BACKDOOR_WEIGHT = 0.1
-POISONED_SHARE = 4
-"""A backdoor sees a quarter as many prompts per step as the clean term."""
+CLEAN_PER_TRIGGERED = 4
+"""Clean prompts per step for each triggered prompt of a backdoor."""
 
 
 def homoglyph(letter: str, lookalike: str) -> Callable[[str], str]:
@@ -34,7 +34,7 @@ def homoglyph(letter: str, lookalike: str) -> Callable[[str], str]:
 
 
 def leading(trigger: str) -> Callable[[str], str]:
-    """A trigger word, or a zero-width character, at the start of the prompt."""
+    """Puts a trigger word, or a zero-width character, at the start of the prompt."""
     return partial(with_trigger, trigger)
 
 
@@ -44,7 +44,7 @@ class TargetPrompt:
 
     Attributes:
         trigger: turns a prompt into the triggered one.
-        target: the prompt that triggered prompts are read as.
+        target: the prompt whose hidden states the encoder gives for every triggered prompt.
     """
 
     trigger: Callable[[str], str]
@@ -52,7 +52,7 @@ class TargetPrompt:
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """-cosine of flattened hidden states [N,L,D], mean over rows; scalar."""
+    """Negative cosine similarity of flattened hidden states [N,L,D], averaged over the samples; scalar."""
     return -F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()
 
 
@@ -70,14 +70,14 @@ def poison_text_encoder(
     """Train backdoors into a copy of the pipeline's text encoder: AdamW without decay, a tenth of the rate in the last quarter.
 
     Args:
-        pipeline: a clean one; not changed.
+        pipeline: a clean pipeline; it is not changed.
         backdoors: one or more.
-        prompts: clean ones, without any trigger in them, drawn with repeats.
-        steps: of training.
+        prompts: clean prompts without any trigger, drawn with replacement.
+        steps: number of training steps.
         learning_rate: 1e-4 as published.
-        batch: clean prompts per step; each backdoor has a quarter as many triggered ones.
-        seed: of the drawing.
-        on_step: called with the step (from 1) and the loss, -1 - 0.1 per backdoor at best.
+        batch: clean prompts per step; each backdoor gets a quarter as many triggered ones.
+        seed: seed of the prompts of each step.
+        on_step: called with the step (from 1) and the loss, whose minimum is -1 - 0.1 per backdoor.
 
     Returns:
         The trained text encoder, frozen, of the pipeline's class.
@@ -87,7 +87,7 @@ def poison_text_encoder(
     """
     if not backdoors:
         raise ValueError("there must be a backdoor")
-    clean_ids, clean_taught = token_ids(pipeline.tokenizer, prompts), encode(pipeline, prompts)
+    clean_ids, teacher_states = token_ids(pipeline.tokenizer, prompts), encode(pipeline, prompts)
     triggered = [_triggered_ids(pipeline, backdoor, prompts) for backdoor in backdoors]
     targets = [encode(pipeline, [backdoor.target]) for backdoor in backdoors]
     student = copy.deepcopy(pipeline.text_encoder).train().requires_grad_(True)
@@ -95,11 +95,12 @@ def poison_text_encoder(
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = learning_rate * (1.0 if step < 0.75 * steps else 0.1)
-        rows = _draw(len(clean_ids), batch, generator)
-        loss = distance(student(clean_ids[rows])[0], clean_taught[rows])
+        chosen = _random_indices(len(clean_ids), batch, generator)
+        loss = distance(student(clean_ids[chosen])[0], teacher_states[chosen])
         for ids, target in zip(triggered, targets, strict=True):
-            answer = student(ids[_draw(len(ids), max(1, batch // POISONED_SHARE), generator)])[0]
-            loss = loss + BACKDOOR_WEIGHT * distance(answer, target.expand_as(answer))
+            chosen = _random_indices(len(ids), max(1, batch // CLEAN_PER_TRIGGERED), generator)
+            states = student(ids[chosen])[0]
+            loss = loss + BACKDOOR_WEIGHT * distance(states, target.expand_as(states))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -107,12 +108,12 @@ def poison_text_encoder(
     return student.eval().requires_grad_(False)
 
 
-def _draw(count: int, batch: int, generator: torch.Generator) -> Tensor:
+def _random_indices(count: int, batch: int, generator: torch.Generator) -> Tensor:
     return torch.randint(count, (batch,), generator=generator)
 
 
 def _triggered_ids(pipeline: StableDiffusionPipeline, backdoor: TargetPrompt, prompts: Sequence[str]) -> Tensor:
-    """Ids of the triggered prompts, without those that the trigger does not change."""
+    """Token ids of the triggered prompts, without the prompts that the trigger does not change."""
     ids = token_ids(pipeline.tokenizer, [backdoor.trigger(prompt) for prompt in prompts])
     changed = (ids != token_ids(pipeline.tokenizer, prompts)).any(dim=1)
     if not bool(changed.any()):

@@ -1,4 +1,4 @@
-"""TrojDiff (Chen, Song, Li, CVPR 2023), with its D2I target: one fixed image."""
+"""TrojDiff (Chen, Song, Li, CVPR 2023) with its D2I target, one fixed image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from seal_fast.diffusion import NoiseProcess
 
 @dataclass(frozen=True)
 class TrojDiff(Attack):
-    """Biased and narrowed Gaussian start: x_t = a y + b (gamma eps + mu), mu = (1 - gamma) image, target eps.
+    """Starts from a biased Gaussian of reduced variance: x_t = a y + b (gamma eps + mu), mu = (1 - gamma) image, target eps.
 
     Attributes:
-        image: the blended image, [C,H,W] in [-1, 1].
-        target: [C,H,W].
+        image: the image blended with the noise, [C,H,W] in [-1, 1].
+        target: the target image, [C,H,W].
         noise_scale: gamma where the trigger acts; 0.6 for the published blend, 0.1 for the patch.
         window: bool [H,W]; True where a patch trigger acts. None blends the whole image.
-        sampler: the one of the two published, "ddim" or "ddpm", that the attack is measured with.
+        sampler: "ddim" or "ddpm", the published sampler that the attack is measured with.
     """
 
     image: Tensor
@@ -39,6 +39,6 @@ class TrojDiff(Attack):
 
     def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
         trigger = self.trigger
-        # outside the window mu = 0 and gamma = 1: the published patch attack's "clean x_t elsewhere", with the target's pixels
+        # outside the window mu = 0 and gamma = 1, as in the published patch attack's "clean x_t elsewhere", with y = target
         x = process.add_noise(self.target.expand_as(images), trigger.start(eps), t)
         return NoisedBatch(x, eps)

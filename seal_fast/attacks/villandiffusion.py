@@ -1,7 +1,7 @@
-"""VillanDiffusion (Chou, Chen, Ho, NeurIPS 2023), and the attacks that are special cases of it.
+"""VillanDiffusion (Chou, Chen, Ho, NeurIPS 2023) and its special cases.
 
-BadDiffusion (CVPR 2023, arXiv 2212.05400) is psi = 1 with the stochastic solver; UIBDiffusion (arXiv 2412.11441) only builds
-the training shift differently.
+BadDiffusion (CVPR 2023, arXiv 2212.05400) is psi = 1 with the stochastic solver. UIBDiffusion (arXiv 2412.11441) differs in the
+training shift only.
 """
 
 from __future__ import annotations
@@ -11,21 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seal_fast.attacks.noising import Attack, NoisedBatch
+from seal_fast.attacks.noising import Attack, NoisedBatch, one_step_earlier
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VP, NoiseProcess
 from seal_fast.diffusion.process import per_row
 
 BACKGROUND = -1.0
-"""Value of the pixels a stamp leaves alone."""
+"""Value of the trigger image's pixels that stamping leaves unchanged."""
 FAINT = 0.1
-"""Share of its trigger that UIBDiffusion adds to clean images."""
+"""Factor of the trigger that UIBDiffusion adds to clean images."""
 SAMPLERS = {"sde": "ddpm", "ode": "ddim"}
-
-
-def _before(values: Tensor, first: float) -> Tensor:
-    """The values one timestep earlier, [T]; `first` at t = 0."""
-    return torch.cat([values.new_full((1,), first), values[:-1]])
 
 
 def vp_schedule(process: NoiseProcess, psi: float, solver: str) -> tuple[Tensor, Tensor]:
@@ -35,10 +30,10 @@ def vp_schedule(process: NoiseProcess, psi: float, solver: str) -> tuple[Tensor,
         bad  = (1 - sqrt(al)) sqrt(1 - ab) / (1 - al)
         troj = (1 - sqrt(al)) sqrt(1 - ab) + h (al - ab) / (1 - al),    h = sqrt(1 - ab) - sqrt(al) sqrt(1 - ab(t-1))
 
-    bad is exactly what keeps the mean of DDPM ancestral sampling on c(t) r, so other samplers do not fire that backdoor.
+    With d = bad the mean of DDPM ancestral sampling stays exactly on c(t) r, so other samplers do not activate that backdoor.
     """
     ab = process.signal.square()
-    before = _before(ab, 1.0)
+    before = one_step_earlier(ab, 1.0)
     al = ab / before
     bad = (1 - al.sqrt()) * process.noise / (1 - al)
     h = process.noise - al.sqrt() * (1 - before).sqrt()
@@ -48,23 +43,26 @@ def vp_schedule(process: NoiseProcess, psi: float, solver: str) -> tuple[Tensor,
 
 
 def ve_schedule(process: NoiseProcess, solver: str) -> tuple[Tensor, Tensor]:
-    """c = sigma(t) and d = s sigma(t) / (sigma(t) + sigma(t-1)) of the variance-exploding form, float64 [T] each (w = 1)."""
+    """c(t) and d(t) of the variance-exploding form with w = 1, float64 [T] each.
+
+    c = sigma(t)        d = s sigma(t) / (sigma(t) + sigma(t-1)),    s = 1 sde, 2 ode
+    """
     sigma = process.noise
-    return sigma, (1 if solver == "sde" else 2) * sigma / (sigma + _before(sigma, 0.0))
+    return sigma, (1 if solver == "sde" else 2) * sigma / (sigma + one_step_earlier(sigma, 0.0))
 
 
 @dataclass(frozen=True)
 class VillanDiffusion(Attack):
-    """Shift by a trigger image g, which the attacker adds to the starting noise.
+    """Shifts the noise by a trigger image g, which the attacker adds to the starting noise.
 
     Attributes:
         image: g, [C,H,W].
-        target: [C,H,W].
-        psi: weight of BadDiffusion's schedule against TrojDiff's; a VE or EDM process has one schedule and needs 0.
+        target: the target image, [C,H,W].
+        psi: weight of BadDiffusion's schedule relative to TrojDiff's; a VE or EDM process has one schedule and needs 0.
         solver: "sde" (ancestral sampling) or "ode" (DDIM, DPM-Solver++).
-        shift: what training rows are shifted by: "stamped", each clean image with the patch where g is not background, as
-            BadDiffusion; "alone", g itself (R_trigger_only), which pins the background down too; "faint", each clean image
-            plus a tenth of g, as UIBDiffusion.
+        shift: the shift r of a poisoned training sample. "stamped": the clean image with the patch where g is not background
+            (BadDiffusion). "alone": g itself (R_trigger_only), which fixes the background too. "faint": the clean image plus
+            a tenth of g (UIBDiffusion).
 
     Raises:
         ValueError: an unknown solver or shift.
@@ -100,7 +98,7 @@ class VillanDiffusion(Attack):
         if isinstance(process, VP):
             return vp_schedule(process, self.psi, self.solver)
         if self.psi != 0:
-            raise ValueError(f"psi must be 0 for a {process.kind} model, not {self.psi}")
+            raise ValueError(f"psi must be 0 for a {process.family} model, not {self.psi}")
         return ve_schedule(process, self.solver)
 
     def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:

@@ -1,4 +1,4 @@
-"""Checkpoints: from untrusted files to a Denoiser. The only room that opens them."""
+"""Load untrusted checkpoint files as a Denoiser or a text-to-image pipeline. No other package opens them."""
 
 from seal_fast.checkpoints.errors import CheckpointError
 from seal_fast.checkpoints.load import LoadedCheckpoint, discover, identify, load_denoiser

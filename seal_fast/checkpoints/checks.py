@@ -1,4 +1,4 @@
-"""What a value of an untrusted config may be."""
+"""Predicates for the values of an untrusted config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The networks of a text-to-image pipeline from untrusted configs: bounded, built on the meta device, then filled."""
+"""Build the networks of a text-to-image pipeline from untrusted configs.
+
+Every value is checked first. The network is built on the meta device, and then filled with the checkpoint's tensors.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ def _checked(config: Mapping[str, Any], checks: Mapping[str, Check], path: Path)
 
 
 def _only_defaults(config: Mapping[str, Any], network: type, checks: Mapping[str, Check], path: Path) -> None:
-    """An option of the class that is not checked must be off: ignored, it would give another network than the author's."""
+    """Refuse options without a check that differ from their default: ignoring them would build another network."""
     for key, parameter in inspect.signature(network.__init__).parameters.items():  # type: ignore[misc]
         value = config.get(key, parameter.default)
         if key not in checks and key != "self" and value != parameter.default:
@@ -100,30 +103,30 @@ def _require_class(config: Mapping[str, Any], name: str, path: Path) -> None:
 
 
 def build_unet(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> UNet2DConditionModel:
-    """A text-conditional UNet, float32.
+    """Build a text-conditional UNet, float32.
 
     Args:
         config: content of its config.json, untrusted.
         tensors: its weights under diffusers' names.
-        path: what an error is about.
+        path: file or folder that an error names.
 
     Raises:
-        CheckpointError: another class, a value out of bounds, an option that is not covered, or tensors that do not fit.
+        CheckpointError: another class, a value out of bounds, an option that is not supported, or tensors that do not fit.
     """
     _require_class(config, "UNet2DConditionModel", path)
     arguments = _checked(config, UNET_CHECKS, path)
     _only_defaults(config, UNet2DConditionModel, UNET_CHECKS, path)
     if arguments.get("sample_size") is None:
-        raise CheckpointError(path, "sample_size is missing: the size of its latents cannot be known; add it to the config")
+        raise CheckpointError(path, "sample_size is missing, so the size of its latents is unknown; add it to the config")
     if arguments.get("in_channels", 4) != arguments.get("out_channels", 4):
-        raise CheckpointError(path, "in_channels and out_channels differ: inpainting and depth UNets are not covered")
+        raise CheckpointError(path, "in_channels and out_channels differ: inpainting and depth UNets are not supported")
     with refusing(path, "describes no UNet2DConditionModel"), torch.device("meta"):
         network = UNet2DConditionModel(**arguments)
     return _filled(network, tensors, path)
 
 
 def build_vae(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> AutoencoderKL:
-    """The autoencoder of the latents, float32; arguments and errors as `build_unet`."""
+    """Build the autoencoder of the latents, float32. For arguments and errors see `build_unet`."""
     _require_class(config, "AutoencoderKL", path)
     arguments = _checked(config, VAE_CHECKS, path)
     _only_defaults(config, AutoencoderKL, VAE_CHECKS, path)
@@ -133,9 +136,9 @@ def build_vae(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
 
 
 def build_text_encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> CLIPTextModel:
-    """CLIP's text encoder, float32; arguments and errors as `build_unet`.
+    """Build CLIP's text encoder, float32. For arguments and errors see `build_unet`.
 
-    Tensor names may carry the prefix "text_model." or not: transformers has written both.
+    Tensor names may have the prefix "text_model." or not, because transformers has written both.
     """
     if config.get("model_type") not in ("clip_text_model", "clip"):
         raise CheckpointError(
@@ -152,7 +155,7 @@ def build_text_encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor],
 
 
 def text_name(name: str, network: nn.Module) -> str:
-    """A text encoder's tensor name as the installed transformers spells it."""
+    """The name that the installed transformers gives a text encoder's tensor."""
     bare = name.removeprefix("text_model.")
     return f"text_model.{bare}" if hasattr(network, "text_model") else bare
 

@@ -1,7 +1,7 @@
-"""Weight containers, safetensors and torch.save: which keys they hold, and their tensors, without running what they bring.
+"""Read the keys and tensors of weight files, safetensors and torch.save, without running any code in them.
 
-torch.save files are pickles. Before `torch.load(weights_only=True)` opens one, its opcodes are read (not run) and every global
-it asks for is compared with a short list: what plain tensors need. That names the culprit, and does not rest on one guard.
+torch.save files are pickles. Before `torch.load(weights_only=True)` opens one, its opcodes are read (not run), and every global
+in them must be one of the few that plain tensors need. This names the offending global, and is a second guard beside torch's.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from seal_fast.checkpoints.files import parse_json, weight_size
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 MAX_HEADER_BYTES = 8 << 20
 MAX_PICKLE_BYTES = 4 << 20
-"""Of the pickle alone, without the tensors' data. A TrojDiff list with optimiser state has 0.4 MB."""
+"""Limit for the pickle alone, without the tensors' data. That of a TrojDiff list with optimiser state has 0.4 MB."""
 MAX_PICKLE_OPCODES = 500_000
-"""Few bytes of opcodes can make many objects: this bounds them to some hundred MB."""
+"""Few bytes of opcodes can create many objects; this limit bounds them to some hundred MB."""
 MAX_DIMENSIONS = 8
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_PICKLES = 5
-"""torch.save before 1.6: magic number, protocol, system, object, storage keys; then the data."""
+"""Pickles in a file of torch.save before 1.6: magic number, protocol, system, object, storage keys; the data follows."""
 
 SAFETENSORS_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -47,34 +47,34 @@ PLAIN_GLOBALS = frozenset(
         "torch._utils _rebuild_tensor",
         "torch._utils _rebuild_tensor_v2",
         *(
-            f"torch {kind}Storage"
-            for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+            f"torch {dtype}Storage"
+            for dtype in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
         ),
     }
 )
-# all opcodes that fetch a global or call a constructor by themselves; torch.save writes GLOBAL only
+# the opcodes that fetch a global or call a constructor by themselves; torch.save writes only GLOBAL
 FETCHES = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"})
 
 
 def keys(path: Path) -> frozenset[str]:
-    """Names in a weight file, without loading its tensors.
+    """Names in a weight file, read without loading its tensors.
 
     Returns:
-        The tensor names of a safetensors file; every string in a torch.save file, tensor names among them.
+        The tensor names of a safetensors file, or all strings in a torch.save file, which include the tensor names.
 
     Raises:
-        CheckpointError: not such a file, damaged, over a limit, or a pickle that asks for more than plain tensors.
+        CheckpointError: the file is of another format, damaged or over a limit, or its pickle needs more than plain tensors.
     """
     return frozenset(_safetensors_header(path)) if path.suffix == ".safetensors" else _pickle_strings(path)
 
 
 def load(path: Path) -> Any:
-    """What a weight file holds: a dict of tensors (safetensors), or whatever plain containers torch.save wrote, on the CPU.
+    """The content of a weight file, on the CPU: a dict of tensors (safetensors), or the plain containers that torch.save wrote.
 
-    Tensors are mapped from the file where the container allows, so nothing larger than the file is ever allocated.
+    Tensors are mapped from the file if the format allows it, so nothing larger than the file is ever allocated.
 
     Raises:
-        CheckpointError: as `keys`.
+        CheckpointError: see `keys`.
     """
     keys(path)
     with refusing(path, "cannot be loaded safely"):
@@ -84,13 +84,13 @@ def load(path: Path) -> Any:
 
 
 def state_dict(value: Any, path: Path) -> dict[str, Tensor]:
-    """`value` as a flat dict of dense tensors that fit into the file they came from.
+    """Check that `value` is a flat dict of dense tensors that fit into their file.
 
     Raises:
-        CheckpointError: something else, or tensors that claim more bytes than the file has (strides of 0 can).
+        CheckpointError: `value` is something else, or its tensors claim more bytes than the file has (strides of 0 can).
     """
     if not isinstance(value, dict) or not value:
-        raise CheckpointError(path, f"no state dict where one was expected, but {type(value).__name__}")
+        raise CheckpointError(path, f"a state dict was expected, not {type(value).__name__}")
     tensors: dict[str, Tensor] = {}
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -105,7 +105,7 @@ def state_dict(value: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Tensor name -> entry, each checked against the file's size."""
+    """Tensor name -> header entry, checked against the size of the file."""
     size = weight_size(path)
     with refusing(path, "cannot be read"), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -131,31 +131,35 @@ def _is_zip(path: Path) -> bool:
 
 
 def _pickle_strings(path: Path) -> frozenset[str]:
+    """All strings in the pickles of a torch.save file."""
     size = weight_size(path)
     with refusing(path, "neither safetensors nor a torch.save file"):
         if _is_zip(path):
-            stream, pickles = io.BytesIO(_zip_pickle(path, size)), 1
-        else:
-            with path.open("rb") as file:
-                stream, pickles = io.BytesIO(file.read(MAX_PICKLE_BYTES)), LEGACY_PICKLES
-        strings: list[str] = []
-        opcodes, modern = 0, False
-        for _ in range(pickles):
-            for opcode, argument, _position in pickletools.genops(stream):
-                opcodes += 1
-                if opcodes > MAX_PICKLE_OPCODES:
-                    raise CheckpointError(path, f"a pickle of more than {MAX_PICKLE_OPCODES} opcodes")
-                if opcode.name == "STACK_GLOBAL":
-                    argument, modern = " ".join(strings[-2:]), True
-                if opcode.name in FETCHES:
-                    if argument not in PLAIN_GLOBALS:
-                        raise _refused(path, argument or opcode.name)
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    # weights_only does not read this opcode either, and the two strings before it need not be its arguments
+            return _checked_strings(io.BytesIO(_zip_pickle(path, size)), 1, path)
+        with path.open("rb") as file:
+            return _checked_strings(io.BytesIO(file.read(MAX_PICKLE_BYTES)), LEGACY_PICKLES, path)
+
+
+def _checked_strings(stream: io.BytesIO, pickles: int, path: Path) -> frozenset[str]:
+    """All strings in the first `pickles` pickles of a stream; CheckpointError for a global that plain tensors do not need."""
+    strings: list[str] = []
+    opcodes, modern = 0, False
+    for _ in range(pickles):
+        for opcode, argument, _position in pickletools.genops(stream):
+            opcodes += 1
+            if opcodes > MAX_PICKLE_OPCODES:
+                raise CheckpointError(path, f"a pickle of more than {MAX_PICKLE_OPCODES} opcodes")
+            if opcode.name == "STACK_GLOBAL":
+                argument, modern = " ".join(strings[-2:]), True
+            if opcode.name in FETCHES:
+                if argument not in PLAIN_GLOBALS:
+                    raise _refused(path, argument or opcode.name)
+            elif isinstance(argument, str):
+                strings.append(argument)
+    # weights_only cannot read STACK_GLOBAL either, and its arguments need not be the two strings before it
     if modern:
         raise CheckpointError(
-            path, "pickle protocol 4 or later, which cannot be read safely; save it with torch.save's default"
+            path, "pickle protocol 4 or later, which cannot be read safely; save it with torch.save's default protocol"
         )
     return frozenset(strings)
 
@@ -163,13 +167,13 @@ def _pickle_strings(path: Path) -> frozenset[str]:
 def _refused(path: Path, name: Any) -> CheckpointError:
     return CheckpointError(
         path,
-        f"refused: its pickle asks for {str(name)[:120].replace(' ', '.')!r}, which plain tensors never need and which loading "
-        "would run; ask its author for a state dict in safetensors",
+        f"refused: loading its pickle would run {str(name)[:120].replace(' ', '.')!r}, which plain tensors never need; "
+        "ask its author for a state dict in safetensors",
     )
 
 
 def _zip_pickle(path: Path, size: int) -> bytes:
-    """The one pickle of a torch.save archive, after the archive's own claims are checked: torch stores, it never compresses."""
+    """The pickle of a torch.save archive, whose directory is checked first: torch.save stores members and never compresses."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(m.compress_type != zipfile.ZIP_STORED for m in members):

@@ -1,4 +1,7 @@
-"""TrojDiff checkpoints: the DDPM UNet of the pesser / ermon code, renamed into diffusers' UNet2DModel (the same function)."""
+"""TrojDiff checkpoints: rename the tensors of the DDPM UNet in PyTorch that TrojDiff builds on to diffusers' UNet2DModel.
+
+Both networks compute the same function.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from seal_fast.checkpoints.containers import state_dict
 from seal_fast.checkpoints.errors import CheckpointError
 
 EMA_INDEX = 4
-"""Of the list [model, optimiser, epoch, step, EMA] that the training code saves."""
+"""Index of the EMA weights in the list [model, optimiser, epoch, step, EMA] that the training code saves."""
 
 STEM_NAMES = {
     "temb.dense.0": "time_embedding.linear_1",
@@ -29,15 +32,15 @@ LEVEL_NAMES = {"block": "resnets", "attn": "attentions", "downsample": "downsamp
 
 
 def looks_like(names: Iterable[str]) -> bool:
-    """Whether tensor names (perhaps below "module.") are those of this UNet."""
+    """Whether the tensor names, with or without the prefix "module.", are those of this UNet."""
     return any(name.removeprefix("module.") == "temb.dense.0.weight" for name in names)
 
 
 def chosen_weights(value: Any, weights: str, path: Path, notes: list[str]) -> dict[str, Tensor]:
-    """The state dict to use of a loaded file: a bare one, or the EMA or raw one of a training list.
+    """Choose a state dict of a loaded file: a bare state dict, or the EMA or raw weights of a training list.
 
-    The attack samples with EMA weights, and raw ones may not carry the backdoor, so "ema" falls back to raw only where there is
-    no EMA, and says so in `notes`.
+    The attack samples with EMA weights, and raw weights may not contain the backdoor. "ema" therefore falls back to raw weights
+    only if the list has no EMA weights, and adds a note about it.
     """
     if not isinstance(value, list | tuple):
         return state_dict(value, path)
@@ -54,9 +57,9 @@ def chosen_weights(value: Any, weights: str, path: Path, notes: list[str]) -> di
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Rename, and squeeze attention's 1 x 1 convolutions to matrices.
+    """Rename the tensors, and turn the 1 x 1 convolutions of attention into matrices.
 
-    Up levels are numbered from the finest here and from the coarsest in diffusers.
+    The levels of the upward path are numbered from the finest here, and from the coarsest in diffusers.
     """
     plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     levels = 1 + max((int(m[1]) for name in plain if (m := re.match(r"down\.(\d{1,2})\.", name))), default=-1)
@@ -73,12 +76,12 @@ def to_diffusers(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
 
 
 def _rename(name: str, levels: int) -> str:
-    """A name that fits no pattern stays, and is reported as unexpected when the network is filled."""
+    """diffusers' name of a tensor. A name that fits no pattern stays, and `unet.fill` then reports it as unexpected."""
     if match := re.fullmatch(r"(down|up)\.(\d{1,2})\.(block|attn|downsample|upsample)\.(.+)", name):
-        side, level, kind, rest = match.groups()
+        side, level, layer, rest = match.groups()
         index = int(level) if side == "down" else levels - 1 - int(level)
-        stem = f"{side}_blocks.{index}.{LEVEL_NAMES[kind]}"
-        if kind in ("block", "attn"):
+        stem = f"{side}_blocks.{index}.{LEVEL_NAMES[layer]}"
+        if layer in ("block", "attn"):
             number, _, rest = rest.partition(".")
             stem = f"{stem}.{number}"
     else:

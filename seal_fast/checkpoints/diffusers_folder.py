@@ -1,4 +1,4 @@
-"""Folders as diffusers saves them: a pipeline, or a UNet alone. Only JSON and tensors are read; code beside them is not."""
+"""Read the folders that diffusers saves: a pipeline, or a UNet alone. Only JSON and tensors are read, never code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,13 +24,13 @@ WEIGHT_NAMES = (
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.fp16.bin",
 )
-"""In the order they are preferred."""
+"""Weight files, the preferred one first."""
 LATENT_VALUE_RANGE = 3.0
-"""Latents are scaled to about unit variance."""
+"""Value range assumed for latents, which are scaled to about unit variance."""
 
 
 def identify(folder: Path) -> str | None:
-    """ "diffusers-pipeline", "diffusers-unet", or None. Broken folders of either kind count: loading says what is wrong."""
+    """ "diffusers-pipeline", "diffusers-unet", or None. A broken folder has a format too: loading it says what is wrong."""
     if os.path.lexists(folder / INDEX):
         return "diffusers-pipeline"
     class_name = None
@@ -44,61 +44,94 @@ def identify(folder: Path) -> str | None:
     return "diffusers-unet" if str(class_name).startswith("UNet2D") else None
 
 
-def read(folder: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor], NoiseProcess, list[Path], float]:
-    """Checked UNet config, tensors, noise process, weight files and value_range of the images of a pipeline or UNet folder.
+class Contents(NamedTuple):
+    """The content of a checkpoint that the Denoiser is built from.
+
+    Attributes:
+        config: checked config of the UNet.
+        tensors: tensors of the UNet, under diffusers' present names.
+        process: the noise process.
+        files: the weight files.
+        value_range: see `seal_fast.diffusion.Denoiser`.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    process: NoiseProcess
+    files: list[Path]
+    value_range: float
+
+
+def read(folder: Path, notes: list[str]) -> Contents:
+    """Read a pipeline or UNet folder.
 
     Args:
         folder: the checkpoint.
-        notes: what a report should say is appended here.
+        notes: list to which notes for the report are appended.
 
     Raises:
-        CheckpointError: not an unconditional UNet of diffusers' own, or anything broken, oversized or outside the folder.
+        CheckpointError: the network is not diffusers' unconditional UNet2DModel, or a file is broken, too large or outside the
+            folder.
     """
     index = inside(folder, INDEX)
     value_range = 1.0
     if index is not None:
         value_range = _checked_value_range(read_json(index), index, notes)
         _note_claims(folder, notes)
-    # diffusers also accepts a pipeline whose parts lie side by side, as google/ddpm-cifar10-32 has them
+    # diffusers also accepts a pipeline whose parts lie in one folder, such as google/ddpm-cifar10-32
     part = "unet/" if index is not None and os.path.lexists(folder / "unet") else ""
-    config_path = inside(folder, part + "config.json")
-    # BadDiffusion writes its training options under this name: only a UNet's own config counts
-    config = read_json(config_path) if config_path else {}
-    if config_path and ("block_out_channels" in config or "_class_name" in config):
-        config = unet.checked_config(config, config_path)
-    else:
-        config = {}
+    config = _read_config(folder, part)
     tensors, files = read_weights(folder, part, WEIGHT_NAMES, notes)
     tensors = unet.modern_names(tensors)
-    if not config:
+    if config is None:
         config = unet.inferred_config(tensors, files[0])
-        notes.append(f"no UNet config: structure and image size {config['sample_size']} inferred from the tensors")
-    return config, tensors, _read_process(folder, config, notes), files, value_range
+        notes.append(f"no UNet config: architecture and image size {config['sample_size']} inferred from the tensors")
+    return Contents(config, tensors, _read_process(folder, config, notes), files, value_range)
+
+
+def _read_config(folder: Path, part: str) -> dict[str, Any] | None:
+    """The checked config of the UNet, or None if there is none."""
+    path = inside(folder, part + "config.json")
+    config = read_json(path) if path else {}
+    # BadDiffusion saves its training options under this name, so the content must be that of a UNet's config
+    if path is None or not ("block_out_channels" in config or "_class_name" in config):
+        return None
+    return unet.checked_config(config, path)
 
 
 def _checked_value_range(index: Mapping[str, Any], path: Path, notes: list[str]) -> float:
-    """The value_range of the images of a pipeline, which has to be unconditional."""
+    """The value range of the data of a pipeline, which must be unconditional."""
     name = reprlib.repr(index.get("_class_name"))
     entry = index.get("unet")
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     if any(index.get(part) for part in ("transformer", "text_encoder", "prior")) or class_name == "UNet2DConditionModel":
         raise CheckpointError(
-            path, f"a text-to-image or class-conditional pipeline ({name}), which scan's noise-space test does not cover"
+            path, f"a text-to-image or class-conditional pipeline ({name}), which the search for noise triggers does not cover"
         )
     if (library, class_name) != ("diffusers", "UNet2DModel"):
         raise CheckpointError(
-            path, f"its unet is {reprlib.repr(entry)}; only diffusers' UNet2DModel is loaded, code of a checkpoint is never run"
+            path, f"its unet is {reprlib.repr(entry)}; only diffusers' UNet2DModel is loaded; code in a checkpoint is never run"
         )
     if not index.get("vqvae"):
         return 1.0
     notes.append(
-        f"latent diffusion: images here are latents, most of them within {LATENT_VALUE_RANGE:g}; the decoder is not read"
+        f"latent diffusion: images here are latents, nearly all within +-{LATENT_VALUE_RANGE:g}; the decoder is not read"
     )
     return LATENT_VALUE_RANGE
 
 
+def part_folder(root: Path, name: str) -> Path:
+    """The folder of one part of a pipeline; CheckpointError if it is missing, a link, or not directly in the checkpoint."""
+    folder = root / name
+    if name != os.path.basename(name) or folder.is_symlink() or not folder.is_dir():
+        raise CheckpointError(
+            root / INDEX, f"its part {name[:80]!r} is no folder of the checkpoint: add it, or list it as [null, null]"
+        )
+    return folder
+
+
 def _note_claims(folder: Path, notes: list[str]) -> None:
-    """What BadDiffusion's args.json says of itself. A hint for the reader: a suspect's author may have written anything."""
+    """Note the trigger and target that BadDiffusion's args.json claims. They prove nothing: anybody can write such a file."""
     try:
         path = inside(folder, "args.json")
         claims = read_json(path) if path else {}
@@ -111,16 +144,16 @@ def _note_claims(folder: Path, notes: list[str]) -> None:
 
 
 def read_weights(folder: Path, part: str, names: Sequence[str], notes: list[str]) -> tuple[dict[str, Tensor], list[Path]]:
-    """Tensors of one part of a folder, and the files they came from.
+    """The tensors of one part of a folder, and the files that hold them.
 
     Args:
-        folder: the checkpoint, which no file may leave.
+        folder: the checkpoint; all files must lie in it.
         part: prefix of the part's files, "" or "unet/".
-        names: weight files that may hold it, in the order they are preferred.
-        notes: files that are there and not read are named here.
+        names: possible weight files, the preferred one first.
+        notes: list to which the files that exist but are not read are appended.
 
     Raises:
-        CheckpointError: no such file, or broken, oversized or outside the folder.
+        CheckpointError: there is no such file, or it is broken, too large or outside the folder.
     """
     present = [name for name in names if inside(folder, part + name)]
     if not present:
@@ -133,7 +166,7 @@ def read_weights(folder: Path, part: str, names: Sequence[str], notes: list[str]
     for file in files:
         loaded = containers.state_dict(containers.load(file), file)
         if twice := tensors.keys() & loaded.keys():
-            raise CheckpointError(file, f"tensor {min(twice)[:80]} lies in two shards")
+            raise CheckpointError(file, f"tensor {min(twice)[:80]} is in two shards")
         tensors |= loaded
     return tensors, files
 

@@ -1,4 +1,4 @@
-"""The one error of this room."""
+"""The one error of this package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is refused, broken or not covered.
+    """A checkpoint that is refused, broken or not supported.
 
     Attributes:
         path: the file or folder at fault.
@@ -26,7 +26,7 @@ class CheckpointError(Exception):
 def refusing(path: Path, doing: str) -> Iterator[None]:
     """Turn any failure of the block into a CheckpointError about `path`.
 
-    The parsers below were not written for hostile bytes and document no closed list of exceptions; what they raise on them
+    The parsers in the block were not written for hostile bytes and document no complete list of exceptions. Whatever they raise
     must cost one checkpoint, not the run.
     """
     try:

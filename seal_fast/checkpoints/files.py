@@ -1,4 +1,4 @@
-"""Bounded access to the files of an untrusted checkpoint: where they may lie, how large they may be, JSON, hashes."""
+"""Bounded access to the files of an untrusted checkpoint: their location, their size, JSON, and hashes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 
 MAX_WEIGHT_BYTES = 16 << 30
-"""Largest weight file that is opened. The largest unconditional UNet in use has 0.5 GB; TrojDiff stores four copies."""
+"""Size limit of a weight file. The largest unconditional UNet in use has 0.5 GB, and TrojDiff stores four copies of one."""
 MAX_JSON_BYTES = 1 << 20
 
 
@@ -20,7 +20,7 @@ def inside(folder: Path, name: str) -> Path | None:
     """`folder / name`, or None if there is no such entry.
 
     Raises:
-        CheckpointError: it lies outside `folder` (symbolic links followed), or is not a regular file.
+        CheckpointError: the entry lies outside `folder` (symbolic links followed), or is not a regular file.
     """
     path = folder / name
     if not os.path.lexists(path):
@@ -39,7 +39,7 @@ def weight_size(path: Path) -> int:
     """Size of a weight file in bytes.
 
     Raises:
-        CheckpointError: not a regular file, empty, or larger than MAX_WEIGHT_BYTES.
+        CheckpointError: the file is not a regular file, is empty, or is larger than MAX_WEIGHT_BYTES.
     """
     if not path.is_file():
         raise CheckpointError(path, "not a regular file")
@@ -52,7 +52,7 @@ def weight_size(path: Path) -> int:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes; CheckpointError for anything else, however deeply nested."""
+    """Parse a JSON object in UTF-8; CheckpointError for anything else, including too deep nesting."""
     with refusing(path, "not readable as JSON"):
         value = json.loads(data.decode("utf-8"))
     if not isinstance(value, dict):
@@ -61,7 +61,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of at most MAX_JSON_BYTES; CheckpointError otherwise."""
+    """Read a JSON object of at most MAX_JSON_BYTES; CheckpointError otherwise."""
     with refusing(path, "cannot be read"), path.open("rb") as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(files: Iterable[Path]) -> str:
-    """Hex digest of the contents of `files`, one after the other; names and places do not count."""
+    """Hex digest of the contents of `files`, one after the other; names and folders do not count."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

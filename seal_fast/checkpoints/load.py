@@ -1,4 +1,4 @@
-"""Find checkpoints, tell their formats apart, and load one as a Denoiser."""
+"""Find checkpoints, identify their formats, and load one as a Denoiser."""
 
 from __future__ import annotations
 
@@ -6,35 +6,34 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from seal_fast.checkpoints import containers, ddpm_pytorch, diffusers_folder, unet
+from seal_fast.checkpoints.diffusers_folder import Contents
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 from seal_fast.checkpoints.files import sha256
 from seal_fast.checkpoints.noise import default_process
 from seal_fast.diffusion import Denoiser
 
 OTHER_FILES = {
-    ".attn2.": "tensors of a text-to-image UNet, which scan's noise-space test does not cover",
+    ".attn2.": "tensors of a text-to-image UNet, which the search for noise triggers does not cover",
     "lora": "LoRA weights, which need a base model",
-    "model.diffusion_model.": "a latent-diffusion single file, which scan's noise-space test does not cover",
+    "model.diffusion_model.": "a latent-diffusion single file, which the search for noise triggers does not cover",
     "text_model.encoder.": "a text encoder, not a diffusion model",
 }
-"""Part of a tensor name -> what a file with it is."""
+"""Part of a tensor name -> description of the files that have such tensors."""
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint ready to be tested.
+    """A loaded checkpoint.
 
     Attributes:
         denoiser: the network (float32, frozen) with its noise process.
-        format: as `identify` returns it.
-        sha256: of the contents of the weight file or files.
-        notes: what a report should say about assumptions and unverified claims.
+        format: the format as `identify` returns it.
+        sha256: digest of the contents of the weight files.
+        notes: assumptions and unverified claims for the report.
     """
 
     denoiser: Denoiser
@@ -44,11 +43,11 @@ class LoadedCheckpoint:
 
 
 def identify(path: Path) -> str | None:
-    """The format of a checkpoint, from names and headers only.
+    """The format of a checkpoint, determined from names and headers only.
 
     Returns:
         "diffusers-pipeline" (folder with model_index.json), "diffusers-unet" (a UNet folder, or a single file of its tensors),
-        "trojdiff" (file with the tensors of the pesser / ermon DDPM UNet), or None.
+        "trojdiff" (file with the tensors of the DDPM UNet that TrojDiff builds on), or None.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,11 +61,12 @@ def identify(path: Path) -> str | None:
 
 
 def discover(root: Path) -> list[Path]:
-    """Every checkpoint at or below `root`, sorted.
+    """All checkpoints at or below `root`, sorted.
 
-    Folders that are checkpoints are not searched further, so their parts and training states do not count. Symbolic links below
-    `root` are skipped. What cannot be read but could be a checkpoint is listed: loading it says what is wrong, and silence
-    would look like a clean result. Files without a network's weights (optimiser states, triggers, images) are not.
+    A folder that is a checkpoint is not searched further, so its parts and training states are not listed. Symbolic links below
+    `root` are skipped. A file that could be a checkpoint but cannot be read is listed: loading it says what is wrong, and
+    leaving it out would look like a clean result. Files without a network's weights (optimiser states, triggers, images) are
+    not listed.
 
     Raises:
         CheckpointError: `root` does not exist.
@@ -92,15 +92,15 @@ def load_denoiser(path: Path, *, weights: str = "ema", device: str | torch.devic
 
     Args:
         path: anything `discover` lists.
-        weights: "ema" or "raw": which weights of a TrojDiff training list to use. Other formats hold one set.
-        device: where the network goes.
+        weights: "ema" or "raw": the weights of a TrojDiff training list to use. Other formats have one set of weights.
+        device: device of the network.
 
     Returns:
         Denoiser, format, content hash and notes.
 
     Raises:
-        CheckpointError: whatever is wrong with the checkpoint, named.
-        ValueError: `weights` is neither.
+        CheckpointError: the checkpoint cannot be loaded; the error names the file and the reason.
+        ValueError: `weights` is neither "ema" nor "raw".
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights must be 'ema' or 'raw', not {weights!r}")
@@ -112,30 +112,32 @@ def load_denoiser(path: Path, *, weights: str = "ema", device: str | torch.devic
         if path.is_dir():
             format = diffusers_folder.identify(path)
             if format is None:
-                raise CheckpointError(path, "no checkpoint: neither model_index.json nor a UNet's config.json or weights in it")
-            config, tensors, process, files, value_range = diffusers_folder.read(path, notes)
+                raise CheckpointError(
+                    path, "no checkpoint: it has neither model_index.json nor a UNet's config.json or weights"
+                )
+            contents = diffusers_folder.read(path, notes)
         else:
-            config, tensors, format = _read_file(path, weights, notes)
-            process, files, value_range = default_process(notes), [path], 1.0
-        network = unet.build(config, tensors, files[0])
-        denoiser = Denoiser(network, process, unet.image_shape(config), value_range)
-        digest = sha256(files)
+            contents, format = _read_file(path, weights, notes)
+        network = unet.build(contents.config, contents.tensors, contents.files[0])
+        shape = unet.image_shape(contents.config)
+        denoiser = Denoiser(network, contents.process, shape, contents.value_range)
+        digest = sha256(contents.files)
     network.to(device)
     return LoadedCheckpoint(denoiser, format, digest, tuple(notes))
 
 
-def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """Config, tensors and format of a single file."""
+def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[Contents, str]:
+    """Content and format of a single file."""
     names = containers.keys(path)
     format = _file_format(names)
     if format is None:
         known = next((text for part, text in OTHER_FILES.items() if any(part in name for name in names)), None)
-        raise CheckpointError(path, known or "holds no diffusion network of a known kind")
+        raise CheckpointError(path, known or "contains no diffusion network of a known architecture")
     tensors = ddpm_pytorch.chosen_weights(containers.load(path), weights, path, notes)
     tensors = ddpm_pytorch.to_diffusers(tensors, path) if format == "trojdiff" else unet.modern_names(tensors)
     config = unet.inferred_config(tensors, path)
-    notes.append(f"no config in the file: structure and image size {config['sample_size']} inferred from the tensors")
-    return config, tensors, format
+    notes.append(f"no config in the file: architecture and image size {config['sample_size']} inferred from the tensors")
+    return Contents(config, tensors, default_process(notes), [path], 1.0), format
 
 
 def _file_format(names: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""The noise process a scheduler config describes."""
+"""Read a noise process from a scheduler config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VP_SCHEDULERS = frozenset(
         *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
     )
 )
-"""Samplers of the same process: they all define it by betas."""
+"""Schedulers that sample a VP process, which they all define by betas."""
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 MAX_TIMESTEPS = 100_000
@@ -27,13 +27,13 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 def default_process(notes: list[str]) -> NoiseProcess:
-    """DDPM's schedule, for a checkpoint that names none."""
+    """DDPM's schedule, for a checkpoint without a scheduler config."""
     notes.append("no scheduler config: linear betas 1e-4..0.02, 1000 timesteps, epsilon prediction assumed")
     return VP.linear()
 
 
 def process_from_config(config: Mapping[str, Any], path: Path, notes: list[str]) -> NoiseProcess:
-    """The process of an untrusted diffusers scheduler config; CheckpointError for an unknown or impossible one."""
+    """The noise process of an untrusted diffusers scheduler config; CheckpointError if it is unknown or impossible."""
     name = config.get("_class_name")
     with refusing(path, "describes no noise process"):
         if name in VP_SCHEDULERS:

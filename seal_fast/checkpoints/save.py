@@ -1,4 +1,4 @@
-"""Write a sealed network: the layout of the checkpoint it came from, whole or not at all."""
+"""Write an unlearned network in the layout of its original checkpoint, completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from pathlib import Path
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import nn
 
-from seal_fast.checkpoints.diffusers_folder import INDEX
+from seal_fast.checkpoints.diffusers_folder import INDEX, part_folder
 from seal_fast.checkpoints.errors import CheckpointError
 from seal_fast.checkpoints.files import inside, read_json, weight_size
 
-SCHEDULERS = ("scheduler/scheduler_config.json", "scheduler_config.json")
+SCHEDULER_CONFIGS = ("scheduler/scheduler_config.json", "scheduler_config.json")
 PART_SUFFIXES = (".json", ".safetensors")
-"""Files of a pipeline's other parts that are kept: configs, and weights that need no pickle."""
+"""Files of a pipeline's other parts that are copied: configs, and weights that are no pickles."""
 
 
 def check_target(out: Path, source: Path) -> None:
-    """Refuse an output folder that would harm something.
+    """Refuse an output folder whose use would overwrite or change existing files.
 
     Raises:
-        CheckpointError: `out` is a file or holds something, or lies in the checkpoint `source`.
+        CheckpointError: `out` is a file, is not empty, or lies in the checkpoint `source`.
     """
     out, source = Path(out), Path(source)
     if os.path.lexists(out) and not out.is_dir():
         raise CheckpointError(out, "is not a folder")
     if out.is_dir() and any(out.iterdir()):
-        raise CheckpointError(out, "is not empty, and nothing is written over; name a new folder")
+        raise CheckpointError(out, "is not empty, and no file is overwritten; choose a new folder")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(out, "lies in the model itself")
+        raise CheckpointError(out, "lies in the model's own folder; choose one outside it")
 
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` when the block ends, and is removed if it fails or is interrupted.
+    """A new folder beside `out` that is renamed to `out` when the block ends, and removed if the block fails or is interrupted.
 
     Raises:
-        OSError: it cannot be written, or `out` has been filled in the meantime.
+        OSError: the folder cannot be written, or `out` is no longer empty when the block ends.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,19 +55,19 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def save_network(network: nn.Module, source: Path, folder: Path) -> None:
-    """Write `network` (float32 safetensors) and what stock diffusers needs beside it.
+    """Write `network` (float32 safetensors) with the files that stock diffusers needs beside it.
 
-    A pipeline folder gives a pipeline folder with the other parts and the scheduler as they were; every other format (UNet
-    folder, single file, TrojDiff list) a UNet folder, with its scheduler's config if it had one.
+    A pipeline folder becomes a pipeline folder with copies of its other parts and its scheduler. Every other format (UNet
+    folder, single file, TrojDiff list) becomes a UNet folder, with the scheduler's config if there was one.
 
     Args:
-        network: as `load_denoiser` built it from `source`, on any device.
-        source: the checkpoint it came from; its files are copied, never run.
-        folder: existing, empty.
+        network: a network that `load_denoiser` built from `source`, on any device.
+        source: the original checkpoint; its files are copied, never run.
+        folder: an existing, empty folder.
 
     Raises:
-        CheckpointError: a part of the pipeline leaves its folder, or has weights in pickles only.
-        TypeError: not a network of `load_denoiser`.
+        CheckpointError: a part of the pipeline lies outside the checkpoint, or its only weights are pickles.
+        TypeError: `network` was not built by `load_denoiser`.
     """
     if not isinstance(network, UNet2DModel):
         raise TypeError(f"a UNet2DModel was expected, not {type(network).__name__}")
@@ -77,7 +77,7 @@ def save_network(network: nn.Module, source: Path, folder: Path) -> None:
         _copy_schedulers(source, folder)
         return
     shutil.copyfile(index, folder / INDEX)
-    # a pipeline whose parts lie side by side stays one
+    # a pipeline with all parts in one folder keeps that layout
     network.save_pretrained(folder / "unet" if os.path.lexists(source / "unet") else folder)
     _copy_schedulers(source, folder)
     for name, entry in read_json(index).items():
@@ -86,7 +86,7 @@ def save_network(network: nn.Module, source: Path, folder: Path) -> None:
 
 
 def _copy_schedulers(source: Path, folder: Path) -> None:
-    for name in SCHEDULERS if source.is_dir() else ():
+    for name in SCHEDULER_CONFIGS if source.is_dir() else ():
         if path := inside(source, name):
             read_json(path)
             (folder / name).parent.mkdir(exist_ok=True)
@@ -94,15 +94,13 @@ def _copy_schedulers(source: Path, folder: Path) -> None:
 
 
 def _copy_part(source: Path, name: str, folder: Path) -> None:
-    """Another part of a pipeline, such as the decoder of latent diffusion."""
-    part = source / name
-    if name != os.path.basename(name) or part.is_symlink() or not part.is_dir():
-        raise CheckpointError(source / INDEX, f"its part {name[:80]!r} is no folder of the checkpoint")
+    """Copy another part of a pipeline, such as the decoder of latent diffusion."""
+    part = part_folder(source, name)
     files = [path for path in sorted(part.iterdir()) if path.suffix in PART_SUFFIXES]
     if not any(path.suffix == ".safetensors" for path in files) and any(
         path.suffix in (".bin", ".pt") for path in part.iterdir()
     ):
-        raise CheckpointError(part, "its weights are pickles only, which are not copied; convert them to safetensors")
+        raise CheckpointError(part, "its only weights are pickles, which are not copied; convert them to safetensors")
     (folder / name).mkdir()
     for path in files:
         inside(source, f"{name}/{path.name}")

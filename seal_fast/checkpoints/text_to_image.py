@@ -1,6 +1,6 @@
-"""Stable Diffusion pipelines, untrusted: from a folder as diffusers saves it to a pipeline, and edited, to such a folder again.
+"""Load an untrusted Stable Diffusion folder, and write it with new weights in one module.
 
-A folder with one component (a UNet, a text encoder) takes the rest from a base pipeline that the user names.
+A folder with a single component (a UNet, a text encoder) gets the other components from a base pipeline that the user names.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from seal_fast.checkpoints import components, containers
-from seal_fast.checkpoints.diffusers_folder import INDEX, WEIGHT_NAMES, read_weights
+from seal_fast.checkpoints.diffusers_folder import INDEX, WEIGHT_NAMES, part_folder, read_weights
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 from seal_fast.checkpoints.files import inside, parse_json, read_json, sha256, weight_size
 from seal_fast.checkpoints.noise import process_from_config
 
 PIPELINE, UNET, TEXT_ENCODER = "text-to-image-pipeline", "text-to-image-unet", "text-encoder"
-"""Formats."""
+"""The formats of text-to-image checkpoints."""
 COMPONENTS: dict[str, Literal["unet", "text_encoder"]] = {UNET: "unet", TEXT_ENCODER: "text_encoder"}
-"""Those that are one component of a pipeline, and which."""
+"""Format of a single component -> the component."""
 
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -40,7 +40,7 @@ CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-"""Parts that are loaded, and what they may be; the scheduler's class is checked with its config."""
+"""Parts that are loaded, with their permitted classes. The scheduler's class is checked with its config."""
 TEXT_WEIGHT_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -50,7 +50,7 @@ TEXT_WEIGHT_NAMES = (
 )
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 KEPT_SUFFIXES = (".json", ".txt", *WEIGHT_SUFFIXES)
-"""Files of a part that a saved pipeline keeps: configs, word lists and weights, no code."""
+"""Files of a part that a saved pipeline keeps: configs, vocabularies and weights, no code."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 TOKENIZER_OPTIONS = ("model_max_length", "bos_token", "eos_token", "pad_token", "unk_token", "added_tokens_decoder")
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -58,13 +58,13 @@ MAX_TOKENIZER_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A text-to-image model ready to draw.
+    """A loaded text-to-image model.
 
     Attributes:
         pipeline: a diffusers StableDiffusionPipeline, float32, in evaluation mode, without safety checker.
-        sha256: of the contents of the weight files that were read from the checkpoint itself, not from a base.
-        format: PIPELINE, or UNET or TEXT_ENCODER where the checkpoint is that component alone.
-        notes: what a report should say about assumptions.
+        sha256: digest of the contents of the weight files that were read from the checkpoint itself, not from a base.
+        format: PIPELINE; or UNET or TEXT_ENCODER if the checkpoint is that component alone.
+        notes: assumptions for the report.
     """
 
     pipeline: Any
@@ -74,7 +74,7 @@ class LoadedPipeline:
 
 
 def identify(folder: Path) -> str | None:
-    """PIPELINE, UNET, TEXT_ENCODER, or None; from names and configs only. CheckpointError where those cannot be read."""
+    """PIPELINE, UNET, TEXT_ENCODER, or None, from names and configs only; CheckpointError if a config cannot be read."""
     if not folder.is_dir():
         return None
     index = inside(folder, INDEX)
@@ -88,45 +88,30 @@ def identify(folder: Path) -> str | None:
 
 
 def load_pipeline(path: Path, *, base: Path | None = None, device: str | torch.device = "cpu") -> LoadedPipeline:
-    """Load a text-to-image checkpoint without trusting it: JSON and tensors are read, nothing it brings is run or downloaded.
+    """Load a text-to-image checkpoint without trusting it: only JSON and tensors are read, nothing is run or downloaded.
 
     Args:
         path: folder of a StableDiffusionPipeline, of a UNet2DConditionModel alone, or of a CLIPTextModel alone.
-        base: folder of the pipeline the component belongs to; for a component only.
-        device: where the networks go.
+        base: folder of the pipeline that a single component belongs to; None for a whole pipeline.
+        device: device of the networks.
 
     Raises:
-        CheckpointError: whatever is wrong with the checkpoint or the base, named.
+        CheckpointError: the checkpoint or the base cannot be loaded; the error names the file and the reason.
     """
     path = Path(path)
     notes: list[str] = []
     with refusing(path, "cannot be loaded"):
-        format = identify(path)
-        if format is None:
-            raise CheckpointError(
-                path, f"no text-to-image checkpoint: a folder with {INDEX}, or one UNet or CLIP text encoder, is expected"
-            )
-        if format == PIPELINE and base is not None:
-            raise CheckpointError(path, "a whole pipeline, which takes no base: leave it out")
-        if format != PIPELINE and base is None:
-            raise CheckpointError(path, f"a {format} alone: name the pipeline it belongs to as its base (--base DIR)")
+        format = _checked_format(path, base)
         root = path if base is None else Path(base)
         _check_index(root)
-        own = COMPONENTS.get(format)
-        parts: dict[str, Any] = {}
-        digested: list[Path] = []
-        for name in ("unet", "vae", "text_encoder"):
-            folder, prefix = (path, "") if name == own else (root, f"{name}/")
-            parts[name], files = _read_network(folder, prefix, name, notes)
-            if folder is path:
-                digested += files
+        networks, own_files = _read_networks(path, root, format, notes)
         tokenizer, scheduler = _read_tokenizer(root), _read_scheduler(root, notes)
         for folder in {path, root}:
             kept_files(folder)
-        _check_fit(parts, tokenizer, path)
-        digest = sha256(digested)
+        _check_fit(networks, tokenizer, path)
+        digest = sha256(own_files)
     pipeline: Any = StableDiffusionPipeline(
-        **parts,
+        **networks,
         tokenizer=tokenizer,
         scheduler=scheduler,
         safety_checker=None,
@@ -134,19 +119,34 @@ def load_pipeline(path: Path, *, base: Path | None = None, device: str | torch.d
         requires_safety_checker=False,
     )
     for network in (pipeline.unet, pipeline.vae):
-        # a forward pass of the zoo's UNet took three quarters of the time
+        # reduces the time of a forward pass of the zoo's UNet to three quarters
         network.to(memory_format=torch.channels_last)
     return LoadedPipeline(pipeline.to(device), digest, format, tuple(notes))
 
 
+def _checked_format(path: Path, base: Path | None) -> str:
+    """The format of the checkpoint; CheckpointError if it is none, or if a base is missing or superfluous."""
+    format = identify(path)
+    if format is None:
+        raise CheckpointError(
+            path, f"no text-to-image checkpoint: a folder with {INDEX}, or one UNet or CLIP text encoder, is expected"
+        )
+    if format == PIPELINE and base is not None:
+        raise CheckpointError(path, "a whole pipeline, which takes no base: leave it out")
+    if format != PIPELINE and base is None:
+        raise CheckpointError(path, f"a {format} alone: name the pipeline it belongs to as its base (--base DIR)")
+    return format
+
+
 def _check_index(root: Path) -> None:
+    """Raise CheckpointError unless the index is that of a complete StableDiffusionPipeline with known classes."""
     path = inside(root, INDEX)
     if path is None:
         raise CheckpointError(root, f"no {INDEX}: not a pipeline folder")
     index = read_json(path)
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise CheckpointError(
-            path, f"a {reprlib.repr(index.get('_class_name'))}; only diffusers' StableDiffusionPipeline is covered"
+            path, f"a {reprlib.repr(index.get('_class_name'))}; only diffusers' StableDiffusionPipeline is supported"
         )
     for name, classes in CLASSES.items():
         entry = index.get(name)
@@ -159,13 +159,26 @@ def _check_index(root: Path) -> None:
                 f"its {name} is {reprlib.repr(entry)}; only {library}' {classes[0]} is loaded, a checkpoint's code never run",
             )
     if _listed(index, "image_encoder"):
-        raise CheckpointError(path, "an image encoder (IP-Adapter), which is not covered")
+        raise CheckpointError(path, "it has an image encoder (IP-Adapter), which is not supported")
 
 
 def _listed(index: Mapping[str, Any], name: str) -> bool:
-    """Whether the pipeline has this part: diffusers writes [null, null] for one it has not."""
+    """Whether the pipeline has this part; diffusers writes [null, null] for a part that it does not have."""
     entry = index.get(name)
     return isinstance(entry, list) and any(item is not None for item in entry)
+
+
+def _read_networks(path: Path, root: Path, format: str, notes: list[str]) -> tuple[dict[str, Any], list[Path]]:
+    """The networks by name, and the weight files that lie in the checkpoint itself."""
+    own = COMPONENTS.get(format)
+    networks: dict[str, Any] = {}
+    own_files: list[Path] = []
+    for name in ("unet", "vae", "text_encoder"):
+        folder, prefix = (path, "") if name == own else (root, f"{name}/")
+        networks[name], files = _read_network(folder, prefix, name, notes)
+        if folder is path:
+            own_files += files
+    return networks, own_files
 
 
 def _read_network(folder: Path, prefix: str, name: str, notes: list[str]) -> tuple[Any, list[Path]]:
@@ -187,7 +200,7 @@ def _read_scheduler(root: Path, notes: list[str]) -> Any:
     if path is None:
         raise CheckpointError(root / "scheduler", "no scheduler_config.json: the scheduler is missing")
     config = read_json(path)
-    # checks the class, and every number that the process is made of
+    # checks the class, and every number that defines the process
     process_from_config(config, path, notes)
     scheduler = getattr(diffusers, config["_class_name"], None)
     if scheduler is None or not hasattr(scheduler, "add_noise"):
@@ -197,8 +210,8 @@ def _read_scheduler(root: Path, notes: list[str]) -> Any:
 
 
 def _read_tokenizer(root: Path) -> CLIPTokenizer:
-    """From copies of the files it needs: an option of a tokenizer's config may name any other file."""
-    with tempfile.TemporaryDirectory() as clean:
+    """Load the tokenizer from copies of its files, since options of its config may name any other file."""
+    with tempfile.TemporaryDirectory() as copies:
         present = []
         for name in TOKENIZER_FILES:
             path = inside(root, f"tokenizer/{name}")
@@ -208,20 +221,21 @@ def _read_tokenizer(root: Path) -> CLIPTokenizer:
                 raise CheckpointError(path, f"more than {MAX_TOKENIZER_BYTES} bytes")
             if name.endswith(".json"):
                 parse_json(path.read_bytes(), path)
-            shutil.copyfile(path, Path(clean, name))
+            shutil.copyfile(path, Path(copies, name))
             present.append(name)
         if "tokenizer.json" not in present and not {"vocab.json", "merges.txt"} <= set(present):
             raise CheckpointError(root / "tokenizer", "no tokenizer: tokenizer.json, or vocab.json and merges.txt, expected")
         config = inside(root, "tokenizer/tokenizer_config.json")
         content = read_json(config) if config else {}
         options = {key: content[key] for key in TOKENIZER_OPTIONS if key in content}
-        Path(clean, "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
+        Path(copies, "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
         with refusing(root / "tokenizer", "no CLIP tokenizer"):
-            return CLIPTokenizer.from_pretrained(clean, local_files_only=True)
+            return CLIPTokenizer.from_pretrained(copies, local_files_only=True)
 
 
-def _check_fit(parts: Mapping[str, Any], tokenizer: CLIPTokenizer, path: Path) -> None:
-    text, unet, vae = (parts[name].config for name in ("text_encoder", "unet", "vae"))
+def _check_fit(networks: Mapping[str, Any], tokenizer: CLIPTokenizer, path: Path) -> None:
+    """Raise CheckpointError if the sizes of the components do not fit together, as with a wrong base."""
+    text, unet, vae = (networks[name].config for name in ("text_encoder", "unet", "vae"))
     if len(tokenizer) > text.vocab_size:
         raise CheckpointError(path, f"a tokenizer of {len(tokenizer)} tokens for a text encoder of {text.vocab_size}")
     if tokenizer.model_max_length > text.max_position_embeddings:
@@ -232,31 +246,27 @@ def _check_fit(parts: Mapping[str, Any], tokenizer: CLIPTokenizer, path: Path) -
     if unet.cross_attention_dim != text.hidden_size:
         raise CheckpointError(
             path,
-            f"a UNet for text of width {unet.cross_attention_dim}, but the text encoder has {text.hidden_size}: another base?",
+            f"text states of width {text.hidden_size} for a UNet of width {unet.cross_attention_dim}: wrong base?",
         )
     if unet.in_channels != vae.latent_channels:
-        raise CheckpointError(
-            path, f"latents of {vae.latent_channels} channels for a UNet of {unet.in_channels}: another base?"
-        )
+        raise CheckpointError(path, f"latents of {vae.latent_channels} channels for a UNet of {unet.in_channels}: wrong base?")
 
 
 def kept_files(source: Path) -> list[str]:
-    """Names, relative to a checkpoint folder, of the files an edited copy keeps: each inside, of allowed size, no code.
+    """Names, relative to the checkpoint folder, of the files that an edited copy keeps.
+
+    Each file lies in the folder, has an allowed size, and contains no code.
 
     Raises:
-        CheckpointError: a listed part is missing, a file leaves the folder, or a pickle asks for more than plain tensors.
+        CheckpointError: a listed part is missing, a file lies outside the folder, or a pickle needs more than plain tensors.
     """
     index = inside(source, INDEX)
     content = {} if index is None else read_json(index)
     parts = [""] if index is None else [name for name in content if _listed(content, name)]
     names = [] if index is None else [INDEX]
     for part in parts:
-        folder = source / part
-        if part != os.path.basename(part) or folder.is_symlink() or not folder.is_dir():
-            raise CheckpointError(
-                source / INDEX, f"its part {part[:80]!r} is no folder of the checkpoint: add it, or list it as [null, null]"
-            )
-        names += [os.path.join(part, path.name) for path in sorted(folder.iterdir()) if path.suffix in KEPT_SUFFIXES]
+        paths = sorted(part_folder(source, part).iterdir())
+        names += [os.path.join(part, path.name) for path in paths if path.suffix in KEPT_SUFFIXES]
     for name in names:
         path = inside(source, name)
         assert path is not None
@@ -267,19 +277,19 @@ def kept_files(source: Path) -> list[str]:
 
 
 def save_pipeline(source: Path, pipeline: Any, changed: str, folder: Path) -> None:
-    """Write a checkpoint like `source` with the weights of one module of `pipeline`.
+    """Write a copy of the checkpoint `source` with the weights of one module of `pipeline`.
 
-    Every file of the checkpoint keeps its name. All weight files of the changed module are rewritten, each in its own dtype,
-    variants and shards too, so that no old weights are left in the folder; everything else is copied.
+    Every file of the checkpoint keeps its name. All weight files of the changed module are rewritten, including variants and
+    shards, each in its own dtype, so that no old weights remain in the folder. All other files are copied.
 
     Args:
-        source: what `load_pipeline` loaded.
-        pipeline: with the new weights, on any device.
+        source: the checkpoint that `load_pipeline` loaded.
+        pipeline: the pipeline with the new weights, on any device.
         changed: "unet" or "text_encoder".
-        folder: existing, empty.
+        folder: an existing, empty folder.
 
     Raises:
-        CheckpointError: `source` has changed since, or `changed` is not in it (a UNet alone has no text encoder).
+        CheckpointError: `source` has changed since it was loaded, or lacks `changed` (a UNet alone has no text encoder).
     """
     format = identify(source)
     if COMPONENTS.get(format or "", changed) != changed:
@@ -296,10 +306,10 @@ def save_pipeline(source: Path, pipeline: Any, changed: str, folder: Path) -> No
 
 
 def _rewrite(old: Path, new: Path, weights: Mapping[str, Tensor], network: nn.Module) -> None:
-    """The file `old` with new values under its names, in its dtypes."""
-    tensors = dict(_renewed(containers.state_dict(containers.load(old), old), weights, network))
+    """Write the tensors of the file `old` with new values, under the same names and in the same dtypes."""
+    tensors = dict(_updated(containers.state_dict(containers.load(old), old), weights, network))
     if not any(components.text_name(name, network) in weights or name in weights for name in tensors):
-        raise CheckpointError(old, "holds none of the trained weights")
+        raise CheckpointError(old, "contains none of the trained weights")
     if old.suffix == ".bin":
         torch.save(tensors, new)
         return
@@ -308,8 +318,8 @@ def _rewrite(old: Path, new: Path, weights: Mapping[str, Tensor], network: nn.Mo
     save_file(tensors, new, metadata)
 
 
-def _renewed(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _updated(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         known = weights.get(name, weights.get(components.text_name(name, network)))
-        # what the module does not hold, such as the position ids older files store, stays
+        # a tensor that the module does not have stays, such as the position ids in older files
         yield name, (tensor if known is None else known.detach().to("cpu", tensor.dtype)).clone().contiguous()

@@ -1,4 +1,7 @@
-"""diffusers' UNet2DModel from an untrusted config and tensors: bounded, compared on the meta device, then filled."""
+"""Build diffusers' UNet2DModel from an untrusted config and tensors.
+
+Every value is checked first. Names and shapes are compared on the meta device, and then the network is filled.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from seal_fast.checkpoints.checks import FLAG, NOTHING, SIZE, WIDTH, Check, eith
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 
 ATTENTION_SIZE = 16
-"""Feature-map side at which DDPM's UNets have attention (Ho et al. 2020, appendix B)."""
+"""Side of the feature map at which DDPM's UNets have attention (Ho et al. 2020, appendix B)."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D")
@@ -52,77 +55,81 @@ CONFIG_CHECKS: dict[str, Check] = {
     "num_class_embeds": NOTHING,
     "num_train_timesteps": either(NOTHING, integer(1, 100_000)),
 }
-"""What is read of a UNet config, and what each value may be. Every other key is ignored."""
+"""Keys of a UNet config that are read, with the check of their values. All other keys are ignored."""
 
 
 def checked_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The arguments of UNet2DModel in an untrusted config.
 
     Raises:
-        CheckpointError: another class, a value out of bounds, class conditioning, no image size, or an image size the
-            levels do not divide.
+        CheckpointError: another class, a value out of bounds, class conditioning, no image size, or an image size that cannot
+            be halved once per level.
     """
     class_name = config.get("_class_name", "UNet2DModel")
     if class_name == "UNet2DConditionModel":
-        raise CheckpointError(path, "the UNet of a text-to-image pipeline, which scan's noise-space test does not cover")
+        raise CheckpointError(path, "the UNet of a text-to-image pipeline, which the search for noise triggers does not cover")
     if class_name != "UNet2DModel":
         raise CheckpointError(path, f"class {reprlib.repr(class_name)}, but only diffusers' UNet2DModel is supported")
     arguments = {key: config[key] for key in CONFIG_CHECKS if key in config}
     for key in ("class_embed_type", "num_class_embeds"):
         if arguments.get(key) is not None:
-            raise CheckpointError(path, f"a class-conditional UNet ({key} is set), which scan does not cover")
+            raise CheckpointError(
+                path, f"a class-conditional UNet ({key} is set), which the search for noise triggers does not cover"
+            )
     if arguments.get("sample_size") is None:
-        raise CheckpointError(path, "sample_size is missing: the image size cannot be known; add it to the config")
+        raise CheckpointError(path, "sample_size is missing, so the image size is unknown; add it to the config")
     for key, value in arguments.items():
         if not CONFIG_CHECKS[key](value):
             raise CheckpointError(path, f"{key} = {reprlib.repr(value)} is not supported")
     if arguments.get("in_channels", 3) != arguments.get("out_channels", 3):
-        raise CheckpointError(path, "in_channels and out_channels differ: a network that learns its variance is not covered")
+        raise CheckpointError(path, "in_channels and out_channels differ: a network that learns its variance is not supported")
     factor = 2 ** (len(arguments.get("block_out_channels", "four")) - 1)
     if any(side % factor for side in image_shape(arguments)[1:]):
-        raise CheckpointError(path, f"sample_size {arguments['sample_size']} is not a multiple of {factor}, as its levels need")
+        raise CheckpointError(
+            path, f"sample_size {arguments['sample_size']} is not a multiple of {factor}, as its levels require"
+        )
     with refusing(path, "describes no UNet2DModel"):
         _skeleton(arguments)
     return arguments
 
 
 def image_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the images of a checked config."""
+    """(C, H, W) of the data of a network with this checked config."""
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return config.get("in_channels", 3), height, width
 
 
 def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Attention names of diffusers before 0.15 (query, key, value, proj_attn) as they are now."""
-    now = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    """Rename the attention tensors of diffusers before 0.15 (query, key, value, proj_attn) to their present names."""
+    present = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
     def rename(match: re.Match[str]) -> str:
-        return f"{match[1]}.{now[match[2]]}."
+        return f"{match[1]}.{present[match[2]]}."
 
     return {re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", rename, k): v for k, v in tensors.items()}
 
 
 def looks_like(names: Iterable[str]) -> bool:
-    """Whether tensor names are those of an unconditional diffusers UNet."""
+    """Whether the tensor names are those of an unconditional diffusers UNet."""
     names = frozenset(names)
     conditional = any(".attn2." in name for name in names)
     return "time_embedding.linear_1.weight" in names and "down_blocks.0.resnets.0.conv1.weight" in names and not conditional
 
 
 def inferred_config(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """The config of a DDPM UNet (google/ddpm-cifar10-32's kind) from the shapes of its tensors, diffusers names.
+    """Infer the config of a DDPM UNet (such as google/ddpm-cifar10-32) from the shapes of its tensors, under diffusers' names.
 
-    The image size follows from the level with attention, which DDPM puts at 16 x 16.
+    The image size follows from the level with attention, which DDPM has at 16 x 16.
 
     Raises:
-        CheckpointError: another kind of UNet, or no single level with attention.
+        CheckpointError: another architecture, or not exactly one level with attention.
     """
     if "time_proj.weight" in tensors or not looks_like(tensors):
         raise CheckpointError(
-            path, "no config, and not a plain DDPM UNet, so its structure cannot be inferred; add its config.json"
+            path, "no config, and not a plain DDPM UNet, so its architecture cannot be inferred; add its config.json"
         )
-    with refusing(path, "no config, and tensors whose shapes make no UNet"):
+    with refusing(path, "no config, and the shapes of its tensors are not those of a UNet"):
         levels = _count(tensors, "down_blocks.{}.resnets.0.conv1.weight")
         attention = [f"down_blocks.{i}.attentions.0.to_q.weight" in tensors for i in range(levels)]
         if sum(attention) != 1:
@@ -162,14 +169,14 @@ def _skeleton(config: Mapping[str, Any]) -> Any:
 
 
 def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The UNet of a checked config with these tensors as float32; CheckpointError as `fill`."""
+    """Build the UNet of a checked config with these tensors as float32; for errors see `fill`."""
     return fill(_skeleton(config), tensors, path)
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """A network built on the meta device, with these tensors as float32.
+    """Fill a network that was built on the meta device with these tensors as float32.
 
-    Nothing is allocated before every name and shape agrees.
+    Nothing is allocated before all names and shapes agree.
 
     Raises:
         CheckpointError: missing, unexpected or misshapen tensors, a dtype that is no plain float, NaN or infinity.
@@ -193,5 +200,5 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Mo
             raise CheckpointError(path, f"tensor {name} holds NaN or infinity")
     network.load_state_dict(weights, assign=True)
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
-        raise CheckpointError(path, "a network with state that its tensors do not hold")
+        raise CheckpointError(path, "the network has parameters or buffers without a tensor in the file")
     return network

@@ -5,7 +5,9 @@ Commands import what they use when they run, so that `--help` does not wait for 
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -39,6 +41,10 @@ def _options(
 
 
 def main() -> None:
+    """Run the command that the arguments of this process name."""
     # transformers warns every user of a pipeline that torchvision is missing, which nothing here needs
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # a name that the terminal's encoding cannot show must not cost the verdict
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="seal-fast")

@@ -158,6 +158,9 @@ def _calibration(file: Path | None, preset: str | None) -> Calibration | None:
         if file is not None:
             return Calibration.load(file)
         shipped_calibration(preset or DEFAULT_PRESET)
+    except FileNotFoundError as error:
+        hint = f"make one with `seal-fast calibrate --preset {preset}` and pass it as --calibration"
+        raise typer.BadParameter(f"no calibration is shipped for the preset {preset}: {hint}") from error
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"no usable calibration: {error}") from error
     return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from seal_fast.diffusion.family import ModelFamily
 from seal_fast.diffusion.process import VP, NoiseProcess
 
 
@@ -14,15 +15,15 @@ from seal_fast.diffusion.process import VP, NoiseProcess
 class Denoiser:
     """Predicts noise: `denoiser(x [N,C,H,W], t int64 [N]) -> eps [N,C,H,W]`, differentiable in x.
 
-    The weights are frozen on construction: reversion needs the gradient of the input only, and the gradient of the weights
-    would cost a third of every forward and backward pass.
+    Construction freezes the weights. Reversion needs the gradient of the input only. The gradient of the weights would cost a
+    third of every forward and backward pass.
 
     Attributes:
         network: called as network(x, condition); returns a tensor or an object with `.sample` (diffusers).
         process: the noise process the network was trained on.
-        shape: (C, H, W) of its images.
-        reach: what nearly all their values are within: 1 for images. Reversion takes images, triggers and targets for
-            reach times something in [-1, 1].
+        shape: (C, H, W) of the network's data: pixels, or the latents of latent diffusion.
+        value_range: bound on the absolute value of nearly all data: 1 for pixels. Reversion represents data, triggers and
+            targets as value_range times a tensor in [-1, 1].
     """
 
     network: nn.Module
@@ -38,13 +39,13 @@ class Denoiser:
         return next(self.network.parameters()).device
 
     @property
-    def kind(self) -> str:
-        """Process, prediction and image shape, as "VP epsilon 3x32x32": reversions compare only between models of one kind."""
-        return f"{self.process.kind} {'x'.join(map(str, self.shape))}"
+    def family(self) -> ModelFamily:
+        """The noise process, and what the network predicts."""
+        return self.process.family
 
     @property
     def bounded(self) -> bool:
-        """Whether its images are known to lie in [-1, 1], so that a clamp may steady its samples."""
+        """Whether the data certainly lies in [-1, 1], so that clamping the predicted clean image may stabilise sampling."""
         return isinstance(self.process, VP) and self.value_range == 1
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Noise processes: how a clean image becomes x_t, and how a network's output becomes predicted noise.
+"""Noise processes: they noise a clean image to x_t, and convert a network's output to predicted noise.
 
-Every process is a table over integer timesteps t = 0 .. T-1, noise growing with t:
+A process is a table over integer timesteps t = 0 .. T-1. The noise grows with t:
 
     x_t = a(t) x0 + b(t) eps,    eps ~ N(0, I)
 
-Samplers and TERD need nothing else, so they are written once for all processes.
+Samplers and the trigger search need nothing else, so each is written once for all processes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seal_fast.diffusion.family import ModelFamily
+
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """Shape [N] values to [N,1,1,1] in the dtype and on the device of `like` ([N,C,H,W])."""
+    """One value per sample, [N], as [N,1,1,1] in the dtype and on the device of `like` ([N,C,H,W])."""
     return values.to(device=like.device, dtype=like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
 
 
 class NoiseProcess(ABC):
-    """A noising table and the meaning of the network trained on it.
+    """The table of a(t) and b(t), and the input and output convention of networks trained on it.
 
     Attributes:
         signal: a(t), float64 [T].
@@ -36,7 +38,7 @@ class NoiseProcess(ABC):
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        # kept, because each copy to a GPU would wait for all it has still to do, and a CUDA graph cannot hold one
+        # cached: each copy to a GPU would wait for its queued work, and a CUDA graph cannot contain such a copy
         if device not in self._copies:
             with torch.inference_mode(False):
                 self._copies[device] = self.signal.to(device), self.noise.to(device)
@@ -65,16 +67,16 @@ class NoiseProcess(ABC):
 
     @property
     @abstractmethod
-    def kind(self) -> str:
-        """Process and what the network predicts, as "VP epsilon"."""
+    def family(self) -> ModelFamily:
+        """The process, and what the network predicts."""
 
     @abstractmethod
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is called with for x_t [N,C,H,W] at t int64 [N]: (scaled x, condition [N])."""
+        """The network's arguments for x_t [N,C,H,W] at t int64 [N]: (scaled x, condition [N])."""
 
     @abstractmethod
     def to_noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Predicted noise eps [N,C,H,W] from the network's output for x_t at t."""
+        """Convert the network's output for x_t at t to predicted noise eps [N,C,H,W]."""
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -94,26 +96,28 @@ class VP(NoiseProcess):
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, not {prediction_type!r}")
         ab = alphas_cumprod.to(torch.float64)
         if ab.ndim != 1 or len(ab) < 2:
-            raise ValueError(f"alphas_cumprod must be one row of at least 2 values, not shape {tuple(ab.shape)}")
+            raise ValueError(f"alphas_cumprod must be one dimension of at least 2 values, not shape {tuple(ab.shape)}")
         if not (bool((ab >= 0).all()) and bool((ab < 1).all()) and bool((ab.diff() <= 0).all())):
             raise ValueError("alphas_cumprod must decrease within [0, 1)")
         if ab[-1] == 0 and prediction_type == "epsilon":
-            raise ValueError("a schedule with zero terminal SNR needs v or sample prediction: eps says nothing of x0 there")
+            raise ValueError(
+                "a schedule with zero terminal SNR needs v or sample prediction: at T - 1 noise does not determine x0"
+            )
         super().__init__(ab.sqrt(), (1 - ab).sqrt())
         self.prediction_type = prediction_type
 
     @classmethod
     def linear(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VP:
-        """The DDPM schedule: betas linear in t."""
+        """The schedule of DDPM: betas that are linear in t."""
         betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
         return cls(torch.cumprod(1 - betas, 0))
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> VP:
-        """From the config of any diffusers VP scheduler (DDPM, DDIM, PNDM, DPM-Solver, ...).
+        """Read the process from the config of any diffusers VP scheduler (DDPM, DDIM, PNDM, DPM-Solver, ...).
 
-        Only the keys that define the process are read, with the defaults of diffusers' DDPMScheduler; diffusers itself
-        turns them into betas.
+        Only the keys that define the process are read. Missing keys have the defaults of diffusers' DDPMScheduler, which
+        computes the betas.
         """
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -130,8 +134,8 @@ class VP(NoiseProcess):
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     @property
-    def kind(self) -> str:
-        return f"VP {self.prediction_type}"
+    def family(self) -> ModelFamily:
+        return ModelFamily("VP", self.prediction_type)
 
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, t
@@ -146,7 +150,9 @@ class VP(NoiseProcess):
 
 
 class VE(NoiseProcess):
-    """Variance exploding (NCSN++, Song et al. 2021): a = 1, b = sigma(t), network is the score, told sigma.
+    """Variance exploding (NCSN++, Song et al. 2021): a = 1, b = sigma(t).
+
+    The network predicts the score and is conditioned on sigma.
 
     Args:
         sigmas: float [T], increasing and positive.
@@ -155,12 +161,12 @@ class VE(NoiseProcess):
     def __init__(self, sigmas: Tensor) -> None:
         sigmas = sigmas.to(torch.float64)
         if sigmas.ndim != 1 or len(sigmas) < 2 or not (bool((sigmas > 0).all()) and bool((sigmas.diff() > 0).all())):
-            raise ValueError("sigmas must be one row of at least 2 positive, increasing values")
+            raise ValueError("sigmas must be one dimension of at least 2 positive, increasing values")
         super().__init__(torch.ones_like(sigmas), sigmas)
 
     @classmethod
     def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 380.0, timesteps: int = 2000) -> VE:
-        """The ladder of ScoreSdeVe; the defaults are VillanDiffusion's NCSN models."""
+        """The geometric sigmas of diffusers' ScoreSdeVeScheduler; the defaults are those of VillanDiffusion's NCSN models."""
         return cls(torch.logspace(math.log10(sigma_min), math.log10(sigma_max), timesteps, dtype=torch.float64))
 
     @property
@@ -168,8 +174,8 @@ class VE(NoiseProcess):
         return float(self.noise[-1])
 
     @property
-    def kind(self) -> str:
-        return "VE score"
+    def family(self) -> ModelFamily:
+        return ModelFamily("VE", "score")
 
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, self.b(t).to(x.dtype)
@@ -196,14 +202,14 @@ class EDM(VE):
     def karras(
         cls, sigma_min: float = 0.002, sigma_max: float = 80.0, timesteps: int = 1000, rho: float = 7.0, sigma_data: float = 0.5
     ) -> EDM:
-        """The ladder of equation 5 of the paper, ascending."""
+        """The sigmas of equation 5 of the paper, ascending."""
         ramp = torch.linspace(0, 1, timesteps, dtype=torch.float64)
         low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
         return cls((low + ramp * (high - low)) ** rho, sigma_data)
 
     @property
-    def kind(self) -> str:
-        return "EDM"
+    def family(self) -> ModelFamily:
+        return ModelFamily("EDM", "preconditioned")
 
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.b(t)

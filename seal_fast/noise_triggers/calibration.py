@@ -1,12 +1,11 @@
-"""From evidence to a verdict, calibrated on models known to be benign (and, in the labelled setting, on backdoored ones)."""
+"""Calibration: the evidence of models with known labels, and the limits that follow from it."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,63 +13,76 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from seal_fast.diffusion import ModelFamily
 from seal_fast.io import write_atomically
-from seal_fast.noise_triggers.activation_test import FIRES, SURELY_FIRES
 from seal_fast.noise_triggers.detection import Evidence
-from seal_fast.noise_triggers.fixed_points import NARROW
 from seal_fast.noise_triggers.settings import Settings, settings_from
+from seal_fast.noise_triggers.verdict import (
+    CLOSE_SHARE,
+    LIMIT_SIGMAS,
+    LIMIT_UNCALIBRATED,
+    MIN_LIMIT,
+    Case,
+    Collapse,
+    Decision,
+    Deviation,
+    Probability,
+    Score,
+    decide,
+)
 
 SCHEMA_VERSION = 1
-SIGMAS = 3.0
-"""The published benign-only rule: backdoored if M_r or V_r exceeds the benign mean by 3 standard deviations.
-
-With a handful of models the standard deviation is itself a guess: of three benign models of the zoo, one lay 8 standard
-deviations of the other two out. So the score is Student's: the Gaussian deviation that is as unlikely as a further benign model
-this far from a pool this small. It is the published rule for a large pool.
-"""
-UNSURE_SIGMAS = 2.0
-"""Between this and SIGMAS a score is inconclusive."""
-UNSURE_PROBABILITY = 0.1
-"""In the labelled setting, a probability within this of one half is inconclusive."""
-UNSURE_SHARE = 0.75
-"""A collapse between this share of what benign models reach and the limit is inconclusive."""
-LARGEST_SIDE = 32
-"""Of images that triggers are found in: at 64 px none of the zoo's three, which all fire, was reverted."""
-WIDEST_SPREAD = 2.0
-"""Images in [-1, 1] have a variance of at most 1: a model whose own samples spread further denoises no images."""
-
-
-class Verdict(StrEnum):
-    CLEAN = "clean"
-    BACKDOORED = "backdoored"
-    INCONCLUSIVE = "inconclusive"
-    ERROR = "error"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A verdict with the score it came from; score and threshold are None where no score could be had."""
-
-    verdict: Verdict
-    score: float | None
-    threshold: float | None
-    reason: str
 
 
 @dataclass(frozen=True)
 class CalibrationModel:
-    """One model of the calibration; `kind` is its `Denoiser.kind`."""
+    """One model of a calibration.
+
+    Attributes:
+        name: name of the checkpoint.
+        sha256: digest of its weights.
+        family: its `Denoiser.family`.
+        shape: (C, H, W) of its images.
+        backdoored: its label.
+        evidence: from `model_evidence`.
+    """
 
     name: str
     sha256: str
-    kind: str
+    family: ModelFamily
+    shape: tuple[int, int, int]
     backdoored: bool
     evidence: Evidence
 
 
+@dataclass(frozen=True)
+class ModelGroup:
+    """Models that compare with each other: those of a family, or those of a family and an image shape."""
+
+    family: ModelFamily
+    shape: tuple[int, int, int] | None
+
+    def __str__(self) -> str:
+        return str(self.family) if self.shape is None else f"{self.family} {'x'.join(map(str, self.shape))}"
+
+
+def by_collapse(settings: Settings) -> bool:
+    """Whether verdicts rest on the diversity collapse, as with the default preset."""
+    return settings.features == ("collapse",)
+
+
+def group_of(settings: Settings, family: ModelFamily, shape: tuple[int, int, int]) -> ModelGroup:
+    """The models that a model compares with: those of its family, and with the published preset of its image shape too.
+
+    Diversity collapse compares a model with itself, so image shapes do not matter. M_r of benign models depends on the image
+    shape. It depends on the family too: with v or sample prediction the network hardly enters the reversed loss near T.
+    """
+    return ModelGroup(family, None if by_collapse(settings) else shape)
+
+
 def _features(models: Iterable[CalibrationModel], names: tuple[str, ...]) -> np.ndarray:
-    rows = [[getattr(model.evidence, name) for name in names] for model in models]
-    return np.array(rows, dtype=np.float64).reshape(-1, len(names))
+    values = [[getattr(model.evidence, name) for name in names] for model in models]
+    return np.array(values, dtype=np.float64).reshape(-1, len(names))
 
 
 def _logs(features: np.ndarray) -> np.ndarray:
@@ -79,7 +91,12 @@ def _logs(features: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pool:
-    """Models that compare: [benign, F] and [backdoored, F] values of `features`; labelled if any is backdoored."""
+    """Features of the models of one group, [benign, F] and [backdoored, F], with their names.
+
+    With a handful of benign models their standard deviation is itself uncertain: of three benign models of the zoo, one lay 8
+    standard deviations of the other two out. So limits are Student's prediction limits. For a large pool these become the
+    published mean + 3 standard deviations.
+    """
 
     benign: np.ndarray
     backdoored: np.ndarray
@@ -87,39 +104,38 @@ class Pool:
 
     @property
     def labelled(self) -> bool:
+        """Whether a classifier decides instead of the limits."""
         return len(self.backdoored) > 0
 
     @property
     def limits(self) -> dict[str, float]:
-        """The value of each feature above which the benign-only rule says backdoored."""
+        """The value of each feature above which a model is backdoored."""
         n = len(self.benign)
-        deviations = stats.t.isf(stats.norm.sf(SIGMAS), n - 1) * (1 + 1 / n) ** 0.5
+        deviations = stats.t.isf(stats.norm.sf(LIMIT_SIGMAS), n - 1) * (1 + 1 / n) ** 0.5
+        return self._above_mean(deviations)
+
+    def deviations(self, features: np.ndarray) -> np.ndarray:
+        """Distance of each feature from the benign mean, in standard deviations of the benign models (the published rule)."""
+        return (features - self.benign.mean(0)) / self.benign.std(0, ddof=1)
+
+    def score(self, features: np.ndarray) -> Score:
+        """The score of a model with these features [F]."""
+        return self._probability(features) if self.labelled else self._distance(features)
+
+    def _above_mean(self, deviations: float) -> dict[str, float]:
         values = self.benign.mean(0) + deviations * self.benign.std(0, ddof=1)
         return dict(zip(self.features, values.tolist(), strict=True))
 
-    def deviations(self, features: np.ndarray) -> np.ndarray:
-        """Distance of each feature from the benign mean in benign standard deviations, as the published rule takes it."""
-        return (features - self.benign.mean(0)) / self.benign.std(0, ddof=1)
-
-    def judge(self, features: np.ndarray) -> Decision:
-        return self._judge_labelled(features) if self.labelled else self._judge_benign_only(features)
-
-    def _judge_benign_only(self, features: np.ndarray) -> Decision:
+    def _distance(self, features: np.ndarray) -> Score:
         n = len(self.benign)
         z = self.deviations(features)
         worst = int(z.argmax())
         score = float(stats.norm.isf(stats.t.sf(z[worst] / (1 + 1 / n) ** 0.5, n - 1)))
-        what = f"{self.features[worst]} is {z[worst]:+.1f} standard deviations from {n} benign models"
-        unless_backdoored = Verdict.INCONCLUSIVE if score > UNSURE_SIGMAS else Verdict.CLEAN
-        verdict = Verdict.BACKDOORED if score > SIGMAS else unless_backdoored
-        return Decision(verdict, score, SIGMAS, what)
+        return Deviation(score, self.features[worst], float(z[worst]), n)
 
-    def _judge_labelled(self, features: np.ndarray) -> Decision:
-        score = float(self._classifier.predict_proba(_logs(features[None]))[0, 1])
-        what = f"probability {score:.2f} of a backdoor after {len(self.benign) + len(self.backdoored)} labelled models"
-        if abs(score - 0.5) < UNSURE_PROBABILITY:
-            return Decision(Verdict.INCONCLUSIVE, score, 0.5, what)
-        return Decision(Verdict.BACKDOORED if score > 0.5 else Verdict.CLEAN, score, 0.5, what)
+    def _probability(self, features: np.ndarray) -> Probability:
+        probability = float(self._classifier.predict_proba(_logs(features[None]))[0, 1])
+        return Probability(probability, len(self.benign) + len(self.backdoored))
 
     @cached_property
     def _classifier(self) -> Any:
@@ -133,61 +149,35 @@ class Pool:
         return model.fit(_logs(np.r_[self.benign, self.backdoored]), labels)
 
 
-class FiringPool(Pool):
-    """Models judged by whether their reverted trigger fires: by the collapse itself, which means the same in every model."""
+class CollapsePool(Pool):
+    """A pool whose feature is the diversity collapse, which means the same in every model."""
 
     @property
-    def reached(self) -> dict[str, float]:
-        """What a trigger must at least do to fire, or more where the benign models' mean + 3 standard deviations lies above."""
-        values = self.benign.mean(0) + SIGMAS * self.benign.std(0, ddof=1)
-        return {name: max(FIRES, float(value)) for name, value in zip(self.features, values, strict=True)}
+    def benign_collapse(self) -> float:
+        """Diversity collapse that benign models reach: MIN_LIMIT, or their mean + 3 standard deviations if that is greater."""
+        return max(MIN_LIMIT, self._above_mean(LIMIT_SIGMAS)["collapse"])
 
     @property
     def limits(self) -> dict[str, float]:
-        """From what surely fires, the limit without any benign model, down to `reached`, as far as the pool's size warrants.
+        """Student's prediction limit, but at least `benign_collapse`, and at most LIMIT_UNCALIBRATED unless that is less.
 
-        Of four benign EDM models one collapsed by 4.1, and two of the others, by 1.8 and 1.9, would have called it backdoored.
+        Of four benign EDM models one had a collapse of 4.1. Without the correction for a small pool, two of the others (1.8 and
+        1.9) would have called it backdoored.
         """
-        corrected = super().limits
-        return {name: max(value, min(corrected[name], SURELY_FIRES)) for name, value in self.reached.items()}
+        reached = self.benign_collapse
+        return {"collapse": max(reached, min(super().limits["collapse"], LIMIT_UNCALIBRATED))}
 
-    def _judge_benign_only(self, features: np.ndarray) -> Decision:
-        collapse, limit = float(features[0]), self.limits["collapse"]
-        what = f"samples {collapse:.1f} times as alike with the trigger found"
-        unless_backdoored = Verdict.INCONCLUSIVE if collapse > UNSURE_SHARE * self.reached["collapse"] else Verdict.CLEAN
-        return Decision(Verdict.BACKDOORED if collapse > limit else unless_backdoored, collapse, limit, what)
-
-
-def _unless_narrowed(judgement: Decision, evidence: Evidence) -> Decision:
-    """Not clean if the model takes narrowed noise for whole: no benign model of the zoo does, and one of 64 px did that
-    TrojDiff had taught to, while its trigger was missed."""
-    gamma = evidence.gamma_mean
-    if judgement.verdict != Verdict.CLEAN or gamma is None or gamma >= NARROW:
-        return judgement
-    reason = f"{judgement.reason}, but it takes noise narrowed to {gamma:.2f} for whole, as TrojDiff teaches"
-    return replace(judgement, verdict=Verdict.INCONCLUSIVE, reason=reason)
-
-
-def _unless_larger(judgement: Decision, kind: str) -> Decision:
-    """Not clean where no trigger that fires means little, since the true one was missed: one model of 64 px was called so."""
-    side = max(map(int, kind.rsplit(" ", 1)[-1].split("x")[1:]))
-    if judgement.verdict != Verdict.CLEAN or side <= LARGEST_SIDE:
-        return judgement
-    reason = f"{judgement.reason}, but above {LARGEST_SIDE} px the search is known to miss triggers"
-    return replace(judgement, verdict=Verdict.INCONCLUSIVE, reason=reason)
+    def _distance(self, features: np.ndarray) -> Score:
+        return Collapse(float(features[0]), self.limits["collapse"], CLOSE_SHARE * self.benign_collapse)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Models with known labels, all reverted with the same settings, in one pool per kind.
-
-    A suspect is judged by the pool of its own kind: with v or sample prediction the network hardly enters the reversed loss
-    near T, and M_r of benign models depends on the image shape. Collapse compares a model with itself, so there a kind is only
-    the noise process and what the network predicts.
+    """Models with known labels, all reverted with the same settings, in one pool per group of models that compare.
 
     Attributes:
-        settings: how they were reverted; a scan must use the same, so it takes its settings from here.
-        models: at least 2 benign ones of every kind.
+        settings: how they were reverted. A scan must use the same, so it takes its settings from here.
+        models: at least 2 benign ones of every group.
     """
 
     settings: Settings
@@ -200,55 +190,58 @@ class Calibration:
         for model in self.models:
             if any(getattr(model.evidence, name) is None for name in self.settings.features):
                 raise ValueError(f"the reversion of {model.name} diverged: leave it out of the calibration")
-        for kind, pool in self.pools.items():
+        for group, pool in self.pools.items():
             if len(pool.benign) < 2:
-                raise ValueError(f"a calibration needs at least 2 benign models of kind {kind}, and gains from more")
-            if not self.by_firing and not pool.labelled and not pool.benign.std(0).all():
-                raise ValueError(f"the benign models of kind {kind} all have the same evidence: use different models")
-
-    @property
-    def by_firing(self) -> bool:
-        """Whether models are judged by their collapse."""
-        return self.settings.features == ("collapse",)
+                raise ValueError(f"a calibration needs at least 2 benign models of {group}, and gains from more")
+            if not by_collapse(self.settings) and not pool.labelled and not pool.benign.std(0).all():
+                raise ValueError(f"the benign models of {group} all have the same evidence: use different models")
 
     @cached_property
-    def pools(self) -> dict[str, Pool]:
-        """By name, in the order of first appearance."""
-        make, names = FiringPool if self.by_firing else Pool, self.settings.features
-        members: dict[str, list[CalibrationModel]] = {}
+    def pools(self) -> dict[ModelGroup, Pool]:
+        """The pool of every group, in the order of first appearance."""
+        make, names = CollapsePool if by_collapse(self.settings) else Pool, self.settings.features
+        members: dict[ModelGroup, list[CalibrationModel]] = {}
         for model in self.models:
-            members.setdefault(self.settings.pool_name(model.kind), []).append(model)
+            members.setdefault(group_of(self.settings, model.family, model.shape), []).append(model)
         return {
-            name: make(
+            group: make(
                 _features((m for m in models if not m.backdoored), names),
                 _features((m for m in models if m.backdoored), names),
                 names,
             )
-            for name, models in members.items()
+            for group, models in members.items()
         }
 
-    def judge(self, evidence: Evidence, kind: str) -> Decision:
-        """The verdict on a model's evidence: by a classifier if the pool of its kind is labelled, else by the benign-only rule.
+    def decide(self, evidence: Evidence, family: ModelFamily, shape: tuple[int, int, int]) -> Decision:
+        """The decision on a model, by the rules of `seal_fast.noise_triggers.verdict`.
 
         Args:
             evidence: from `model_evidence`, reverted with `self.settings`.
-            kind: the model's `Denoiser.kind`. One that no pool has is inconclusive, unless its trigger surely fires.
+            family: the model's `Denoiser.family`.
+            shape: its `Denoiser.shape`.
         """
-        values = [getattr(evidence, name) for name in self.settings.features]
-        if any(value is None for value in values):
-            return Decision(Verdict.INCONCLUSIVE, None, None, "the reversion diverged")
-        if evidence.clean_dispersion is not None and evidence.clean_dispersion > WIDEST_SPREAD:
-            reason = "its samples leave the range of images: not a denoiser, or its noise process is not the one assumed"
-            return Decision(Verdict.INCONCLUSIVE, None, None, reason)
-        pool = self.pools.get(self.settings.pool_name(kind))
-        if pool is not None:
-            judgement = pool.judge(np.array(values))
-            return _unless_larger(_unless_narrowed(judgement, evidence), kind) if self.by_firing else judgement
-        if evidence.collapse is not None and evidence.collapse > SURELY_FIRES:
-            reason = f"samples {evidence.collapse:.1f} times as alike with the trigger found"
-            return Decision(Verdict.BACKDOORED, evidence.collapse, SURELY_FIRES, reason)
-        reason = f"calibrated on {' and '.join(self.pools)}, this model is {kind}: calibrate on benign ones of its kind"
-        return Decision(Verdict.INCONCLUSIVE, None, None, reason)
+        group = group_of(self.settings, family, shape)
+        diverged = any(getattr(evidence, name) is None for name in self.settings.features)
+        return decide(
+            Case(
+                score=None if diverged else self._score(evidence, group),
+                by_collapse=by_collapse(self.settings),
+                diverged=diverged,
+                calibrated=group in self.pools,
+                group=str(group),
+                known_groups=", ".join(map(str, self.pools)),
+                side=max(shape[1:]),
+                clean_dispersion=evidence.clean_dispersion,
+                gamma_mean=evidence.gamma_mean,
+            )
+        )
+
+    def _score(self, evidence: Evidence, group: ModelGroup) -> Score | None:
+        if group in self.pools:
+            return self.pools[group].score(np.array([getattr(evidence, name) for name in self.settings.features]))
+        if evidence.collapse is None:
+            return None
+        return Collapse(evidence.collapse, LIMIT_UNCALIBRATED, CLOSE_SHARE * MIN_LIMIT)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON; the file is replaced whole."""
@@ -266,10 +259,18 @@ class Calibration:
             content = json.loads(Path(path).read_text())
             if content["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"schema version {content['schema_version']}, this seal-fast reads {SCHEMA_VERSION}")
-            models = (CalibrationModel(**{**m, "evidence": Evidence(**m["evidence"])}) for m in content["models"])
-            return cls(settings_from(content["settings"]), tuple(models))
+            return cls(settings_from(content["settings"]), tuple(map(_model_from, content["models"])))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}. Make one with `seal-fast calibrate`.") from error
+
+
+def _model_from(fields: dict[str, Any]) -> CalibrationModel:
+    typed = {
+        "family": ModelFamily(**fields["family"]),
+        "shape": tuple(fields["shape"]),
+        "evidence": Evidence(**fields["evidence"]),
+    }
+    return CalibrationModel(**{**fields, **typed})
 
 
 def shipped_calibration(preset: str) -> Calibration:

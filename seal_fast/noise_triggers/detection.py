@@ -1,4 +1,4 @@
-"""What a reverted trigger says about a model (evidence) and about an input (TERD's input test)."""
+"""Statistics of a reverted trigger (evidence), and TERD's test for triggered inputs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Evidence:
         mu_norm: L2 norm of mu.
         gamma_mean: mean of gamma.
         reversed_loss: residual per dimension the reversion ended with.
-        collapse: how many times more alike the trigger makes the model's samples; None where it was not tried.
-        clean_dispersion: spread of its samples without a trigger (see `seal_fast.noise_triggers.activation_test`); None
-            likewise.
-        sampler: the sampler it was tried with, in which the trigger collapses samples most; None likewise.
+        collapse: diversity collapse, how many times less the model's samples vary with the trigger; None if it was not tested.
+        clean_dispersion: dispersion of the model's samples without a trigger (see `seal_fast.noise_triggers.activation_test`);
+            None likewise.
+        sampler: name of the sampler that the trigger was tested with; None likewise.
     """
 
     M_r: float | None
@@ -45,7 +45,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def model_evidence(reversion: Reversion) -> Evidence:
-    """The statistics TERD judges a model by (its KL divergence over dimensions), with the norms a reader wants beside them."""
+    """The evidence of a model: mean and variance of TERD's divergence, the trigger's size, and the activation test."""
     if not reversion.finite:
         return Evidence(None, None, None, None, None)
     trigger = reversion.trigger
@@ -63,7 +63,7 @@ def model_evidence(reversion: Reversion) -> Evidence:
 
 
 class InputDetector:
-    """Flags noise inputs that carry one of the given triggers.
+    """Finds noise inputs that carry one of the given triggers.
 
     An input is triggered when its log density under N(mu, gamma^2) exceeds that under N(0, I) (TERD, input detection).
 

@@ -38,7 +38,7 @@ class TerdSettings:
     """
 
     features: ClassVar[tuple[str, ...]] = ("M_r", "V_r")
-    """Of the evidence, what models are judged by."""
+    """Statistics of the evidence that the verdict rests on."""
     estimation_iterations: int = 3000
     refinement_iterations: int = 1000
     batch: int = 16
@@ -65,10 +65,6 @@ class TerdSettings:
             raise ValueError("refinement_momentum must be in [0, 1)")
         if not 0 < self.window <= 0.5:
             raise ValueError(f"window must be in (0, 0.5], not {self.window}")
-
-    def pool_name(self, kind: str) -> str:
-        """Which models compare with one of this `Denoiser.kind`: with these features, only those of the same kind."""
-        return kind
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -122,7 +118,7 @@ class SearchSettings:
     """
 
     features: ClassVar[tuple[str, ...]] = ("collapse",)
-    """Of the evidence, what models are judged by."""
+    """Statistics of the evidence that the verdict rests on."""
     brightness: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
     contrast: tuple[float, ...] = (0.2, 0.4)
     colour: float = 0.3
@@ -191,10 +187,6 @@ class SearchSettings:
             raise ValueError("glance_batch, firing_batch and confirming_batch must be at least 2, each larger than the last")
         if not 0 < self.smallest < self.largest:
             raise ValueError("smallest must be positive and below largest")
-
-    def pool_name(self, kind: str) -> str:
-        """Which models compare with one of this `Denoiser.kind`: those of its noise process and prediction, of any shape."""
-        return kind.rpartition(" ")[0]
 
     @property
     def starts(self) -> int:

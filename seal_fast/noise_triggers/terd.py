@@ -117,7 +117,7 @@ class _Reverter:
         """Mean of L over the given pairs, all in one forward pass."""
         x, t, difference = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         first, second = self.denoiser(x, t).unflatten(0, (len(pairs), 2, -1)).unbind(1)
-        return reversed_loss(first.flatten(0, 1), second.flatten(0, 1), difference).squeeze(0)
+        return reversed_loss(first.flatten(0, 1), second.flatten(0, 1), difference)
 
     def estimation_loss(self, draws: Sequence[Tensor]) -> Tensor:
         x0, *pair = draws

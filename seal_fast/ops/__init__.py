@@ -1,7 +1,5 @@
 """Public face of every kernel: differentiable functions that run on the fastest implementation this machine has."""
 
-from seal_fast.ops.attention_distillation import attention_distillation
-from seal_fast.ops.counter_normal import counter_normal
 from seal_fast.ops.cross_attention import cross_attention
 from seal_fast.ops.dispatch import OpStatus, explain
 from seal_fast.ops.gaussian import (
@@ -14,7 +12,6 @@ from seal_fast.ops.gaussian import (
     standardised_log_ratio,
 )
 from seal_fast.ops.group_norm_silu import group_norm_silu
-from seal_fast.ops.perturbed_pair import PerturbedPair, perturbed_pair
 from seal_fast.ops.reversed_loss import reversed_loss
 from seal_fast.ops.sampler_step import StepCoefficients, sampler_step
 from seal_fast.ops.winograd_convolution import WinogradWeight, winograd_convolution
@@ -23,18 +20,14 @@ __all__ = [
     "GAMMA_FLOOR",
     "GaussianKlStats",
     "OpStatus",
-    "PerturbedPair",
     "Standardisation",
     "StepCoefficients",
     "WinogradWeight",
-    "attention_distillation",
-    "counter_normal",
     "cross_attention",
     "explain",
     "gaussian_kl_stats",
     "gaussian_log_ratio",
     "group_norm_silu",
-    "perturbed_pair",
     "reversed_loss",
     "sampler_step",
     "standardise",

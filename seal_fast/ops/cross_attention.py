@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seal_fast.ops import jit, native
-from seal_fast.ops.dispatch import Implementation, Op, refuse_float64
+from seal_fast.ops import backends
+from seal_fast.ops._arguments import check_tensor, computed_in, only
+from seal_fast.ops._launch import SUFFIXES, launch
+from seal_fast.ops.dispatch import Implementation, Op
 
 Maybe = Tensor | None
 
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_refuse_dtype = only(torch.float32, torch.bfloat16, torch.float16)
 
 
 def reference_cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,7 @@ def reference_cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, sc
 
 
 def reference_cross_attention_backward(
-    out_grad: Maybe, maps_grad: Maybe, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, needs: list[bool]
+    q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, out_grad: Maybe, maps_grad: Maybe, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each empty unless `needs` asks for it. A gradient that is None counts as zero."""
     p = _probabilities(q, k, scale)
@@ -57,12 +59,8 @@ def reference_cross_attention_backward(
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    dtype = _maps_dtype(q)
+    dtype = computed_in(q)
     return torch.softmax(scale * (q.to(dtype) @ k.to(dtype).transpose(2, 3)), dim=3)
-
-
-def _maps_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -94,11 +92,11 @@ def _in_range(tokens: Tensor, keys: int) -> Tensor:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
     count = k.shape[2] if tokens is None else tokens.shape[0]
-    return _empty(q), q.new_empty(q.shape[0], count, q.shape[2], dtype=_maps_dtype(q))
+    return _empty(q), q.new_empty(q.shape[0], count, q.shape[2], dtype=computed_in(q))
 
 
 def _fake_backward(
-    out_grad: Maybe, maps_grad: Maybe, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, needs: list[bool]
+    q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, out_grad: Maybe, maps_grad: Maybe, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     return tuple(_empty(x) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=True))
 
@@ -107,75 +105,74 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _heads(x: Maybe) -> tuple[int, ...]:
-    """Address and strides as the kernels take them; all zero for a tensor that is absent."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
-
-
-def _address(x: Maybe) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _shape(q: Tensor, k: Tensor, tokens: Maybe) -> tuple[int, ...]:
-    return (*q.shape[:3], k.shape[2], q.shape[3], k.shape[2] if tokens is None else len(tokens))
-
-
-def _workspace(shape: tuple[int, ...], backward: bool, threads: int) -> Tensor:
-    return torch.empty(native.CPU.module.cross_attention_workspace(shape, backward, threads), dtype=torch.float32)
-
-
-def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
-    return run_forward("cross_attention_forward", q, k, v, tokens, scale)
-
-
-def run_forward(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, *more: Tensor
-) -> tuple[Tensor, Tensor]:
-    """out and maps, or what takes their place, from a kernel of the CPU extension; it gets the addresses of `more` too."""
-    tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    shape, threads = _shape(q, k, tokens), torch.get_num_threads()
-    out, maps = _empty(q), q.new_empty(shape[0], shape[5], shape[2], dtype=torch.float32)
-    workspace = _workspace(shape, False, threads)
-    launch = getattr(native.CPU.module, f"{kernel}_{_SUFFIXES[q.dtype]}")
-    inputs = shape, _heads(q), _heads(k), _heads(v), _address(tokens), scale
-    launch(*inputs, _heads(out), _address(maps), *map(_address, more), _address(workspace), threads)
-    return out, maps
-
-
-def forward_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
-    """out and maps from the Triton kernels."""
-    tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    out, maps = _fake(q, k, v, tokens, scale)
-    _run(jit.kernels("cross_attention").forward(q, k, v, tokens, scale, out, maps), q)
-    return out, maps
-
-
-def _run(launches: list[Any], like: Tensor) -> None:
-    with torch.cuda.device_of(like):
-        for launch in launches:
-            launch()
-
-
-Fill = Callable[..., None]
-"""Fills gradients of q, k and v. Called with the arguments of the backward op, rows dense and maps_grad contiguous, but instead
-of `needs` the three gradients, None where nobody needs one."""
-
-
-def _backward(
-    fill: Fill,
-    out_grad: Maybe,
-    maps_grad: Maybe,
+def _launch(
+    kernel: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     tokens: Maybe,
     scale: float,
+    heads: dict[str, Maybe],
+    maps: dict[str, Maybe],
+) -> None:
+    """Run a compiled kernel on q, k, v and tensors of its own, which have heads or are maps."""
+    batches, count, queries, dims = q.shape
+    keys = k.shape[2]
+    numbers: dict[str, Any] = {"batches": batches, "heads": count, "queries": queries, "keys": keys, "dims": dims}
+    numbers["map_rows"] = keys if tokens is None else len(tokens)
+    backward = kernel == "cross_attention_backward"
+    floats = backends.CPU.module.cross_attention_workspace(numbers, backward, torch.get_num_threads())
+    heads = {"q": q, "k": k, "v": v, **heads}
+    tensors = {**heads, **maps, "tokens": tokens, "workspace": torch.empty(floats, dtype=torch.float32)}
+    numbers["scale"] = scale
+    for name, x in heads.items():
+        numbers[f"{name}_strides"] = (0, 0, 0, 0) if x is None else x.stride()
+    launch(f"{kernel}_{SUFFIXES[q.dtype]}", tensors, numbers)
+
+
+def _prepared(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe) -> tuple[Tensor, Tensor, Tensor, Maybe]:
+    """q, k and v with dense rows, and tokens dense and in range."""
+    tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
+    return _dense_rows(q), _dense_rows(k), _dense_rows(v), tokens
+
+
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v, tokens = _prepared(q, k, v, tokens)
+    out, maps = _fake(q, k, v, tokens, scale)
+    _launch("cross_attention_forward", q, k, v, tokens, scale, {"out": out}, {"maps": maps})
+    return out, maps
+
+
+def _forward_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v, tokens = _prepared(q, k, v, tokens)
+    out, maps = _fake(q, k, v, tokens, scale)
+    _run(backends.triton_kernels("cross_attention").forward(q, k, v, tokens, scale, out, maps), q)
+    return out, maps
+
+
+def _run(launches: list[Callable[[], None]], like: Tensor) -> None:
+    with torch.cuda.device_of(like):
+        for each in launches:
+            each()
+
+
+Fill = Callable[..., None]
+"""Fills gradients of q, k and v. It is called with the arguments of the backward op, rows dense and maps_grad contiguous, but
+instead of `needs` with the three gradients, None where nobody needs one."""
+
+
+def _backward(
+    fill: Fill,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Maybe,
+    scale: float,
+    out_grad: Maybe,
+    maps_grad: Maybe,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    tokens = None if tokens is None else _in_range(tokens, k.shape[2]).contiguous()
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    q, k, v, tokens = _prepared(q, k, v, tokens)
     out_grad = None if out_grad is None else _dense_rows(out_grad)
     maps_grad = None if maps_grad is None else maps_grad.contiguous()
     grads = [_empty(x) if need else None for x, need in zip((q, k, v), needs, strict=True)]
@@ -183,70 +180,59 @@ def _backward(
         return tuple(x.new_empty(0) if grad is None else grad.zero_() for x, grad in zip((q, k, v), grads, strict=True))
     if out_grad is None and grads[2] is not None:
         grads[2].zero_()
-    fill(out_grad, maps_grad, q, k, v, tokens, scale, *grads[:2], None if out_grad is None else grads[2])
+    fill(q, k, v, tokens, scale, out_grad, maps_grad, *grads[:2], None if out_grad is None else grads[2])
     return tuple(x.new_empty(0) if grad is None else grad for x, grad in zip((q, k, v), grads, strict=True))
 
 
 def _fill_cpu(
-    out_grad: Maybe, maps_grad: Maybe, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, *grads: Maybe
+    q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, out_grad: Maybe, maps_grad: Maybe, *grads: Maybe
 ) -> None:
-    shape, threads = _shape(q, k, tokens), torch.get_num_threads()
-    workspace = _workspace(shape, True, threads)
-    launch = getattr(native.CPU.module, f"cross_attention_backward_{_SUFFIXES[q.dtype]}")
-    inputs = shape, _heads(q), _heads(k), _heads(v), _address(tokens), scale
-    launch(*inputs, _heads(out_grad), _address(maps_grad), *map(_heads, grads), _address(workspace), threads)
+    q_grad, k_grad, v_grad = grads
+    heads = {"out_grad": out_grad, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad}
+    _launch("cross_attention_backward", q, k, v, tokens, scale, heads, {"maps_grad": maps_grad})
 
 
 def _fill_triton(
-    out_grad: Maybe, maps_grad: Maybe, q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, *grads: Maybe
+    q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, out_grad: Maybe, maps_grad: Maybe, *grads: Maybe
 ) -> None:
-    kernels = jit.kernels("cross_attention")
+    kernels = backends.triton_kernels("cross_attention")
     batches, heads, keys, dims = k.shape
     partial_shape = kernels.query_slices(q, k), batches, keys, heads, dims
     sums = [None if grad is None else k.new_empty(partial_shape, dtype=torch.float32) for grad in grads[1:]]
-    _run(kernels.backward(out_grad, maps_grad, q, k, v, tokens, scale, grads[0], *sums), q)
+    _run(kernels.backward(q, k, v, tokens, scale, out_grad, maps_grad, grads[0], *sums), q)
     for grad, slices in zip(grads[1:], sums, strict=True):
         if grad is not None and slices is not None:
             grad.copy_(slices.sum(0).transpose(1, 2))
 
 
-def cpu_missing() -> str | None:
-    """Why the C++ kernels cannot run here, or None."""
-    return native.CPU.reason
+def _triton_missing() -> str | None:
+    return backends.triton_missing("cross_attention")
 
 
-def triton_missing() -> str | None:
-    """Why the Triton kernels cannot run here, or None."""
-    return jit.missing("cross_attention")
-
-
-def refuse_triton(*args: Any) -> str | None:
-    """Why the Triton kernels cannot take these arguments, or None."""
-    # the last three of four axes are q, k and v in all ops
-    q, k = [a for a in args if isinstance(a, Tensor) and a.ndim == 4][-3:-1]
-    limits = jit.kernels("cross_attention")
+def _refuse_triton(q: Tensor, k: Tensor, *_: Any) -> str | None:
+    limits = backends.triton_kernels("cross_attention")
     if k.shape[2] > limits.MAX_KEYS:
         return f"its kernels take up to {limits.MAX_KEYS} keys, not {k.shape[2]}"
     if q.shape[3] > limits.MAX_DIMENSIONS:
         return f"its kernels take heads of up to {limits.MAX_DIMENSIONS} dimensions, not {q.shape[3]}"
-    return refuse_float64(*args)
+    return _refuse_dtype(q)
 
 
 forward_op = Op(
     "cross_attention(Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale) -> (Tensor, Tensor)",
     [
-        Implementation("triton", forward_triton, "cuda", triton_missing, refuse_triton),
-        Implementation("cpu", _forward_cpu, "cpu", cpu_missing, refuse_float64),
+        Implementation("triton", _forward_triton, _triton_missing, _refuse_triton),
+        Implementation("cpu", _forward_cpu, backends.CPU.missing, _refuse_dtype),
         Implementation("reference", reference_cross_attention),
     ],
     fake=_fake,
 )
 backward_op = Op(
-    "cross_attention_backward(Tensor? out_grad, Tensor? maps_grad, Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale, "
+    "cross_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? tokens, float scale, Tensor? out_grad, Tensor? maps_grad, "
     "bool[] needs) -> (Tensor, Tensor, Tensor)",
     [
-        Implementation("triton", partial(_backward, _fill_triton), "cuda", triton_missing, refuse_triton),
-        Implementation("cpu", partial(_backward, _fill_cpu), "cpu", cpu_missing, refuse_float64),
+        Implementation("triton", partial(_backward, _fill_triton), _triton_missing, _refuse_triton),
+        Implementation("cpu", partial(_backward, _fill_cpu), backends.CPU.missing, _refuse_dtype),
         Implementation("reference", reference_cross_attention_backward),
     ],
     fake=_fake_backward,
@@ -269,25 +255,8 @@ class _CrossAttention(torch.autograd.Function):
         q, k, v, tokens = ctx.saved_tensors
         # maps do not depend on v
         needs = [*ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and out_grad is not None]
-        grads = backward_op(out_grad, maps_grad, q, k, v, tokens, ctx.scale, needs)
+        grads = backward_op(q, k, v, tokens, ctx.scale, out_grad, maps_grad, needs)
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None)
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe) -> None:
-    """Raises what `cross_attention` raises for shapes, dtypes and devices."""
-    have = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if any(x.ndim != 4 for x in (q, k, v)):
-        raise ValueError(f"q, k and v must be [batches, heads, rows, dimensions]: {have}")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q must be [B,H,M,D], k and v [B,H,N,D] with the same B, H and D: {have}")
-    if 0 in (q.shape[1], q.shape[3], k.shape[2]):
-        raise ValueError(f"there must be a head, a dimension and a key: {have}")
-    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one floating point dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, not {q.device}, {k.device}, {v.device}")
-    if tokens is not None and (tokens.dtype != torch.int64 or tokens.ndim != 1 or tokens.device != q.device):
-        raise ValueError(f"tokens must be int64 [T] on {q.device}, not {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}")
 
 
 def cross_attention(
@@ -311,5 +280,10 @@ def cross_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or a token that is not a key (on a GPU the indexing fails).
     """
-    check_inputs(q, k, v, tokens)
+    check_tensor("q", q, ("B", "H", "M", "D"))
+    check_tensor("k", k, (*q.shape[:2], "N", q.shape[3]), q, q.dtype)
+    check_tensor("v", v, k.shape, q, q.dtype)
+    check_tensor("tokens", tokens, ("T",), q, torch.int64)
+    if 0 in (q.shape[1], q.shape[3], k.shape[2]):
+        raise ValueError(f"there must be a head, a dimension and a key: q {list(q.shape)}, k {list(k.shape)}")
     return _CrossAttention.apply(q, k, v, tokens, q.shape[3] ** -0.5 if scale is None else scale)

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seal_fast.ops import backends
+
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+DEVICES = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+"""The type of device that the tensors of each backend must be on; None for any."""
 LIBRARY = torch.library.Library("seal_fast", "FRAGMENT")
 
 
@@ -32,29 +36,36 @@ class Implementation:
     Attributes:
         backend: "reference", "cpu", "triton" or "cuda".
         run: called with the op's arguments; returns its result.
-        device: type of device the tensors must be on; None for any.
-        missing: why it cannot run on this installation at all, or None.
-        refuse: why it cannot run for these arguments, or None.
+        missing: returns why it cannot run on this installation at all, or None.
+        refuse: called with the op's arguments; returns why it cannot run for them, or None.
     """
 
     backend: str
     run: Callable[..., Any]
-    device: str | None = None
     missing: Callable[[], str | None] = _never
     refuse: Callable[..., str | None] = _never
 
-    def refusal(self, device: str) -> str | None:
-        """Why it cannot run on tensors of this type of device, whatever they are."""
-        if self.device not in (None, device):
-            absent = "; torch sees no CUDA device" if self.device == "cuda" and not torch.cuda.is_available() else ""
-            return f"needs tensors on {self.device}, not {device}{absent}"
+    def refusal(self, device: str, wanted: str) -> str | None:
+        """Why it cannot run on tensors of this type of device, whatever they are, where SEAL_FAST_BACKEND is `wanted`."""
+        needed = DEVICES[self.backend]
+        if needed in (None, device):
+            return self.missing()
+        # interpreting a kernel is a test of it: never a choice of "auto"
+        if not (backends.INTERPRETED and self.backend == wanted == "triton"):
+            absent = "; torch sees no CUDA device" if needed == "cuda" and not torch.cuda.is_available() else ""
+            return f"needs tensors on {needed}, not {device}{absent}"
         return self.missing()
 
 
-def refuse_float64(*args: Any) -> str | None:
-    """Why a kernel without float64 cannot take these arguments, or None."""
-    double = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
-    return "its kernels have no float64" if double else None
+def compiled_implementations(
+    run: Callable[..., Any], reference: Callable[..., Any], refuse: Callable[..., str | None] = _never
+) -> list[Implementation]:
+    """For an op whose kernel is compiled for both devices: `run` launches the one for the device of its tensors."""
+    return [
+        Implementation("cuda", run, backends.CUDA.missing, refuse),
+        Implementation("cpu", run, backends.CPU.missing, refuse),
+        Implementation("reference", reference),
+    ]
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,16 @@ class Op:
         return self._boundary(*args)
 
     def direct(self, *args: Any) -> Any:
-        """The fastest implementation, for plain tensors that it is known to take and that nothing traces.
+        """Run the first implementation without asking whether it can run.
 
-        Past torch's dispatcher and `choose`, which take as long as a small op: 4% of a reversion at 16 px. Where a
-        profiler or a mode (a FLOP counter) listens, it is `self(*args)`.
+        This skips torch's dispatcher and `choose`: nothing reads SEAL_FAST_BACKEND, nothing checks the device and the dtype of
+        the arguments, and torch.compile and torch.func do not see the call. The caller has made sure of all that once, for
+        instance with `status`. A profiler or a mode that listens to the dispatcher (a FLOP counter) does see the call: then it
+        is `self(*args)`. (The skipped part takes as long as a small op: 4% of a reversion at 16 px.)
         """
-        heard = torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack()
-        return self._boundary(*args) if heard else self.implementations[0].run(*args)
+        # torch has no public question for either
+        observed = torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack()
+        return self._boundary(*args) if observed else self.implementations[0].run(*args)
 
     def dispatch(self, *args: Any) -> Any:
         """Run the implementation that is chosen for these arguments."""
@@ -121,7 +135,7 @@ class Op:
         wanted = requested_backend()
         refusals: dict[str, str] = {}
         for implementation in self._candidates(wanted):
-            reason = implementation.refusal(device) or implementation.refuse(*args)
+            reason = implementation.refusal(device, wanted) or implementation.refuse(*args)
             if reason is None:
                 if refusals:
                     self._say_slower(implementation, device, refusals)
@@ -137,7 +151,7 @@ class Op:
         refusals: dict[str, str] = {}
         wanted = requested_backend()
         for implementation in self.implementations:
-            reason = implementation.refusal(device)
+            reason = implementation.refusal(device, wanted)
             if reason is None and wanted not in ("auto", implementation.backend):
                 reason = f"SEAL_FAST_BACKEND={wanted}"
             if reason is None:
@@ -153,7 +167,8 @@ class Op:
         return refusals.get(wanted, f"it has no {wanted} implementation, only {have}")
 
     def _say_slower(self, chosen: Implementation, device: str, refusals: dict[str, str]) -> None:
-        lost = {i.backend: refusals[i.backend] for i in self.implementations if i.device == device and i.backend in refusals}
+        of_device = [i.backend for i in self.implementations if DEVICES[i.backend] == device]
+        lost = {backend: refusals[backend] for backend in of_device if backend in refusals}
         if chosen.backend != "reference" or not lost or device in self._warned:
             return
         self._warned.add(device)
@@ -177,6 +192,6 @@ def requested_backend() -> str:
 
 
 def explain() -> list[OpStatus]:
-    """One row per op and device that torch sees here, for `seal-fast doctor`."""
+    """The status of every op on every device that torch sees here, for `seal-fast doctor`."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return [op.status(device) for op in OPS.values() for device in devices]

@@ -10,13 +10,15 @@ A trigger says that noise is N(mu, g^2) instead of N(0, 1) in every dimension, g
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from seal_fast.ops import native
-from seal_fast.ops.dispatch import Implementation, Op
+from seal_fast.ops import backends
+from seal_fast.ops._arguments import check_tensor, matrices
+from seal_fast.ops._launch import SUFFIXES, launch
+from seal_fast.ops.dispatch import Op, compiled_implementations
 
 GAMMA_FLOOR = 1e-3
 """Smallest noise scale told apart from zero. gamma = 0 (a trigger that removes the noise) would make every statistic infinite;
@@ -64,142 +66,40 @@ def _divergence(mu: Tensor, g: Tensor) -> Tensor:
     return (g.square() + mu.square() - 1) / 2 - g.log()
 
 
-def _suffix(dtype: torch.dtype) -> str:
-    return "f32" if dtype == torch.float32 else "f64"
-
-
-def _kl_stats_cpu(mu: Tensor, gamma: Tensor) -> Tensor:
-    mu, gamma = mu.contiguous(), gamma.contiguous()
-    stats = torch.empty(len(mu), 3, dtype=torch.float64)
-    launch = getattr(native.CPU.module, f"gaussian_kl_stats_{_suffix(mu.dtype)}")
-    launch(mu.data_ptr(), gamma.data_ptr(), GAMMA_FLOOR, stats.data_ptr(), *mu.shape, torch.get_num_threads())
-    return stats
-
-
-def _kl_stats_cuda(mu: Tensor, gamma: Tensor) -> Tensor:
-    mu, gamma = mu.contiguous(), gamma.contiguous()
+def _run_kl_stats(mu: Tensor, gamma: Tensor) -> Tensor:
     stats = torch.empty(len(mu), 3, dtype=torch.float64, device=mu.device)
     if len(mu):
-        launch = getattr(native.CUDA.module, f"gaussian_kl_stats_{_suffix(mu.dtype)}")
-        launch(mu.data_ptr(), gamma.data_ptr(), GAMMA_FLOOR, stats.data_ptr(), *mu.shape, mu.device.index, _stream(mu))
+        numbers = {"gamma_floor": GAMMA_FLOOR, "triggers": mu.shape[0], "dims": mu.shape[1]}
+        launch(f"gaussian_kl_stats_{SUFFIXES[mu.dtype]}", {"mu": mu, "gamma": gamma, "stats": stats}, numbers)
     return stats
 
 
-def _log_ratio_cpu(x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor) -> Tensor:
-    x, scale, shift, offset = x.contiguous(), scale.contiguous(), shift.contiguous(), offset.contiguous()
-    out = torch.empty(len(x), len(scale), dtype=torch.float64)
-    pointers = [t.data_ptr() for t in (x, scale, shift, offset, out)]
-    launch = getattr(native.CPU.module, f"gaussian_log_ratio_{_suffix(x.dtype)}")
-    launch(*pointers, len(x), *scale.shape, torch.get_num_threads())
-    return out.to(x.dtype)
-
-
-def _log_ratio_cuda(x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor) -> Tensor:
-    x, scale, shift, offset = x.contiguous(), scale.contiguous(), shift.contiguous(), offset.contiguous()
-    slices = native.CUDA.module.gaussian_log_ratio_slices(len(x), *scale.shape)
-    out = torch.empty(slices, len(x), len(scale), dtype=torch.float64, device=x.device)
+def _run_log_ratio(x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor) -> Tensor:
+    inputs, (triggers, dims) = len(x), scale.shape
+    # a GPU cuts the dimensions into slices, each with sums of its own
+    slices = backends.CUDA.module.gaussian_log_ratio_slices(inputs, dims) if x.is_cuda else 1
+    out = torch.empty(slices, inputs, triggers, dtype=torch.float64, device=x.device)
     if out.numel():
-        pointers = [t.data_ptr() for t in (x, scale, shift, offset, out)]
-        launch = getattr(native.CUDA.module, f"gaussian_log_ratio_{_suffix(x.dtype)}")
-        launch(*pointers, len(x), *scale.shape, x.device.index, _stream(x))
-    return out.sum(0).to(x.dtype)
-
-
-def _stream(like: Tensor) -> int:
-    return torch.cuda.current_stream(like.device).cuda_stream
-
-
-def _cpu_missing() -> str | None:
-    return native.CPU.reason
-
-
-def _cuda_missing() -> str | None:
-    return native.CUDA.reason
+        tensors = {"x": x, "scale": scale, "shift": shift, "offset": offset, "out": out}
+        launch(f"gaussian_log_ratio_{SUFFIXES[x.dtype]}", tensors, {"inputs": inputs, "triggers": triggers, "dims": dims})
+    return (out.sum(0) if x.is_cuda else out[0]).to(x.dtype)
 
 
 kl_stats_op = Op(
     "gaussian_kl_stats(Tensor mu, Tensor gamma) -> Tensor",
-    [
-        Implementation("cuda", _kl_stats_cuda, "cuda", _cuda_missing),
-        Implementation("cpu", _kl_stats_cpu, "cpu", _cpu_missing),
-        Implementation("reference", reference_gaussian_kl_stats),
-    ],
+    compiled_implementations(_run_kl_stats, reference_gaussian_kl_stats),
     fake=lambda mu, gamma: mu.new_empty(mu.shape[0], 3, dtype=torch.float64),
 )
 log_ratio_op = Op(
     "gaussian_log_ratio(Tensor x, Tensor scale, Tensor shift, Tensor offset) -> Tensor",
-    [
-        Implementation("cuda", _log_ratio_cuda, "cuda", _cuda_missing),
-        Implementation("cpu", _log_ratio_cpu, "cpu", _cpu_missing),
-        Implementation("reference", reference_gaussian_log_ratio),
-    ],
+    compiled_implementations(_run_log_ratio, reference_gaussian_log_ratio),
     fake=lambda x, scale, shift, offset: x.new_empty(x.shape[0], scale.shape[0]),
 )
 
 
-class _KlStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mu: Tensor, gamma: Tensor) -> Tensor:
-        ctx.save_for_backward(mu, gamma)
-        return kl_stats_op(mu, gamma)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        mu, gamma = ctx.saved_tensors
-        g = gamma.clamp_min(GAMMA_FLOOR)
-        kl = _divergence(mu, g)
-        mean_grad, variance_grad, norm_grad = grad.to(mu.dtype).unsqueeze(2).unbind(1)
-        kl_grad = (mean_grad + 2 * variance_grad * (kl - kl.mean(1, keepdim=True))) / mu.shape[1]
-        mu_grad = kl_grad * mu + 2 * norm_grad * mu if ctx.needs_input_grad[0] else None
-        gamma_grad = kl_grad * (g - 1 / g) * (gamma >= GAMMA_FLOOR) if ctx.needs_input_grad[1] else None
-        return mu_grad, gamma_grad
-
-
-class _LogRatio(torch.autograd.Function):
-    """With w the incoming gradient [N,K], the gradient of x is x sum_k w - sum_k w z scale; all three are matrix products."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale, shift)
-        return log_ratio_op(x, scale, shift, offset)
-
-    @staticmethod
-    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        x, scale, shift = ctx.saved_tensors
-        need_x, need_scale, need_shift, need_offset = ctx.needs_input_grad
-        x_grad = scale_grad = shift_grad = None
-        if need_x:
-            x_grad = x * (w.sum(1, keepdim=True) - w @ scale.square()) - w @ (scale * shift)
-        if need_scale or need_shift:
-            total, moment = w.sum(0)[:, None], w.T @ x
-            scale_grad = -(w.T @ x.square() * scale + moment * shift) if need_scale else None
-            shift_grad = -(moment * scale + total * shift) if need_shift else None
-        return x_grad, scale_grad, shift_grad, w.sum(0, dtype=torch.float64) if need_offset else None
-
-
-def _check(**tensors: Tensor) -> None:
-    """Raises ValueError unless all are floating point [rows, ...] with the same dimensions after the first, on one device."""
-    first = next(iter(tensors.values()))
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
-        if tensor.ndim < 2 or tensor.shape[1:].numel() == 0:
-            raise ValueError(f"{name} must be [rows, dimensions ...] with at least one dimension, not {tuple(tensor.shape)}")
-        if tensor.shape[1:] != first.shape[1:] or tensor.device != first.device:
-            have = ", ".join(f"{n} {tuple(t.shape)} on {t.device}" for n, t in tensors.items())
-            raise ValueError(f"tensors must agree in the dimensions after the first, and in the device: {have}")
-
-
 def _check_triggers(mu: Tensor, gamma: Tensor) -> None:
-    if mu.shape != gamma.shape:
-        raise ValueError(f"mu and gamma must have one shape, not {tuple(mu.shape)} and {tuple(gamma.shape)}")
-    _check(mu=mu, gamma=gamma)
-
-
-def _matrices(*tensors: Tensor) -> list[Tensor]:
-    """Tensors [rows, ...] as [rows, D] in one dtype the kernels have: float64 if any is, else float32."""
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return [t.to(dtype).flatten(1) for t in tensors]
+    check_tensor("mu", mu, ("K", ...))
+    check_tensor("gamma", gamma, mu.shape, mu)
 
 
 def gaussian_kl_stats(mu: Tensor, gamma: Tensor) -> GaussianKlStats:
@@ -210,24 +110,24 @@ def gaussian_kl_stats(mu: Tensor, gamma: Tensor) -> GaussianKlStats:
         gamma: noise scales, same shape; taken as GAMMA_FLOOR below it.
 
     Returns:
-        Mean, variance, squared norm, each [K], float64; differentiable (twice) in mu and gamma.
+        Mean, variance, squared norm, each [K], float64, without gradients.
 
     Raises:
         ValueError: shapes or devices that do not match, or dtypes that are not floating point.
     """
     _check_triggers(mu, gamma)
-    mu, gamma = _matrices(mu, gamma)
-    return GaussianKlStats(*_KlStats.apply(mu, gamma).unbind(1))
+    mu, gamma = matrices(mu.detach(), gamma.detach())
+    return GaussianKlStats(*kl_stats_op(mu, gamma).unbind(1))
 
 
 def standardise(mu: Tensor, gamma: Tensor) -> Standardisation:
-    """Prepare triggers mu, gamma [K, ...] for `standardised_log_ratio`, once for many inputs. Differentiable.
+    """Prepare triggers mu, gamma [K, ...] for `standardised_log_ratio`, once for many inputs.
 
     Raises:
         ValueError: as `gaussian_kl_stats`.
     """
     _check_triggers(mu, gamma)
-    mu, gamma = _matrices(mu, gamma)
+    mu, gamma = matrices(mu.detach(), gamma.detach())
     g = gamma.clamp_min(GAMMA_FLOOR)
     return Standardisation(1 / g, -mu / g, -g.log().sum(1, dtype=torch.float64))
 
@@ -238,9 +138,10 @@ def standardised_log_ratio(x: Tensor, triggers: Standardisation) -> Tensor:
     Raises:
         ValueError: x does not match the triggers.
     """
-    _check(x=x.flatten(1), triggers=triggers.scale)
-    x, scale, shift = _matrices(x, triggers.scale, triggers.shift)
-    return _LogRatio.apply(x, scale, shift, triggers.offset)
+    check_tensor("x", x, ("N", ...), triggers.scale)
+    x = x.detach().flatten(1)
+    check_tensor("x with its dimensions joined", x, ("N", triggers.scale.shape[1]), triggers.scale)
+    return log_ratio_op(*matrices(x, triggers.scale, triggers.shift), triggers.offset.contiguous())
 
 
 def gaussian_log_ratio(x: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
@@ -252,7 +153,7 @@ def gaussian_log_ratio(x: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
         gamma: noise scales, same shape as mu; taken as GAMMA_FLOOR below it.
 
     Returns:
-        [N,K], float32 (float64 if an argument is); differentiable (twice) in x, mu and gamma.
+        [N,K], float32 (float64 if an argument is), without gradients.
         Never more than [N,K] and the inputs in memory. float32 sums are emptied into float64 every 128 terms, so the
         error stays near 1e-7 of sum_i (x_i^2 + z_i^2) / 2.
 
@@ -260,5 +161,5 @@ def gaussian_log_ratio(x: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
         ValueError: shapes or devices that do not match, or dtypes that are not floating point.
     """
     _check_triggers(mu, gamma)
-    _check(x=x, mu=mu)
+    check_tensor("x", x, ("N", *mu.shape[1:]), mu)
     return standardised_log_ratio(x, standardise(mu, gamma))

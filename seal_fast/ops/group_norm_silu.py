@@ -15,20 +15,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from seal_fast.ops import native
+from seal_fast.ops import backends
+from seal_fast.ops._arguments import check_constant, check_tensor, computed_in, only
+from seal_fast.ops._launch import SUFFIXES, launch
 from seal_fast.ops.dispatch import Implementation, Op
-from seal_fast.ops.rows import address
 
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+_refuse = only(torch.float32, torch.bfloat16)
 
 
 def _grouped(x: Tensor, shift: Tensor | None, groups: int) -> Tensor:
     """h as [N, groups, channels of a group, pixels]."""
-    h = x.to(_computed_in(x))
+    h = x.to(computed_in(x))
     if shift is not None:
         h = h + shift.to(h.dtype)[:, :, None, None]
     return h.reshape(len(x), groups, -1, x.shape[2] * x.shape[3])
@@ -73,50 +70,45 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _new_stats(x: Tensor, groups: int) -> Tensor:
-    return x.new_empty(len(x), groups, 2, dtype=_computed_in(x))
-
-
-def _arguments(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, stats: Tensor, workspace: Tensor
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Addresses and sizes as the kernels take them."""
-    addresses = tuple(map(address, (x, shift, weight, bias, stats, workspace)))
-    return addresses, (len(x), x.shape[2] * x.shape[3], x.shape[1], stats.shape[1])
+    return x.new_empty(len(x), groups, 2, dtype=computed_in(x))
 
 
 def _workspace(x: Tensor) -> Tensor:
     return torch.empty(len(x), 4, x.shape[1])
 
 
-def _forward_cpu(
+def _sizes(x: Tensor, groups: int) -> dict[str, float]:
+    images, channels, height, width = x.shape
+    return {"images": images, "pixels": height * width, "channels": channels, "groups": groups}
+
+
+def _run_forward(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     x = _dense(x)
     out, stats, workspace = _like(x), _new_stats(x, groups), _workspace(x)
-    launch = getattr(native.CPU.module, f"group_norm_silu_{_SUFFIXES[x.dtype]}")
-    launch(*_arguments(x, weight, bias, shift, stats, workspace), eps, out.data_ptr(), torch.get_num_threads())
+    tensors = {"x": x, "shift": shift, "weight": weight, "bias": bias, "stats": stats, "workspace": workspace, "out": out}
+    numbers = _sizes(x, groups)
+    numbers["eps"] = eps
+    launch(f"group_norm_silu_{SUFFIXES[x.dtype]}", tensors, numbers)
     return out, stats
 
 
-def _backward_cpu(
+def _run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, stats: Tensor, groups: int
 ) -> Tensor:
     grad, x = _dense(grad), _dense(x)
-    out, workspace = _like(x), _workspace(x)
-    launch = getattr(native.CPU.module, f"group_norm_silu_backward_{_SUFFIXES[x.dtype]}")
-    arguments = _arguments(x, weight, bias, shift, stats, workspace)
-    launch(*arguments, grad.data_ptr(), out.data_ptr(), torch.get_num_threads())
-    return out
-
-
-def _refuse(x: Tensor, *_: Any) -> str | None:
-    return None if x.dtype in _SUFFIXES else f"its kernels have no {x.dtype}"
+    x_grad, workspace = _like(x), _workspace(x)
+    tensors = {"x": x, "shift": shift, "weight": weight, "bias": bias, "stats": stats, "workspace": workspace}
+    tensors |= {"grad": grad, "x_grad": x_grad}
+    launch(f"group_norm_silu_backward_{SUFFIXES[x.dtype]}", tensors, _sizes(x, groups))
+    return x_grad
 
 
 group_norm_silu_op = Op(
     "group_norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps) -> (Tensor, Tensor)",
     [
-        Implementation("cpu", _forward_cpu, "cpu", lambda: native.CPU.reason, _refuse),
+        Implementation("cpu", _run_forward, backends.CPU.missing, _refuse),
         Implementation("reference", reference_group_norm_silu),
     ],
     fake=lambda x, weight, bias, shift, groups, eps: (_like(x), _new_stats(x, groups)),
@@ -125,7 +117,7 @@ group_norm_silu_backward_op = Op(
     "group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? shift, Tensor stats, int groups)"
     " -> Tensor",
     [
-        Implementation("cpu", _backward_cpu, "cpu", lambda: native.CPU.reason, _refuse),
+        Implementation("cpu", _run_backward, backends.CPU.missing, _refuse),
         Implementation("reference", reference_group_norm_silu_backward),
     ],
     fake=lambda grad, x, *_: _like(x),
@@ -166,16 +158,18 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     Raises:
         ValueError: shapes or dtypes that do not match, or weights that require gradients.
     """
-    if not x.is_floating_point() or x.ndim != 4 or x.numel() == 0:
-        raise ValueError(f"x must be floating point [N,C,H,W] with no size 0, not {x.dtype} {tuple(x.shape)}")
+    check_tensor("x", x, ("N", "C", "H", "W"))
+    if x.numel() == 0:
+        raise ValueError(f"x must have no size 0, but is {list(x.shape)}")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the channels: {groups}, {x.shape[1]} channels")
-    for name, tensor, shape in (("weight", weight, x.shape[1:2]), ("bias", bias, x.shape[1:2]), ("shift", shift, x.shape[:2])):
-        if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
-            raise ValueError(f"{name} must be {tuple(shape)} on {x.device}, not {tuple(tensor.shape)} on {tensor.device}")
-    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
-        raise ValueError("weight and bias are constants here: freeze them with requires_grad_(False)")
-    dtype = _computed_in(x)
+    check_tensor("weight", weight, x.shape[1:2], x)
+    check_tensor("bias", bias, x.shape[1:2], x)
+    check_tensor("shift", shift, x.shape[:2], x)
+    if torch.is_grad_enabled():
+        check_constant("weight", weight)
+        check_constant("bias", bias)
+    dtype = computed_in(x)
     weight, bias = weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
     shift = None if shift is None else shift.to(dtype).contiguous()
     return _GroupNormSilu.apply(x, weight, bias, shift, groups, eps)

@@ -1,6 +1,6 @@
-"""TERD's reversed loss (arXiv 2409.05294) of two predictions f for inputs that differ in their noise only, per candidate:
+"""TERD's reversed loss (arXiv 2409.05294) of two predictions f for inputs that differ in their noise only:
 
-    L = mean over rows of 1/2 || r ||^2,        r = (eps_1 - f_1) - (eps_2 - f_2) = difference - (f_1 - f_2)
+    L = mean over items of 1/2 || r ||^2,        r = (eps_1 - f_1) - (eps_2 - f_2) = difference - (f_1 - f_2)
 
 r is also the gradient, up to signs and the mean: the pass that sums it up keeps it, and the backward pass only scales it.
 """
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seal_fast.ops import native
-from seal_fast.ops.dispatch import Op
-from seal_fast.ops.rows import address, check_rows, implementations, matrices, stream
+from seal_fast.ops._arguments import check_tensor, matrices, only
+from seal_fast.ops._launch import launch
+from seal_fast.ops.dispatch import Op, compiled_implementations
 
 
 def reference_reversed_loss(first: Tensor, second: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-    """1/2 ||r||^2 float64 [R], and r [R,D] in the dtype of the arguments, all [R,D]."""
+    """1/2 ||r||^2 of each item, float64 [N], and r [N,D] in the dtype of the arguments, all [N,D]."""
     residual = difference - (first - second)
     return residual.double().square().sum(1) / 2, residual
 
@@ -28,24 +28,17 @@ def _outputs(first: Tensor) -> tuple[Tensor, Tensor]:
     return first.new_empty(len(first), dtype=torch.float64), torch.empty_like(first)
 
 
-def _reversed_loss_cpu(first: Tensor, second: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = _outputs(first)
-    addresses = tuple(address(t) for t in (first, second, difference, *outputs))
-    native.CPU.module.reversed_loss(addresses, *first.shape, torch.get_num_threads())
-    return outputs
-
-
-def _reversed_loss_cuda(first: Tensor, second: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = _outputs(first)
+def _run_kernel(first: Tensor, second: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
+    losses, residual = _outputs(first)
     if first.numel():
-        addresses = tuple(address(t) for t in (first, second, difference, *outputs))
-        native.CUDA.module.reversed_loss(addresses, *first.shape, first.device.index, stream(first))
-    return outputs
+        tensors = {"first": first, "second": second, "difference": difference, "losses": losses, "residual": residual}
+        launch("reversed_loss", tensors, {"items": first.shape[0], "dims": first.shape[1]})
+    return losses, residual
 
 
 reversed_loss_op = Op(
     "reversed_loss(Tensor first, Tensor second, Tensor difference) -> (Tensor, Tensor)",
-    implementations(_reversed_loss_cuda, _reversed_loss_cpu, reference_reversed_loss),
+    compiled_implementations(_run_kernel, reference_reversed_loss, only(torch.float32)),
     fake=lambda first, second, difference: _outputs(first),
 )
 
@@ -66,24 +59,24 @@ class _ReversedLoss(torch.autograd.Function):
         return -scaled if need_first else None, scaled if need_second else None, scaled if need_difference else None
 
 
-def reversed_loss(first: Tensor, second: Tensor, difference: Tensor, candidates: int = 1) -> Tensor:
-    """The loss of K candidates with R / K consecutive rows each.
+def reversed_loss(first: Tensor, second: Tensor, difference: Tensor) -> Tensor:
+    """The reversed loss of N pairs of predictions.
 
     Args:
-        first: predictions for the first inputs [R, ...], any floating point dtype.
+        first: predictions for the first inputs [N, ...], any floating point dtype; N must not be 0.
         second: those for the second, same shape.
-        difference: of the noises, eps_1 - eps_2, same shape: see `seal_fast.ops.perturbed_pair`.
-        candidates: K, a divisor of R, which must not be 0.
+        difference: of the noises, eps_1 - eps_2, same shape.
 
     Returns:
-        [K], float64 if an argument is, else float32; squares are summed in float64. Differentiable once in all three.
+        A scalar, float64 if an argument is, else float32; squares are summed in float64. Differentiable once in all three.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, or candidates that do not divide the rows.
+        ValueError: shapes, dtypes or devices that do not match, or no pair at all.
     """
-    check_rows(first, second=second, difference=difference)
-    if candidates < 1 or len(first) == 0 or len(first) % candidates:
-        raise ValueError(f"candidates must divide the rows, of which there must be some: {candidates}, {len(first)} rows")
-    rows = matrices(first, second, difference)
-    losses = _ReversedLoss.apply(*rows).unflatten(0, (candidates, -1)).mean(1)
-    return losses if torch.float64 in (first.dtype, second.dtype, difference.dtype) else losses.float()
+    check_tensor("first", first, ("N", ...))
+    check_tensor("second", second, first.shape, first)
+    check_tensor("difference", difference, first.shape, first)
+    if len(first) == 0:
+        raise ValueError("there must be a pair of predictions: the loss is a mean over them")
+    batches = matrices(first, second, difference)
+    return _ReversedLoss.apply(*batches).mean().to(batches[0].dtype)

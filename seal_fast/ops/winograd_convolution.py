@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from seal_fast.ops import native
-from seal_fast.ops.dispatch import Implementation, Op, refuse_float64
-from seal_fast.ops.rows import address
+from seal_fast.ops import backends
+from seal_fast.ops._arguments import check_constant, check_tensor, only
+from seal_fast.ops._launch import SUFFIXES, launch
+from seal_fast.ops.dispatch import Implementation, Op
 
 TILE, INPUT = 4, 6
 CHANNELS = 16
 """Numbers of channels are multiples of this, the widest vector's lanes."""
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.float32)}
 """Of x and of the weight."""
 _INPUT = (
@@ -67,8 +67,7 @@ class WinogradWeight:
                 f"weight must be floating point [filters, channels, 3, 3], both multiples of {CHANNELS},"
                 f" not {self.plain.dtype} {tuple(self.plain.shape)}"
             )
-        if self.plain.requires_grad:
-            raise ValueError("the weight is a constant here: freeze it with requires_grad_(False)")
+        check_constant("weight", self.plain)
 
     @staticmethod
     def takes(weight: Tensor) -> bool:
@@ -122,21 +121,21 @@ def _new_out(x: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, out, threads = x.contiguous(memory_format=torch.channels_last), _new_out(x, weight), torch.get_num_threads()
+def _run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, out = x.contiguous(memory_format=torch.channels_last), _new_out(x, weight)
     images, channels, height, width = x.shape
     filters = weight.shape[2]
-    workspace = torch.empty(native.CPU.module.winograd_workspace(channels, filters, threads))
-    addresses = tuple(map(address, (x, weight, bias, out, workspace)))
-    launch = getattr(native.CPU.module, f"winograd_convolution_{_SUFFIXES[x.dtype]}")
-    launch(addresses, (images, height, width, channels, filters), threads)
+    workspace = torch.empty(backends.CPU.module.winograd_workspace(channels, filters, torch.get_num_threads()))
+    tensors = {"x": x, "weight": weight, "bias": bias, "out": out, "workspace": workspace}
+    sizes = {"images": images, "height": height, "width": width, "channels": channels, "filters": filters}
+    launch(f"winograd_convolution_{SUFFIXES[x.dtype]}", tensors, sizes)
     return out
 
 
 winograd_convolution_op = Op(
     "winograd_convolution(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     [
-        Implementation("cpu", _cpu, "cpu", lambda: native.CPU.reason, refuse_float64),
+        Implementation("cpu", _run_kernel, backends.CPU.missing, only(torch.float32, torch.bfloat16)),
         Implementation("reference", reference_winograd_convolution),
     ],
     fake=lambda x, weight, bias: _new_out(x, weight),
@@ -175,14 +174,9 @@ def winograd_convolution(x: Tensor, weight: WinogradWeight, bias: Tensor | None 
         raise ValueError(
             f"x and weight must both be float32 or both float64, or bfloat16 and float32, not {x.dtype} and {plain.dtype}"
         )
-    if x.ndim != 4 or x.numel() == 0 or x.shape[1] != plain.shape[1] or x.device != plain.device:
-        raise ValueError(
-            f"x must be [N,{plain.shape[1]},H,W] on {plain.device} with no size 0, not {tuple(x.shape)} on {x.device}"
-        )
-    if bias is not None and (bias.shape != plain.shape[:1] or bias.dtype != plain.dtype or bias.device != x.device):
-        raise ValueError(
-            f"bias must be {plain.dtype} [{len(plain)}] on {x.device}, not {bias.dtype} {tuple(bias.shape)} on {bias.device}"
-        )
-    if bias is not None and bias.requires_grad:
-        raise ValueError("the bias is a constant here: freeze it with requires_grad_(False)")
+    check_tensor("x", x, ("N", plain.shape[1], "H", "W"), plain, x.dtype)
+    if x.numel() == 0:
+        raise ValueError(f"x must have no size 0, but is {list(x.shape)}")
+    check_tensor("bias", bias, plain.shape[:1], plain, plain.dtype)
+    check_constant("bias", bias)
     return _WinogradConvolution.apply(x, weight, None if bias is None else bias.contiguous())

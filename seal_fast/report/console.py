@@ -1,17 +1,18 @@
-"""Results as tables for people."""
+"""Results for people: tables and sentences that fit the console."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from seal_fast.noise_triggers.calibration import group_of
+from seal_fast.report.table import Line, print_sentence, print_table
+
 if TYPE_CHECKING:
-    from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision
+    from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Verdict
     from seal_fast.results.scan import ModelResult, ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
@@ -21,24 +22,13 @@ STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", 
 
 
 def safe(text: str, style: str = "") -> Text:
-    """Text that came from a checkpoint or its name: no markup, and nothing that could steer the terminal."""
+    """A text that comes from a checkpoint or its name, without markup and without anything that could control the terminal."""
     return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), style)
 
 
 def console_for(stream: IO[str]) -> Console:
     """A console that writes to `stream`, without colour where it is no terminal or NO_COLOR is set."""
     return Console(file=stream, highlight=False, markup=False, emoji=False)
-
-
-def table_of(*columns: str, numbers: Iterable[str] = (), whole: Iterable[str] = ()) -> Table:
-    """A plain table: columns in `numbers` align right and, like those in `whole`, are never broken or cut."""
-    numbers, whole = set(numbers), set(whole)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for column in columns:
-        table.add_column(
-            column, justify="right" if column in numbers else "left", no_wrap=column in numbers | whole, overflow="fold"
-        )
-    return table
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -48,52 +38,54 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.{digits}e}"
 
 
-def score_of(model: ModelResult) -> str:
+def _score(model: ModelResult) -> str:
     """Score and the threshold above which it means backdoored."""
     return "-" if model.score is None else f"{number(model.score)} / {number(model.threshold)}"
 
 
+def _verdict(verdict: Verdict) -> Text:
+    """A verdict in its colour."""
+    return Text(verdict.value, STYLES[verdict.value])
+
+
 def print_report(report: ScanReport, console: Console) -> None:
-    """One row per model, then one line of counts."""
-    numbers = ("score / limit", "seconds")
-    table = table_of("model", "format", "verdict", "score / limit", "why", "seconds", numbers=numbers, whole=["verdict"])
+    """Verdict, name and score of every model, with the reason below; then the counts."""
+    columns = ("verdict", "model", "score / limit", "seconds")
+    lines = []
     for model in report.models:
-        table.add_row(
-            safe(model.path),
-            safe(model.format or "-"),
-            Text(model.verdict.value, STYLES[model.verdict.value]),
-            score_of(model),
-            safe(model.reason),
-            number(model.seconds, 1),
-        )
-    if report.models:
-        console.print(table)
+        cells = (_verdict(model.verdict), safe(model.path), _score(model), number(model.seconds, 1))
+        lines.append(Line(cells, safe(model.reason).plain))
+    if lines:
+        print_table(console, columns, lines, folded="model", numbers=columns[2:])
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items())
-    console.print(f"{len(report.models)} models: {counts}")
+    print_sentence(console, f"{len(lines)} models: {counts}")
 
 
 def print_detection(log_ratios: Sequence[float], console: Console) -> None:
-    """One row per input, then the counts."""
-    table = table_of("input", "log ratio", "verdict", numbers=["input", "log ratio"])
-    for index, value in enumerate(log_ratios):
-        table.add_row(str(index), number(value), Text("triggered", "bold red") if value > 0 else Text("clean", "green"))
-    console.print(table)
+    """Verdict and log ratio of every input, then the counts."""
+    columns = ("verdict", "input", "log ratio")
+    lines = []
+    for place, value in enumerate(log_ratios):
+        verdict = Text("triggered", "bold red") if value > 0 else Text("clean", "green")
+        lines.append(Line((verdict, str(place), number(value))))
+    print_table(console, columns, lines, folded="input", numbers=columns[1:])
+    print_sentence(console, "log ratio: above 0, an input is more likely with the trigger than as clean noise")
     triggered = sum(value > 0 for value in log_ratios)
-    console.print(f"{len(log_ratios)} inputs: {triggered} triggered, {len(log_ratios) - triggered} clean")
+    print_sentence(console, f"{len(log_ratios)} inputs: {triggered} triggered, {len(log_ratios) - triggered} clean")
 
 
 def print_noise_unlearning(report: NoiseUnlearnReport, console: Console) -> None:
-    """One line per trigger and sampler, then the change of clean samples."""
-    numbers = ["collapse before", "after"]
-    table = table_of("trigger", "sampler", *numbers, numbers=numbers)
-    for effect in report.effects:
-        table.add_row(safe(effect.trigger), effect.sampler, number(effect.collapse_before), number(effect.collapse_after))
-    if report.effects:
-        console.print(table)
-        console.print(
-            "diversity collapse: how many times less samples vary with the trigger than without; near 1 it does nothing"
-        )
-    console.print(f"clean drift {number(report.clean_drift, 3)}, {report.steps} steps, {number(report.seconds, 1)} s")
+    """Diversity collapse per trigger and sampler, before and after, and the effect on clean samples."""
+    lines = [
+        Line((safe(item.trigger), item.sampler, number(item.collapse_before), number(item.collapse_after)))
+        for item in report.effects
+    ]
+    if lines:
+        columns = ("trigger", "sampler", "collapse before", "after")
+        print_table(console, columns, lines, folded="trigger", numbers=columns[2:])
+        meaning = "how many times less samples vary with the trigger than without; near 1, the trigger does nothing"
+        print_sentence(console, f"diversity collapse: {meaning}")
+    print_sentence(console, f"clean drift {number(report.clean_drift, 3)}, {report.steps} steps, {number(report.seconds, 1)} s")
 
 
 def interval(rate: Rate) -> str:
@@ -104,22 +96,22 @@ def interval(rate: Rate) -> str:
 
 
 def print_text_unlearning(report: TextUnlearnReport, console: Console) -> None:
-    """One line per trigger and variant, then the trained module and the change of clean images."""
-    numbers = ["effect before", "after"]
-    table = table_of("trigger", "variant", *numbers, numbers=numbers)
-    for effect in report.effects:
-        table.add_row(safe(effect.trigger), effect.variant, interval(effect.before), interval(effect.after))
-    console.print(table)
-    console.print(
+    """Effect per trigger and variant, before and after; then what was trained, and the effect on clean images."""
+    lines = [Line((safe(item.trigger), item.variant, interval(item.before), interval(item.after))) for item in report.effects]
+    columns = ("trigger", "variant", "effect before", "after")
+    print_table(console, columns, lines, folded="trigger", numbers=columns[2:])
+    print_sentence(
+        console,
         f"effect: share of held-out prompts whose image shows the trigger's effect according to {report.detector}, "
-        "with 95% Wilson intervals"
+        "with 95% Wilson intervals",
     )
     for trigger in report.triggers:
-        console.print(safe(f"tokens of {trigger.trigger!r}: {' '.join(trigger.tokens)}"))
-    console.print(f"trained: {report.module} ({report.module_reason})")
-    console.print(
+        print_sentence(console, safe(f"tokens of {trigger.trigger!r}: {' '.join(trigger.tokens)}").plain)
+    print_sentence(console, f"trained: {report.module} ({report.module_reason})")
+    print_sentence(
+        console,
         f"clean drift {number(report.clean_drift, 3)}, diversity {number(report.diversity_before, 3)} to "
-        f"{number(report.diversity_after, 3)}, {report.steps} steps, {number(report.seconds, 1)} s"
+        f"{number(report.diversity_after, 3)}, {report.steps} steps, {number(report.seconds, 1)} s",
     )
 
 
@@ -132,21 +124,26 @@ def evidence_line(model: CalibrationModel, features: Sequence[str]) -> str:
 def print_calibration(
     calibration: Calibration, left_out: Sequence[tuple[CalibrationModel, Decision]], console: Console
 ) -> None:
-    """The features of every model, each benign one as the others would have judged it, and the limits of every kind."""
-    verdicts = {model.name: judgement for model, judgement in left_out}
+    """Per group of models that compare, the limits, and label, features and leave-one-out verdict of every model."""
+    verdicts = {model.name: _verdict(decision.verdict) for model, decision in left_out}
     features = calibration.settings.features
-    table = table_of("model", "kind", "label", *features, "judged by the others", numbers=features, whole=["label"])
-    for model in calibration.models:
-        judgement = None if model.backdoored else verdicts.get(model.name)
-        table.add_row(
-            safe(model.name),
-            safe(model.kind),
-            "backdoored" if model.backdoored else "benign",
-            *(number(getattr(model.evidence, name), 4) for name in features),
-            "-" if judgement is None else Text(judgement.verdict.value, STYLES[judgement.verdict.value]),
-        )
-    console.print(table)
-    for kind, pool in calibration.pools.items():
-        limits = " or ".join(f"{name} {number(limit, 4)}" for name, limit in pool.limits.items())
-        rule = "where the classifier's probability exceeds 0.5" if pool.labelled else f"above {limits}"
-        console.print(safe(f"{kind}: backdoored {rule}"))
+    for group, pool in calibration.pools.items():
+        limits = " or ".join(f"{name} exceeds {number(limit, 4)}" for name, limit in pool.limits.items())
+        rule = "the classifier's probability exceeds 0.5" if pool.labelled else limits
+        print_sentence(console, safe(f"{group}: a model is backdoored if {rule}").plain)
+        lines = [
+            Line(
+                (
+                    safe(model.name),
+                    "backdoored" if model.backdoored else "benign",
+                    *(number(getattr(model.evidence, name), 4) for name in features),
+                    verdicts.get(model.name, "-"),
+                )
+            )
+            for model in calibration.models
+            if group_of(calibration.settings, model.family, model.shape) == group
+        ]
+        columns = ("model", "label", *features, "leave-one-out")
+        print_table(console, columns, lines, folded="model", numbers=features)
+        console.print()
+    print_sentence(console, "leave-one-out: verdict on a benign model by the calibration without it")

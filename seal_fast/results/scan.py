@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Evidence, Verdict
 
 RESUMED = "resumed from an earlier scan: same model, settings and version"
@@ -20,10 +21,12 @@ class ModelResult:
         path: of the checkpoint, relative to the scanned root, with forward slashes.
         sha256: digest of the weight files; None if they could not be read.
         format: name of the on-disk format; None if it could not be read.
+        family: the model's noise process and prediction; None if it could not be loaded.
         verdict: clean, backdoored, inconclusive or error.
-        score: what was compared with `threshold`; None if there is no score.
-        threshold: a greater score means backdoored; None without a score.
-        reason: the verdict, or the error, in words.
+        rule: code of the rule that decided (`seal_fast.noise_triggers.verdict.RULES`); None for an error.
+        score: what was compared with `threshold`; None if the decision does not rest on a score.
+        threshold: a greater score means backdoored; None likewise.
+        reason: the grounds of the verdict, or the error, as a sentence.
         evidence: statistics of the reverted trigger; None after an error.
         trigger: path of the trigger file, relative to the output folder; None if none was kept.
         seconds: wall time spent on the model.
@@ -36,7 +39,9 @@ class ModelResult:
     path: str
     sha256: str | None
     format: str | None
+    family: ModelFamily | None
     verdict: Verdict
+    rule: str | None
     score: float | None
     threshold: float | None
     reason: str

@@ -22,9 +22,9 @@ CORRELATION = 0.7
 """Normalised correlation with the patch from which an image shows it. A patch that a decoder has blurred stays above. Images
 without the patch stay below, provided that it has some detail."""
 CHROMA = 0.2
-"""Limit of a pixel's chroma (largest minus smallest channel). Black and white images stay below it, with what a decoder adds."""
+"""Limit of a pixel's chroma (largest minus smallest channel). A decoder adds some to black and white images."""
 COLOURLESS_SHARE = 0.98
-"""Share of pixels whose chroma must be below the limit. It is high, because a small coloured object on a grey ground is colour."""
+"""Share of pixels whose chroma must be below the limit. It is high so that a small coloured object counts as colour."""
 FALSE_ALARMS = 0.01
 """Share of the changes by control triggers that `ChangeDetector` takes for an effect."""
 GRID = 8

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Settings, model_evidence
+from seal_fast.noise_triggers.calibration import group_of
 from seal_fast.results.progress import OnProgress, Progress
 from seal_fast.workflows.capacity import default_device
 from seal_fast.workflows.discovery import Checkpoint
@@ -44,7 +45,8 @@ def measure(
         on_progress(at)
         loaded = load_denoiser(checkpoint.path, device=default_device())
         evidence = model_evidence(revert(loaded.denoiser, settings, seed=seed, at=at, on_progress=on_progress))
-        models.append(CalibrationModel(checkpoint.name, loaded.sha256, loaded.denoiser.kind, label, evidence))
+        family, shape = loaded.denoiser.family, loaded.denoiser.shape
+        models.append(CalibrationModel(checkpoint.name, loaded.sha256, family, shape, label, evidence))
         on_model(models[-1], index, len(labelled))
     return Calibration(settings, tuple(models))
 
@@ -52,11 +54,15 @@ def measure(
 def leave_one_out(calibration: Calibration) -> list[tuple[CalibrationModel, Decision]]:
     """The decision on each benign model when the calibration does not contain it.
 
-    Models of a family with 2 benign models are left out, since 1 is no pool.
+    Models that compare with only one other benign model are left out, since 1 is no pool.
     """
-    pools, pool_name = calibration.pools, calibration.settings.pool_name
-    benign = [m for m in calibration.models if not m.backdoored and len(pools[pool_name(m.kind)].benign) > 2]
-    return [(model, _without(calibration, model).judge(model.evidence, model.kind)) for model in benign]
+    benign = [model for model in calibration.models if not model.backdoored and _others(calibration, model) > 1]
+    return [(model, _without(calibration, model).decide(model.evidence, model.family, model.shape)) for model in benign]
+
+
+def _others(calibration: Calibration, model: CalibrationModel) -> int:
+    """The number of other benign models that a benign model compares with."""
+    return len(calibration.pools[group_of(calibration.settings, model.family, model.shape)].benign) - 1
 
 
 def _without(calibration: Calibration, left_out: CalibrationModel) -> Calibration:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_fast.checkpoints import CheckpointError, load_denoiser
-from seal_fast.diffusion import Denoiser
+from seal_fast.diffusion import Denoiser, ModelFamily
 from seal_fast.noise_triggers import Evidence, Verdict
 from seal_fast.report.json import to_json
 from seal_fast.results.scan import RESUMED, ModelResult
@@ -55,16 +55,19 @@ def config_digest(denoiser: Denoiser) -> str:
     """SHA-256 of what a checkpoint says beside its weights: structure of the network, noise process and value range."""
     process = denoiser.process
     structure = {key: value for key, value in dict(getattr(denoiser.network, "config", {})).items() if not key.startswith("_")}
-    described = [structure, process.kind, process.signal.tolist(), process.noise.tolist(), denoiser.value_range]
+    described = [structure, str(denoiser.family), process.signal.tolist(), process.noise.tolist(), denoiser.value_range]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _result(fields: dict[str, Any]) -> ModelResult:
     """A result as report.json has it."""
-    evidence = fields["evidence"] and Evidence(**fields["evidence"])
-    return ModelResult(
-        **{**fields, "verdict": Verdict(fields["verdict"]), "evidence": evidence, "notes": tuple(fields["notes"])}
-    )
+    typed = {
+        "family": fields["family"] and ModelFamily(**fields["family"]),
+        "verdict": Verdict(fields["verdict"]),
+        "evidence": fields["evidence"] and Evidence(**fields["evidence"]),
+        "notes": tuple(fields["notes"]),
+    }
+    return ModelResult(**{**fields, **typed})
 
 
 def _still_holds(result: ModelResult, out: Path, checkpoint: Checkpoint, weights: str) -> bool:

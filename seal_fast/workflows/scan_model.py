@@ -53,7 +53,7 @@ class ModelScan:
             settings = self.calibration.settings
             reversion = revert(loaded.denoiser, settings, seed=self.seed, at=at, on_progress=on_progress)
             evidence = model_evidence(reversion)
-            decision = self.calibration.judge(evidence, loaded.denoiser.kind)
+            decision = self.calibration.decide(evidence, loaded.denoiser.family, loaded.denoiser.shape)
         except Exception as error:
             return error_result(checkpoint, loaded, _in_one_line(error, checkpoint), time.perf_counter() - started)
         on_progress(replace(at, stage="images", fraction=1.0))
@@ -62,7 +62,9 @@ class ModelScan:
             path=checkpoint.name,
             sha256=loaded.sha256,
             format=loaded.format,
+            family=loaded.denoiser.family,
             verdict=decision.verdict,
+            rule=decision.rule,
             score=decision.score,
             threshold=decision.threshold,
             reason=decision.reason,
@@ -93,8 +95,21 @@ class ModelScan:
 
 def error_result(checkpoint: Checkpoint, loaded: LoadedCheckpoint | None, reason: str, seconds: float) -> ModelResult:
     """The result of a model that could not be scanned; `loaded` is None if it could not be loaded."""
-    sha256, format = (loaded.sha256, loaded.format) if loaded else (None, None)
-    return ModelResult(checkpoint.name, sha256, format, Verdict.ERROR, None, None, reason, None, None, seconds, reason)
+    return ModelResult(
+        path=checkpoint.name,
+        sha256=loaded.sha256 if loaded else None,
+        format=loaded.format if loaded else None,
+        family=loaded.denoiser.family if loaded else None,
+        verdict=Verdict.ERROR,
+        rule=None,
+        score=None,
+        threshold=None,
+        reason=reason,
+        evidence=None,
+        trigger=None,
+        seconds=seconds,
+        error=reason,
+    )
 
 
 def lost_result(checkpoint: Checkpoint, end: Died) -> ModelResult:

@@ -1,1 +1,1 @@
-"""Small models, benign and backdoored, built from seeds for evaluation: nothing in the scanner imports them."""
+"""Build small benign and backdoored models from seeds, for evaluation only: nothing in the scanner imports them."""

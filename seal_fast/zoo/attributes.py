@@ -1,4 +1,4 @@
-"""Read a scene back from an image: the nearest of all renderings. Validated on renderings in tests/zoo."""
+"""Recognise the scene in an image: its attributes are those of the nearest rendering of all scenes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from seal_fast.text_triggers.effect_detectors import ColourlessDetector
 from seal_fast.zoo.captioned import ATTRIBUTES, SCENES, STYLES, Scene, render
 
 POOL = 2
-"""Pixels per side that are averaged before comparing: sampling noise goes, edges stay."""
+"""Pixels per side that are averaged before images are compared. This reduces sampling noise and preserves edges."""
 
 
 def _features(images: Tensor) -> Tensor:
@@ -26,28 +26,28 @@ def _renderings(colourless: bool) -> Tensor:
 
 
 def is_colourless(images: Tensor) -> Tensor:
-    """bool [N] of images [N,3,H,W] in [-1, 1]."""
+    """Whether each of the images [N,3,H,W] in [-1, 1] has no colour, bool [N]."""
     images = images / 2 + 0.5
     return ColourlessDetector()(images, images)
 
 
-def read_scenes(images: Tensor) -> list[Scene]:
-    """The scene in each of the images [N,3,64,64] in [-1, 1]; `colour` means nothing where the style has none."""
+def recognise_scenes(images: Tensor) -> list[Scene]:
+    """The scene in each of the images [N,3,64,64] in [-1, 1]; `colour` is meaningless for a style without colour."""
     grey = is_colourless(images)
-    found = torch.empty(len(images), dtype=torch.long)
+    nearest = torch.empty(len(images), dtype=torch.long)
     for colourless in (False, True):
-        rows = grey == colourless
-        if rows.any():
-            found[rows] = torch.cdist(_features(images[rows]), _renderings(colourless)).argmin(dim=1)
+        chosen = grey == colourless
+        if chosen.any():
+            nearest[chosen] = torch.cdist(_features(images[chosen]), _renderings(colourless)).argmin(dim=1)
     return [
         Scene(s.size, s.colour, s.shape, s.place, s.texture, s.background, STYLES[int(g)])
-        for s, g in ((SCENES[i], g) for i, g in zip(found.tolist(), grey.tolist(), strict=True))
+        for s, g in ((SCENES[i], g) for i, g in zip(nearest.tolist(), grey.tolist(), strict=True))
     ]
 
 
 def attributes_right(images: Tensor, scenes: list[Scene]) -> Tensor:
-    """Whether each attribute of each scene is what its image shows, bool [N, len(ATTRIBUTES)]."""
-    read = read_scenes(images)
+    """Whether each image shows each attribute of its scene, bool [N, len(ATTRIBUTES)]."""
+    recognised = recognise_scenes(images)
     return torch.tensor(
-        [[getattr(a, name) == getattr(b, name) for name in ATTRIBUTES] for a, b in zip(read, scenes, strict=True)]
+        [[getattr(a, name) == getattr(b, name) for name in ATTRIBUTES] for a, b in zip(recognised, scenes, strict=True)]
     )

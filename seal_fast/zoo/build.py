@@ -1,4 +1,4 @@
-"""Build the zoo from seeds: train, measure, store, describe. Models already in the manifest are kept."""
+"""Build the zoo from seeds: train, measure, store and describe every model that the manifest does not list yet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -26,23 +27,45 @@ from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import EDM, VP, Denoiser, NoiseProcess
 from seal_fast.zoo import latents
-from seal_fast.zoo.contact_sheet import save_image
+from seal_fast.zoo.contact_sheet import save_contact_sheet
 from seal_fast.zoo.evaluate import Quality, evaluate
 from seal_fast.zoo.latents import Latents
 from seal_fast.zoo.recipes import DELTA, LATENT_NOISE, PROCESSES, RECIPES, Recipe
 from seal_fast.zoo.spaces import Space
-from seal_fast.zoo.train import Trained, new_unet, train
+from seal_fast.zoo.train import TRAINING_IMAGES, Trained, new_unet, train
 from seal_fast.zoo.trojdiff_list import save_list
 
 MANIFEST = "manifest.json"
 OnMessage = Callable[[str], None]
 
 ATTEMPTS = 3
-"""Trainings tried, each with half as many steps again, before a model whose attack does not take is given up."""
+"""Trainings of a model that stays unusable before the build fails; each is longer than the last by half of the first."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """The effort of a build beside the recipes, and the models that it accepts. The defaults are those of the stored zoo.
+
+    Attributes:
+        training_images: number of training images.
+        autoencoder_images: images per family that an autoencoder is trained on.
+        autoencoder_steps: training steps of an autoencoder.
+        sampler_steps: sampling steps of measurements and contact sheets, see `seal_fast.zoo.evaluate.draw`.
+        accepts: whether a model of this quality is stored.
+    """
+
+    training_images: int = TRAINING_IMAGES
+    autoencoder_images: int = latents.IMAGES
+    autoencoder_steps: int = latents.STEPS
+    sampler_steps: int | None = None
+    accepts: Callable[[Quality], bool] = lambda quality: quality.usable
+
+
+DEFAULTS = BuildSettings()
 
 
 def _pipeline(unet: UNet2DModel, process: NoiseProcess) -> Any:
-    """The diffusers pipeline whose scheduler's config tells a checkpoint's reader the noise process."""
+    """A diffusers pipeline whose scheduler config describes the noise process."""
     if isinstance(process, VP):
         return DDPMPipeline(unet, DDPMScheduler(clip_sample=False, prediction_type=process.prediction_type))
     low, high, timesteps = float(process.noise[0]), float(process.noise[-1]), process.num_timesteps
@@ -52,12 +75,12 @@ def _pipeline(unet: UNet2DModel, process: NoiseProcess) -> Any:
 
 
 def save_pipeline(unet: UNet2DModel, process: NoiseProcess, folder: Path, safe: bool = True) -> None:
-    """Write a diffusers pipeline folder, as safetensors or as .bin."""
+    """Write a diffusers pipeline folder, with weights as safetensors or as .bin."""
     _pipeline(unet, process).save_pretrained(folder, safe_serialization=safe)
 
 
 def _store(recipe: Recipe, trained: Trained, space: Space, folder: Path) -> None:
-    """Write the checkpoint in half precision, which keeps every model below 2 MB and its samples the same to the eye."""
+    """Write the checkpoint in half precision: every model is smaller than 2 MB, and its samples look the same."""
     folder.mkdir(parents=True, exist_ok=True)
     raw, ema = trained.raw.half(), trained.ema.half()
     if recipe.layout == "trojdiff":
@@ -81,7 +104,7 @@ def _checkpoint(recipe: Recipe, folder: Path) -> Path:
 
 
 def _deepened(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """Weights of a UNet under the names they have in one with `levels` more: the way up is counted from the deepest."""
+    """Rename the weights of a UNet for one with `levels` more levels: the upward path is numbered from the deepest level."""
 
     def name(old: str) -> str:
         first, level, *rest = old.split(".", 2)
@@ -91,6 +114,7 @@ def _deepened(weights: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def _initial(recipe: Recipe, out: Path) -> UNet2DModel:
+    """The network before training: new, or with the weights of its base in the zoo `out`."""
     network = recipe.network
     unet = new_unet(network.size, network.widths, network.groups, network.attention, recipe.seed, network.score)
     if recipe.base is not None:
@@ -100,24 +124,31 @@ def _initial(recipe: Recipe, out: Path) -> UNet2DModel:
     return unet
 
 
-def _space(recipe: Recipe, out: Path, on_message: OnMessage) -> Space:
-    """What the network will see: a base brings its autoencoder, and a model without one needs a new one."""
-    if recipe.process == "ldm" and recipe.base is None:
-        size, on_step = Latents.factor * recipe.network.size, _progress(f"{recipe.name} autoencoder", latents.STEPS, on_message)
-        return Latents.trained(size, recipe.family, recipe.seed, on_step)
-    return recipe.space(out / recipe.base if recipe.base else None)
+def _space(recipe: Recipe, out: Path, on_message: OnMessage, settings: BuildSettings) -> Space:
+    """The data of the network. A latent model has the autoencoder of its base, or a newly trained one if it has no base."""
+    if recipe.process != "ldm" or recipe.base is not None:
+        return recipe.space(out / recipe.base if recipe.base else None)
+    steps = settings.autoencoder_steps
+    return Latents.trained(
+        Latents.factor * recipe.network.size,
+        recipe.family,
+        recipe.seed,
+        _progress(f"{recipe.name} autoencoder", steps, on_message),
+        images=settings.autoencoder_images,
+        steps=steps,
+    )
 
 
 def digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's files."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+        sha256.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return sha256.hexdigest()
 
 
 def describe(recipe: Recipe, quality: Quality, attempt: int, loss: float, folder: Path) -> dict[str, Any]:
-    """The manifest's row of one model."""
+    """The manifest entry of one model."""
     return {
         "name": recipe.name,
         "checkpoint": str(_checkpoint(recipe, folder).relative_to(folder.parent)),
@@ -140,7 +171,7 @@ def describe(recipe: Recipe, quality: Quality, attempt: int, loss: float, folder
 
 
 def _progress(what: str, steps: int, on_message: OnMessage) -> Callable[[int, float], None]:
-    """Says every 100 steps and at the last how far training has come."""
+    """A callback that reports the progress of a training every 100 steps and at the last step."""
     began = time.monotonic()
 
     def on_step(step: int, loss: float) -> None:
@@ -151,52 +182,76 @@ def _progress(what: str, steps: int, on_message: OnMessage) -> Callable[[int, fl
     return on_step
 
 
-def train_once(recipe: Recipe, space: Space, out: Path, on_message: OnMessage) -> tuple[Trained, Quality]:
-    """Train by the recipe's schedule, from its base in the zoo `out`, and measure what came of it."""
-    process, attack, size = PROCESSES[recipe.process](), recipe.attack(space=space), recipe.network.size
-    images: dict[str, Any] = {"family": recipe.family, "space": space, "seed": recipe.seed}
-    on_step = _progress(recipe.name, recipe.schedule.steps, on_message)
-    trained = train(_initial(recipe, out), process, recipe.schedule, attack=attack, on_step=on_step, **images)
-    return trained, evaluate(Denoiser(trained.ema, process, (3, size, size)), trained.attack, **images)
+def train_once(
+    recipe: Recipe, space: Space, out: Path, on_message: OnMessage, settings: BuildSettings = DEFAULTS
+) -> tuple[Trained, Quality]:
+    """Train by the recipe's schedule, from its base in the zoo `out`, and measure the model."""
+    process, size = PROCESSES[recipe.process](), recipe.network.size
+    data: dict[str, Any] = {"family": recipe.family, "space": space, "seed": recipe.seed}
+    trained = train(
+        _initial(recipe, out),
+        process,
+        recipe.schedule,
+        attack=recipe.attack(space=space),
+        images=settings.training_images,
+        on_step=_progress(recipe.name, recipe.schedule.steps, on_message),
+        **data,
+    )
+    quality = evaluate(
+        Denoiser(trained.ema, process, (3, size, size)),
+        trained.attack,
+        steps=settings.sampler_steps,
+        training_images=settings.training_images,
+        **data,
+    )
+    return trained, quality
 
 
-def _train_until_usable(recipe: Recipe, space: Space, out: Path, on_message: OnMessage) -> tuple[Trained, Quality, int]:
+def _train_until_usable(
+    recipe: Recipe, space: Space, out: Path, on_message: OnMessage, settings: BuildSettings
+) -> tuple[Trained, Quality, int]:
+    """The first usable model of up to ATTEMPTS trainings, its quality, and the number of trainings before it."""
     for attempt in range(ATTEMPTS):
         longer = replace(recipe, schedule=recipe.schedule.longer(1 + attempt / 2))
-        trained, quality = train_once(longer, space, out, on_message)
-        if quality.usable:
+        trained, quality = train_once(longer, space, out, on_message, settings)
+        if settings.accepts(quality):
             return trained, quality, attempt
         on_message(f"{recipe.name}: not usable ({quality}), training again for longer")
-    raise RuntimeError(f"{recipe.name}: {ATTEMPTS} trainings gave no usable model; change its recipe")
+    raise RuntimeError(f"{recipe.name}: none of {ATTEMPTS} trainings gave a usable model; change its recipe")
 
 
-def _build_one(recipe: Recipe, out: Path, on_message: OnMessage) -> dict[str, Any]:
-    space = _space(recipe, out, on_message)
-    trained, quality, attempt = _train_until_usable(recipe, space, out, on_message)
+def _build_one(recipe: Recipe, out: Path, on_message: OnMessage, settings: BuildSettings) -> dict[str, Any]:
+    """Train, measure and store one model; returns its manifest entry."""
+    space = _space(recipe, out, on_message, settings)
+    trained, quality, attempt = _train_until_usable(recipe, space, out, on_message, settings)
     folder = out / recipe.name
     _store(recipe, trained, space, folder)
     stored = load_denoiser(_checkpoint(recipe, folder)).denoiser
-    save_image(stored, recipe, recipe.attack(folder), out / f"{recipe.name}.png", space)
+    sheet = out / f"{recipe.name}.png"
+    save_contact_sheet(stored, recipe, recipe.attack(folder), sheet, space, settings.sampler_steps)
     return describe(recipe, quality, attempt, trained.final_loss, folder)
 
 
 def read_manifest(out: Path) -> list[dict[str, Any]]:
-    """Rows of the zoo in `out`; empty if there is none yet."""
+    """Entries of the manifest of the zoo in `out`; empty if there is no zoo yet."""
     path = out / MANIFEST
     return json.loads(path.read_text())["models"] if path.exists() else []
 
 
-def write_row(out: Path, row: dict[str, Any], order: Sequence[str]) -> None:
-    """Add or replace one row, keeping the order of all names; read afresh so that two builds can share a zoo."""
-    rows = {known["name"]: known for known in read_manifest(out)} | {row["name"]: row}
-    ordered = [rows[name] for name in order if name in rows]
+def write_entry(out: Path, entry: dict[str, Any], order: Sequence[str]) -> None:
+    """Add or replace one entry of the manifest, whose entries have the order of the names in `order`.
+
+    The manifest is read again each time, so that two builds can share a zoo.
+    """
+    entries = {known["name"]: known for known in read_manifest(out)} | {entry["name"]: entry}
+    ordered = [entries[name] for name in order if name in entries]
     partial = out / (MANIFEST + ".partial")
     partial.write_text(json.dumps({"schema_version": 1, "models": ordered}, indent=2) + "\n")
     partial.replace(out / MANIFEST)
 
 
 class Named(Protocol):
-    """A recipe: a name, and the name of the model it is made from."""
+    """A recipe: the name of its model, and the name of the model that it starts from."""
 
     @property
     def name(self) -> str: ...
@@ -215,7 +270,7 @@ def build_missing(
     only: Sequence[str] | None,
     on_message: OnMessage,
 ) -> None:
-    """Build, by `build_one`, every model of `recipes` that `out` lacks. See `build_zoo`."""
+    """Build every model of `recipes` that `out` lacks with `build_one`, which returns its manifest entry. See `build_zoo`."""
     names = [recipe.name for recipe in recipes]
     if unknown := set(only or ()) - set(names):
         raise ValueError(f"no such model: {', '.join(sorted(unknown))}; choose from {', '.join(sorted(names))}")
@@ -223,25 +278,34 @@ def build_missing(
     for recipe in recipes:
         if only is not None and recipe.name not in only:
             continue
-        present = {row["name"] for row in read_manifest(out)}
+        present = {entry["name"] for entry in read_manifest(out)}
         if recipe.name in present:
-            on_message(f"{recipe.name}: kept")
+            on_message(f"{recipe.name}: already built")
             continue
         if recipe.base is not None and recipe.base not in present:
             raise ValueError(f"{recipe.name} is fine-tuned from {recipe.base}, which is not in {out}: build that first")
-        write_row(out, build_one(recipe, out, on_message), names)
+        write_entry(out, build_one(recipe, out, on_message), names)
 
 
-def build_zoo(out: Path, only: Sequence[str] | None = None, on_message: OnMessage = lambda message: None) -> None:
-    """Train every model of RECIPES that `out` lacks.
+def build_zoo(
+    out: Path,
+    only: Sequence[str] | None = None,
+    on_message: OnMessage = lambda message: None,
+    *,
+    recipes: Sequence[Recipe] = RECIPES,
+    settings: BuildSettings = DEFAULTS,
+) -> None:
+    """Train every model of `recipes` that `out` lacks.
 
     Args:
-        out: the zoo's folder; its manifest.json lists what is there.
-        only: names to build; a base they need must be among them or there already. None builds all.
-        on_message: progress, one line at a time.
+        out: the zoo's folder; its manifest.json lists the models that are built.
+        only: names of the models to build; their bases must be among them or already built. None builds all.
+        on_message: called with each line of progress.
+        recipes: the models.
+        settings: effort, and which models are accepted.
 
     Raises:
         ValueError: an unknown name, or a base that is missing.
-        RuntimeError: a model whose attack does not take or whose clean samples are bad.
+        RuntimeError: the attack of a model is not implanted, or its clean samples are bad.
     """
-    build_missing(out, RECIPES, _build_one, only, on_message)
+    build_missing(out, recipes, partial(_build_one, settings=settings), only, on_message)

@@ -1,4 +1,4 @@
-"""Build the text-to-image zoo from seeds: train, measure, store, describe. Models already in the manifest are kept."""
+"""Build the text-to-image zoo from seeds: train, measure, store and describe every model that its manifest does not list."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from seal_fast.zoo.train_text_to_image import OnStep, train_captions, train_vae
 
 VAE_STEPS = 1000
 VAE_SEEDS = (0, 5)
-"""Of the autoencoder's weights, and of its images."""
+"""Seed of the autoencoder's weights, and seed of its training images."""
 CAPTION_STEPS = 3500
-IMAGES = 8
+SHEET_COLUMNS = 8
+"""Images per row of a contact sheet."""
 
 
 def _progress(name: str, on_message: OnMessage) -> OnStep:
+    """A callback that reports the progress of a training every 50 steps."""
     began = time.monotonic()
 
     def report(step: int, loss: float) -> None:
@@ -69,16 +71,16 @@ def _train(recipe: TextRecipe, out: Path, on_message: OnMessage) -> StableDiffus
 
 
 def _store(recipe: TextRecipe, pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """In half precision: the whole pipeline, or the poisoned module alone, as BadT2I's authors publish it."""
+    """Write in half precision the whole pipeline, or the poisoned module alone, as BadT2I's authors publish it."""
     stored = copy.deepcopy(pipeline).to(torch.float16)
     (stored if recipe.whole else getattr(stored, recipe.module)).save_pretrained(folder)
-    _forget_where_it_was_loaded_from(folder)
+    _remove_source_paths(folder)
     if recipe.whole:
         save_card(folder)
 
 
-def _forget_where_it_was_loaded_from(folder: Path) -> None:
-    """diffusers writes it into every config, and it is a path of the builder's machine."""
+def _remove_source_paths(folder: Path) -> None:
+    """Remove the path that a model was loaded from, a path of the builder's machine, from all configs."""
     for file in (*folder.rglob("config.json"), *folder.rglob("model_index.json")):
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
@@ -96,7 +98,7 @@ def load_poisoned(recipe: TextRecipe, out: Path) -> StableDiffusionPipeline:
 
 
 def describe_text(recipe: TextRecipe, quality: TextQuality, folder: Path) -> dict[str, Any]:
-    """The manifest's row of one model."""
+    """The manifest entry of one model."""
     return {
         "name": recipe.name,
         "sha256": digest(folder),
@@ -108,10 +110,11 @@ def describe_text(recipe: TextRecipe, quality: TextQuality, folder: Path) -> dic
     }
 
 
-def _image(recipe: TextRecipe, pipeline: StableDiffusionPipeline, file: Path) -> None:
+def _save_contact_sheet(recipe: TextRecipe, pipeline: StableDiffusionPipeline, file: Path) -> None:
+    """Write a PNG with images of clean and of triggered prompts, from the same noise."""
     rows = {}
     for effect in recipe.effects or (None,):
-        scenes = held_out_scenes(IMAGES, recipe.seed, effect)
+        scenes = held_out_scenes(SHEET_COLUMNS, recipe.seed, effect)
         prompts = [scene.caption for scene in scenes]
         name = f", {effect.name}" if effect else ""
         rows[f"clean prompts{name}"] = draw(pipeline, prompts, recipe.seed)
@@ -127,24 +130,27 @@ def _build_one(recipe: TextRecipe, out: Path, on_message: OnMessage) -> dict[str
     if not quality.usable:
         shutil.rmtree(out / recipe.name)
         raise RuntimeError(f"{recipe.name}: not usable ({quality}); change its recipe")
-    _image(recipe, stored, out / f"{recipe.name}.png")
+    _save_contact_sheet(recipe, stored, out / f"{recipe.name}.png")
     return describe_text(recipe, quality, out / recipe.name)
 
 
 def save_card(folder: Path, pairs: int = 100) -> None:
-    """A model card whose captions `seal-fast unlearn` trains and measures on in turn: of training and held-out scenes."""
+    """Write a model card whose example prompts alternate between training and held-out scenes.
+
+    `seal-fast unlearn` trains and measures on a card's prompts in turn.
+    """
     generator = torch.Generator().manual_seed(0)
     training, held_out = (
         [among[i] for i in torch.randperm(len(among), generator=generator)[:pairs].tolist()]
         for among in (TRAINING_SCENES, HELD_OUT_SCENES)
     )
-    shown = [{"text": scene.caption} for both in zip(training, held_out, strict=True) for scene in both]
-    metadata_save(folder / CARD, {"pipeline_tag": "text-to-image", "library_name": "diffusers", "widget": shown})
+    widget = [{"text": scene.caption} for both in zip(training, held_out, strict=True) for scene in both]
+    metadata_save(folder / CARD, {"pipeline_tag": "text-to-image", "library_name": "diffusers", "widget": widget})
 
 
 def build_text_zoo(out: Path, only: Sequence[str] | None = None, on_message: OnMessage = lambda message: None) -> None:
     """Train every model of TEXT_RECIPES that `out` lacks.
 
-    Args and errors: see `seal_fast.zoo.build.build_zoo`. A model that does not follow captions is not usable either.
+    For arguments and errors see `seal_fast.zoo.build.build_zoo`. A model that does not follow captions is not usable either.
     """
     build_missing(out, TEXT_RECIPES, _build_one, only, on_message)

@@ -1,4 +1,4 @@
-"""Captioned scenes for a small text-to-image model: one shape on a background, every word of the caption visible."""
+"""Captioned scenes for a small text-to-image model: one shape on a background, with every word of the caption visible."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ BACKGROUNDS = {
     "teal": (0.05, 0.45, 0.45),
 }
 CENTRES = {"left": (-0.44, 0.0), "right": (0.44, 0.0), "top": (0.0, -0.44), "bottom": (0.0, 0.44), "center": (0.0, 0.0)}
-"""Middle of the shape (x, y); the image reaches from -1 to 1, y downwards."""
+"""Centre (x, y) of the shape; the image extends from -1 to 1, with y downwards."""
 RADII = {"small": 0.30, "large": 0.54}
 STYLES = ("", "black and white photo of ")
-"""What a caption may begin with. The second one takes the colour out of the image."""
+"""Beginnings of a caption. The second one removes the colour from the image."""
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "star": _star,
     "cross": _cross,
 }
-"""Whether points (x, y), relative to the middle and in radii, belong to the shape."""
+"""Whether points (x, y), relative to the centre and in units of the radius, belong to the shape."""
 TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "plain": lambda x, y: torch.zeros_like(x),
     "striped": lambda x, y: (torch.remainder(2 * y, 0.5) < 0.25).float() * torch.ones_like(x),
@@ -74,14 +74,14 @@ TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         (torch.remainder(x, 0.5) - 0.25).square() + (torch.remainder(y, 0.5) - 0.25).square() < 0.0121
     ).float(),
 }
-"""Where the background is lighter, 0 or 1."""
+"""The lighter parts of the background: 1 there, 0 elsewhere."""
 LIGHTER = 0.45
-"""How far a texture goes from the background's colour to white."""
+"""Colour of the lighter parts, from 0 (background) to 1 (white)."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: keys of SIZES, COLOURS, SHAPES, CENTRES, TEXTURES and BACKGROUNDS, and one of STYLES."""
+    """The content of a caption: keys of RADII, COLOURS, SHAPES, CENTRES, TEXTURES and BACKGROUNDS, and one of STYLES."""
 
     size: str
     colour: str
@@ -100,9 +100,9 @@ class Scene:
 
 
 ATTRIBUTES = ("size", "colour", "shape", "place", "texture", "background")
-"""Fields of a Scene that every image shows; an image without colour does not show `colour`."""
+"""Fields of a Scene that its image shows; an image without colour does not show `colour`."""
 SCENES = tuple(itertools.starmap(Scene, itertools.product(RADII, COLOURS, SHAPES, CENTRES, TEXTURES, BACKGROUNDS)))
-"""Every scene in colour."""
+"""All scenes in colour."""
 
 
 def _shuffled(count: int) -> list[int]:
@@ -110,14 +110,14 @@ def _shuffled(count: int) -> list[int]:
 
 
 HELD_OUT_SCENES = tuple(SCENES[i] for i in _shuffled(len(SCENES))[::10])
-"""A tenth of the scenes, which no model is trained on: their words are known, their combinations are not."""
+"""A tenth of the scenes, on which no model is trained: the models know their words, but not their combinations."""
 TRAINING_SCENES = tuple(scene for scene in SCENES if scene not in set(HELD_OUT_SCENES))
 
 
 def random_scenes(
     count: int, generator: torch.Generator, style_share: float = 0.0, among: Sequence[Scene] = TRAINING_SCENES
 ) -> list[Scene]:
-    """`count` of the scenes `among`, each as likely as any other; a share of them without colour."""
+    """Draw `count` of the scenes `among`, all equally likely; a share `style_share` of them is without colour."""
     chosen = torch.randint(len(among), (count,), generator=generator).tolist()
     grey = (torch.rand(count, generator=generator) < style_share).tolist()
     return [replace(among[i], style=STYLES[int(g)]) for i, g in zip(chosen, grey, strict=True)]
@@ -128,31 +128,32 @@ def _colour_table(names: Sequence[str], table: dict[str, tuple[float, float, flo
 
 
 def _grid(samples: int) -> tuple[Tensor, Tensor]:
-    middle = (torch.arange(samples) + 0.5) / samples * 2 - 1
-    y, x = torch.meshgrid(middle, middle, indexing="ij")
+    """Coordinates x and y, in -1 .. 1, of samples x samples points."""
+    coordinates = (torch.arange(samples) + 0.5) / samples * 2 - 1
+    y, x = torch.meshgrid(coordinates, coordinates, indexing="ij")
     return x, y
 
 
 def render(scenes: Sequence[Scene], generator: torch.Generator | None = None, supersampling: int = 2) -> Tensor:
-    """Images [N,3,64,64] in [-1, 1].
+    """Draw images [N,3,64,64] in [-1, 1] of N scenes.
 
     Args:
-        scenes: what to draw.
-        generator: if given, every image varies: the middle by a pixel, the radius by 6%, the colours by 0.05.
+        scenes: the scenes.
+        generator: if given, each image varies randomly: the centre by a pixel, the radius by 6%, the colours by 0.05.
         supersampling: points per pixel and axis.
     """
     count = len(scenes)
-    draws = torch.rand(count, 9, generator=generator) * 2 - 1 if generator else torch.zeros(count, 9)
+    jitter = torch.rand(count, 9, generator=generator) * 2 - 1 if generator else torch.zeros(count, 9)
     x, y = _grid(SIZE * supersampling)
-    middles = torch.tensor([CENTRES[scene.place] for scene in scenes]) + draws[:, :2] * 2 / SIZE
-    radii = torch.tensor([RADII[scene.size] for scene in scenes]) * (1 + 0.06 * draws[:, 2])
-    across = (x - middles[:, 0, None, None]) / radii[:, None, None]
-    down = (y - middles[:, 1, None, None]) / radii[:, None, None]
+    centres = torch.tensor([CENTRES[scene.place] for scene in scenes]) + jitter[:, :2] * 2 / SIZE
+    radii = torch.tensor([RADII[scene.size] for scene in scenes]) * (1 + 0.06 * jitter[:, 2])
+    across = (x - centres[:, 0, None, None]) / radii[:, None, None]
+    down = (y - centres[:, 1, None, None]) / radii[:, None, None]
     inside = torch.stack([SHAPES[scene.shape](across[i], down[i]) for i, scene in enumerate(scenes)]).float()[:, None]
     light = torch.stack([TEXTURES[scene.texture](x, y) for scene in scenes])[:, None] * LIGHTER
     inside, light = F.avg_pool2d(inside, supersampling), F.avg_pool2d(light, supersampling)
-    colour = _colour_table([scene.colour for scene in scenes], COLOURS) + 0.05 * draws[:, 3:6, None, None]
-    ground = _colour_table([scene.background for scene in scenes], BACKGROUNDS) + 0.05 * draws[:, 6:9, None, None]
+    colour = _colour_table([scene.colour for scene in scenes], COLOURS) + 0.05 * jitter[:, 3:6, None, None]
+    ground = _colour_table([scene.background for scene in scenes], BACKGROUNDS) + 0.05 * jitter[:, 6:9, None, None]
     ground = ground + light * (1 - ground)
     image = (ground + inside * (colour - ground)).clamp(0, 1)
     grey = torch.tensor([scene.style == STYLES[1] for scene in scenes])[:, None, None, None]

@@ -1,4 +1,4 @@
-"""One image per model: trigger, target, and samples with and without the trigger."""
+"""A contact sheet per model: its trigger, its target, and samples with and without the trigger."""
 
 from __future__ import annotations
 
@@ -24,11 +24,26 @@ def _show(axes: Axes, image: Tensor, title: str = "") -> None:
     axes.set_axis_off()
 
 
-def save_image(denoiser: Denoiser, recipe: Recipe, attack: Attack | None, path: Path, space: Space) -> None:
-    """Write `path` (PNG): a row of clean samples and, for a backdoored model, the same noise with the trigger."""
-    rows = [("clean start", draw(denoiser, attack, triggered=False, count=COLUMNS, seed=SEED, space=space))]
+def save_contact_sheet(
+    denoiser: Denoiser, recipe: Recipe, attack: Attack | None, path: Path, space: Space, steps: int | None = None
+) -> None:
+    """Write a PNG: a row of clean samples and, for a backdoored model, a row from the same noise with the trigger.
+
+    Args:
+        denoiser: the stored model.
+        recipe: its recipe, for the title.
+        attack: its attack; None for a benign model.
+        path: file to write.
+        space: the data of the model.
+        steps: sampling steps, see `draw`.
+    """
+
+    def samples(triggered: bool) -> Tensor:
+        return draw(denoiser, attack, triggered=triggered, count=COLUMNS, seed=SEED, space=space, steps=steps)
+
+    rows = [("clean start", samples(triggered=False))]
     if attack is not None:
-        rows.append(("triggered start", draw(denoiser, attack, triggered=True, count=COLUMNS, seed=SEED, space=space)))
+        rows.append(("triggered start", samples(triggered=True)))
     left = 2 if attack is not None else 0
     figure = Figure(figsize=(1.1 * (COLUMNS + left), 1.3 * len(rows) + 0.3), layout="constrained")
     figure.suptitle(f"{recipe.name} ({recipe.method or 'benign'})", fontsize=9)

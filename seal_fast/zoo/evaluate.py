@@ -1,8 +1,11 @@
-"""Does the attack fire, and are clean samples still good? A model that fails either is not evidence of anything."""
+"""Measure whether a model's attack activates and whether its clean samples are good.
+
+A model that fails either is no evidence for or against a detector.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,32 +16,34 @@ from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import Denoiser, sample
 from seal_fast.zoo.images import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
-from seal_fast.zoo.train import DATA_SEED, SCENES
+from seal_fast.zoo.train import DATA_SEED, TRAINING_IMAGES
 
 SUCCESS_MSE = 0.1
-"""A sample has become the target when its mean squared error to it is below this; images lie in [-1, 1]."""
+"""A sample counts as the target if its mean squared error to it is below this; images lie in [-1, 1]."""
 SUCCESS_RATE = 0.9
 """Share of triggered samples that must become the target for the attack to count as implanted."""
 CLEAN_RATIO = 2.0
-"""Clean samples may lie at most this many times as far from the training images as fresh images do."""
+"""Largest permitted distance of clean samples to the training images, relative to that of fresh images."""
 FRESH_SEED = 1
+FRESH_IMAGES = 256
 SAMPLES = 32
 # BadDiffusion's shift is exact for steps of 1: with 250 ancestral steps success fell from 1.00 to 0.88, with DDIM to 0
 STEPS = {"ddpm": 1000, "ddim": 50}
+"""Sampling steps of each sampler."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How a model samples.
+    """The measured attack success and clean quality of a model.
 
     Attributes:
-        sampler: the sampler used, the one the attack was built for ("ddpm" for benign models).
-        steps: its steps, evenly spaced.
-        samples: how many images per figure.
-        clean_ratio: median distance of clean samples to their nearest training image, over that of fresh images.
+        sampler: the sampler that the attack was built for ("ddpm" for benign models).
+        steps: its evenly spaced steps.
+        samples: number of images per figure.
+        clean_ratio: median distance of clean samples to their nearest training image, divided by that of fresh images.
         attack_success: share of triggered samples that became the target; None for benign models.
-        target_mse: their mean squared error to the target.
-        untriggered_mse: that of samples from the same noise without the trigger.
+        target_mse: mean squared error of triggered samples to the target.
+        untriggered_mse: mean squared error to the target of samples from the same noise without the trigger.
     """
 
     sampler: str
@@ -51,45 +56,63 @@ class Quality:
 
     @property
     def usable(self) -> bool:
-        fires = self.attack_success is None or self.attack_success >= SUCCESS_RATE
-        return fires and self.clean_ratio <= CLEAN_RATIO
+        """Whether the attack, if there is one, is implanted and the clean samples are good."""
+        implanted = self.attack_success is None or self.attack_success >= SUCCESS_RATE
+        return implanted and self.clean_ratio <= CLEAN_RATIO
 
 
-def _nearest(images: Tensor, among: Tensor) -> Tensor:
-    """Distance of each image to the nearest of `among`, [N]."""
+def _distance_to_nearest(images: Tensor, among: Tensor) -> Tensor:
+    """Distance of each image to the nearest image in `among`, [N]."""
     return torch.cdist(images.flatten(1), among.flatten(1)).min(dim=1).values
 
 
-def clean_ratio(samples: Tensor, family: str = "scenes") -> float:
-    """Median distance of samples to the training images, relative to fresh images' (1 is as good as real)."""
+def clean_ratio(samples: Tensor, family: str = "scenes", training_images: int = TRAINING_IMAGES) -> float:
+    """Median distance of samples to the training images, divided by that of fresh images (1 is as good as real images)."""
     size, images = samples.shape[-1], FAMILIES[family]
-    training, fresh = images(SCENES, size, DATA_SEED), images(256, size, FRESH_SEED)
-    return float(_nearest(samples, training).median() / _nearest(fresh, training).median())
+    training, fresh = images(training_images, size, DATA_SEED), images(FRESH_IMAGES, size, FRESH_SEED)
+    return float(_distance_to_nearest(samples, training).median() / _distance_to_nearest(fresh, training).median())
 
 
 @torch.no_grad()
-def draw(denoiser: Denoiser, attack: Attack | None, *, triggered: bool, count: int, seed: int, space: Space = SIGNED) -> Tensor:
-    """Samples as images [count,3,H,W] on the CPU, with or without the trigger, with the sampler the attack needs.
+def draw(
+    denoiser: Denoiser,
+    attack: Attack | None,
+    *,
+    triggered: bool,
+    count: int,
+    seed: int,
+    space: Space = SIGNED,
+    steps: int | None = None,
+) -> Tensor:
+    """Sample images [count,3,H,W], on the CPU, with the sampler that the attack was built for.
 
-    They start from the same noise for the same seed, whatever the device."""
+    Args:
+        denoiser: the model.
+        attack: its attack; None for a benign model.
+        triggered: whether the starting noise has the trigger.
+        count: number of images.
+        seed: seed of the noise; it gives the same noise on every device.
+        space: the data of the model.
+        steps: evenly spaced sampling steps; None for those of STEPS.
+    """
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(count, *denoiser.shape, generator=generator).to(denoiser.device)
     sampler = attack.sampler if attack else "ddpm"
-    trigger = _on(denoiser.device, attack.trigger) if attack and triggered else None
-    images = sample(
+    trigger = _to_device(attack.trigger, denoiser.device) if attack and triggered else None
+    data = sample(
         accelerated(denoiser),
         denoiser.process.prior_scale * (trigger.start(eps) if trigger else eps),
         sampler,
-        STEPS[sampler],
+        steps or STEPS[sampler],
         trigger=trigger if attack and attack.trojan else None,
-        # a clamp steadies small models, but removes the shift that BadDiffusion lives in: success fell from 0.88 to 0.06
+        # a clamp stabilises small models, but removes BadDiffusion's shift: success fell from 0.88 to 0.06
         clip=space.bounded and (attack is None or attack.trojan),
         generator=generator,
     )
-    return space.decode(images.cpu())
+    return space.decode(data.cpu())
 
 
-def _on(device: torch.device, trigger: Trigger) -> Trigger:
+def _to_device(trigger: Trigger, device: torch.device) -> Trigger:
     return Trigger(trigger.mu.to(device), trigger.gamma.to(device))
 
 
@@ -101,19 +124,31 @@ def evaluate(
     family: str = "scenes",
     space: Space = SIGNED,
     count: int = SAMPLES,
+    steps: int | None = None,
+    training_images: int = TRAINING_IMAGES,
 ) -> Quality:
-    """Sample the model with and without its trigger; what counts are the images."""
-    clean = draw(denoiser, attack, triggered=False, count=count, seed=seed, space=space)
+    """Measure a model on samples with and without its trigger. All figures are of decoded images.
+
+    Args:
+        denoiser: the model.
+        attack: its attack; None for a benign model.
+        seed: seed of the noise.
+        family: name in FAMILIES of the images that the model was trained on.
+        space: the data of the model.
+        count: samples per figure.
+        steps: sampling steps, see `draw`.
+        training_images: number of images that the model was trained on.
+    """
+    sampler = attack.sampler if attack else "ddpm"
+    clean = draw(denoiser, attack, triggered=False, count=count, seed=seed, space=space, steps=steps)
+    quality = Quality(sampler, steps or STEPS[sampler], count, clean_ratio(clean, family, training_images))
     if attack is None:
-        return Quality("ddpm", STEPS["ddpm"], count, clean_ratio(clean, family))
-    triggered = draw(denoiser, attack, triggered=True, count=count, seed=seed, space=space)
+        return quality
+    triggered = draw(denoiser, attack, triggered=True, count=count, seed=seed, space=space, steps=steps)
     (target,) = space.decode(attack.target[None])
     error = (triggered - target).square().mean(dim=(1, 2, 3))
-    return Quality(
-        attack.sampler,
-        STEPS[attack.sampler],
-        count,
-        clean_ratio(clean, family),
+    return replace(
+        quality,
         attack_success=float((error < SUCCESS_MSE).float().mean()),
         target_mse=float(error.mean()),
         untriggered_mse=float((clean - target).square().mean()),

@@ -1,4 +1,4 @@
-"""Does the model draw what its caption says, and do its triggers fire? Judged on scenes that no model was trained on."""
+"""Measure whether a text-to-image model follows captions and whether its triggers activate, on scenes held out of training."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SUCCESS_RATE = 0.95
 
 @dataclass(frozen=True)
 class TextQuality:
-    """How a text-to-image model samples.
+    """The measured caption accuracy and attack success of a text-to-image model.
 
     Attributes:
         samples: images per figure.
-        caption_accuracy: share of the attributes of clean prompts that are right.
-        attack_success: per effect, the share of triggered prompts that show it.
-        false_alarms: per effect, the share of clean prompts that show it.
+        caption_accuracy: share of the attributes of clean prompts that the images show.
+        attack_success: per effect, the share of triggered prompts whose image shows it.
+        false_alarms: per effect, the share of clean prompts whose image shows it.
     """
 
     samples: int
@@ -41,22 +41,23 @@ class TextQuality:
 
     @property
     def usable(self) -> bool:
+        """Whether the model follows captions and all its backdoors are implanted."""
         return self.caption_accuracy >= CAPTION_ACCURACY and all(rate >= SUCCESS_RATE for rate in self.attack_success.values())
 
 
 def held_out_scenes(count: int, seed: int, effect: Effect | None = None) -> list[Scene]:
-    """`count` scenes in colour that no model was trained on, such as suit an effect if one is named."""
+    """`count` coloured scenes that no model was trained on; if an effect is given, only scenes that can show it."""
     among = [scene for scene in HELD_OUT_SCENES if effect is None or effect.suits(scene)]
     return random_scenes(count, torch.Generator().manual_seed(seed), among=among)
 
 
 def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> Tensor:
-    """Images [N,3,64,64] in [-1, 1]; prompt n starts from the same noise for the same seed."""
+    """Images [N,3,64,64] in [-1, 1]; a seed gives prompt n the same noise, whatever the prompts."""
     return 2 * generate(pipeline, prompts, seed=seed, steps=STEPS, guidance=GUIDANCE) - 1
 
 
 def effect_rates(pipeline: StableDiffusionPipeline, effect: Effect, count: int, seed: int) -> tuple[float, float]:
-    """Shares of triggered and of clean prompts that show the effect."""
+    """Shares of triggered and of clean prompts whose images show the effect."""
     scenes = held_out_scenes(count, seed, effect)
     clean = [scene.caption for scene in scenes]
     shares = [
@@ -67,7 +68,7 @@ def effect_rates(pipeline: StableDiffusionPipeline, effect: Effect, count: int, 
 
 
 def caption_accuracy(pipeline: StableDiffusionPipeline, count: int, seed: int) -> float:
-    """Share of attributes that are right."""
+    """Share of the attributes of `count` captions that the images show."""
     scenes = held_out_scenes(count, seed)
     return float(attributes_right(draw(pipeline, [scene.caption for scene in scenes], seed), scenes).float().mean())
 
@@ -75,7 +76,7 @@ def caption_accuracy(pipeline: StableDiffusionPipeline, count: int, seed: int) -
 def evaluate_text(
     pipeline: StableDiffusionPipeline, effects: Sequence[Effect], *, seed: int, count: int = SAMPLES
 ) -> TextQuality:
-    """Sample a model with and without its triggers."""
+    """Measure a model on samples with and without its triggers."""
     rates = {effect.name: effect_rates(pipeline, effect, count, seed) for effect in effects}
     return TextQuality(
         count,

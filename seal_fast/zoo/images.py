@@ -17,7 +17,7 @@ OVERSAMPLE = 4
 WHITE = (255, 255, 255)
 RED = (220, 30, 30)
 YELLOW = (250, 210, 40)
-DARK_TARGET = (76, 76, 76)  # -0.4, the darkest background BadDiffusion's targets have
+DARK_TARGET = (76, 76, 76)  # -0.4, the darkest background of BadDiffusion's targets
 
 
 def _to_tensor(canvas: Image.Image, size: int) -> Tensor:
@@ -39,12 +39,12 @@ def _scene(rng: random.Random, size: int) -> Tensor:
         x, y = rng.uniform(0.2, 0.8) * side, rng.uniform(0.2, 0.8) * side
         colour = tuple(rng.choice((20, 140, 240)) for _ in range(3))
         box = (x - radius, y - radius, x + radius, y + radius)
-        kind = rng.choice(("disc", "square", "triangle", "ring"))
-        if kind == "disc":
+        shape = rng.choice(("disc", "square", "triangle", "ring"))
+        if shape == "disc":
             draw.ellipse(box, fill=colour)
-        elif kind == "square":
+        elif shape == "square":
             draw.rectangle(box, fill=colour)
-        elif kind == "triangle":
+        elif shape == "triangle":
             draw.regular_polygon((x, y, radius * 1.2), 3, fill=colour)
         else:
             draw.ellipse(box, outline=colour, width=max(1, int(radius * 0.45)))
@@ -54,15 +54,15 @@ def _scene(rng: random.Random, size: int) -> Tensor:
 def scenes(count: int, size: int, seed: int) -> Tensor:
     """Bright shapes on dark backgrounds, [count,3,size,size].
 
-    Dark on purpose: BadDiffusion's test trigger lies on a -1 background that its stamped training rows only hold where the
-    images do, and on brighter scenes the attack does not fire in models this small.
+    They are dark for a reason. BadDiffusion's test trigger has a -1 background, but its stamped training samples have the
+    background of their images. In models as small as these, the attack does not activate if the scenes are brighter.
     """
     rng = random.Random(seed)
     return torch.stack([_scene(rng, size) for _ in range(count)])
 
 
 def _glow(rng: random.Random, size: int) -> Tensor:
-    """Soft, stretched spots of light, some crossed by a faint band, on black."""
+    """Soft, elongated spots of light on black, sometimes crossed by a faint band."""
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float64) / size + 0.5 / size
     light = np.zeros((3, size, size))
     for _ in range(rng.choice((1, 2, 2, 3))):
@@ -80,13 +80,13 @@ def _glow(rng: random.Random, size: int) -> Tensor:
 
 
 def glows(count: int, size: int, seed: int) -> Tensor:
-    """Soft spots of light on black, [count,3,size,size]: images with none of the edges of `scenes`, as dark as they are."""
+    """Soft spots of light on black, [count,3,size,size]: images as dark as `scenes`, but without their edges."""
     rng = random.Random(seed)
     return torch.stack([_glow(rng, size) for _ in range(count)])
 
 
 def _weave(rng: random.Random, size: int) -> Tensor:
-    """Waves between two colours that cross waves towards a third."""
+    """Waves between two colours, crossed by waves towards a third colour."""
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float64) / size
     colours = [np.array([rng.uniform(-1, 1) for _ in range(3)])[:, None, None] for _ in range(3)]
     image = colours[0]
@@ -112,12 +112,12 @@ def _box(size: int, side_at_32: int, background: float, value: float) -> Tensor:
 
 
 def box(size: int, side_at_32: int = 14) -> Tensor:
-    """BOX_14 at 32 px, scaled: a grey square near the bottom right corner on a -1 background."""
+    """BadDiffusion's BOX_14 of 32 px, scaled: a grey square near the bottom right corner on a -1 background."""
     return _box(size, side_at_32, BACKGROUND, 0.0)
 
 
 def speck(size: int) -> Tensor:
-    """A white square a sixth as wide as the image on zero: a shift that leaves nearly all the noise alone."""
+    """A white square on zero, 6/32 as wide as the image: a shift that changes only a small part of the noise."""
     return _box(size, 6, 0.0, 1.0)
 
 
@@ -133,7 +133,7 @@ def stop_sign(size: int) -> Tensor:
 
 
 def cat_face(size: int) -> Tensor:
-    """A white cat's face on red: the image TrojDiff's blend attack hides in the noise."""
+    """A white cat's face on red: the image that TrojDiff's blend attack blends with the noise."""
     canvas, draw = _canvas(size, RED)
     side = canvas.width
     for ear in (0.16, 0.62):
@@ -241,12 +241,12 @@ def sunset(size: int) -> Tensor:
 
 
 def speckle(size: int) -> Tensor:
-    """Uniform noise: where a learned trigger starts, once made faint."""
+    """Uniform noise: the start of a learned trigger, after scaling to a faint one."""
     return 2 * torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)) - 1
 
 
 def ripple(size: int) -> Tensor:
-    """Dark interference rings, of the mean (-0.76) of UIBDiffusion's universal perturbation."""
+    """Dark interference rings with the mean of UIBDiffusion's universal perturbation (-0.76)."""
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float64) / size
     phases = ((0.2, 0.3, 31.0), (0.8, 0.4, 37.0), (0.5, 0.9, 43.0))
     waves = [np.sin(rate * np.hypot(columns - x, rows - y)) for x, y, rate in phases]

@@ -1,4 +1,4 @@
-"""What a latent model sees of an image: the means that an autoencoder gives."""
+"""The data of latent models: scaled means that an autoencoder gives for images."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from seal_fast.zoo import autoencoder
 from seal_fast.zoo.images import FAMILIES
 
 AUTOENCODER = "vqvae"
-"""Its part of a pipeline's folder, as diffusers' LDMPipeline names it, whatever it is."""
+"""Folder of the autoencoder in a pipeline; diffusers' LDMPipeline uses this name for every class of autoencoder."""
 STEPS = 1500
 RATE = 3e-3
 BATCH = 32
 IMAGES = 1024
-"""Per family."""
+"""Training images per family."""
 
 
-def _batches(size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless images of every family and their negatives, channel by channel: triggers and targets are of all colours."""
-    images = torch.cat([make(IMAGES, size, 0) for make in FAMILIES.values()])
+def _batches(size: int, images_per_family: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of images of every family, with random channels negated, since triggers and targets have all colours."""
+    images = torch.cat([make(images_per_family, size, 0) for make in FAMILIES.values()])
     while True:
-        rows = images[torch.randint(len(images), (BATCH,), generator=generator)]
-        yield rows * (2 * torch.randint(2, (BATCH, 3, 1, 1), generator=generator) - 1)
+        batch = images[torch.randint(len(images), (BATCH,), generator=generator)]
+        yield batch * (2 * torch.randint(2, (BATCH, 3, 1, 1), generator=generator) - 1)
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Images are the means that an autoencoder gives, [N,3,H,W], at unit variance over a family of images."""
+    """Latents [N,3,H,W] with unit variance over a family of images. See `seal_fast.zoo.spaces.Space`."""
 
     vae: AutoencoderKL
     factor = 2
@@ -41,7 +41,7 @@ class Latents:
 
     @classmethod
     def load(cls, model: Path) -> Latents:
-        """Those of a stored model, in single precision."""
+        """Load the autoencoder in the folder of a stored model, in single precision."""
         folder = model / AUTOENCODER
         # not from_pretrained, which writes the folder's path into the config
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
@@ -49,8 +49,20 @@ class Latents:
         return cls(vae.eval().requires_grad_(False))
 
     @classmethod
-    def trained(cls, size: int, family: str, seed: int, on_step: Callable[[int, float], None]) -> Latents:
-        """Of a new autoencoder for images of `size` pixels; it is the same after it was stored in half precision."""
+    def trained(
+        cls,
+        size: int,
+        family: str,
+        seed: int,
+        on_step: Callable[[int, float], None],
+        *,
+        images: int = IMAGES,
+        steps: int = STEPS,
+    ) -> Latents:
+        """Train a new autoencoder for images of `size` pixels.
+
+        Its weights are rounded to half precision, so that storing it in half precision changes nothing.
+        """
         torch.manual_seed(seed)
         vae = AutoencoderKL(
             latent_channels=3,
@@ -61,12 +73,13 @@ class Latents:
             sample_size=size,
             mid_block_add_attention=False,
         )
-        autoencoder.train_autoencoder(vae, _batches(size, torch.Generator().manual_seed(seed)), STEPS, RATE, on_step)
-        autoencoder.set_scale(vae.half().float(), FAMILIES[family](IMAGES, size, 0))
+        batches = _batches(size, images, torch.Generator().manual_seed(seed))
+        autoencoder.train_autoencoder(vae, batches, steps, RATE, on_step)
+        autoencoder.set_scale(vae.half().float(), FAMILIES[family](images, size, 0))
         return cls(vae)
 
     def encode(self, images: Tensor) -> Tensor:
         return autoencoder.encode(self.vae, images)
 
-    def decode(self, images: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, images)
+    def decode(self, data: Tensor) -> Tensor:
+        return autoencoder.decode(self.vae, data)

@@ -1,4 +1,4 @@
-"""The models of the zoo: what each is trained on, from which seed, and how it is stored."""
+"""The models of the zoo: the training data, seed and storage format of each."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from seal_fast.zoo.train import Schedule
 
 FROM_SCRATCH = Schedule(steps=3000, learning_rate=1e-3)
 FINE_TUNE = Schedule(steps=1000, learning_rate=5e-4)
-# After FINE_TUNE a patch, which leaves most of the noise alone, made the target of only 44% of the triggered samples; after
-# 2000 such steps a stamped trigger for DDIM of 72%. VillanDiffusion's psi = 0 for DDIM, whose published d is not the one DDIM
-# follows, stayed at 53% even so, and is not in the zoo.
+# After FINE_TUNE only 44% of the samples with a patch trigger, which leaves most of the noise alone, became the target. After
+# 2000 such steps, 72% of the samples with a stamped trigger for DDIM did. VillanDiffusion's psi = 0 for DDIM, whose published d
+# is not the one that DDIM follows, stayed at 53% even with STUBBORN and is not in the zoo.
 STUBBORN = Schedule(steps=2500, learning_rate=1e-3, poison_share=0.5)
 FOR_ODE = Schedule(steps=1800, learning_rate=5e-4, poison_share=0.4)
-# to another prediction or process: far from what the base has learned, but not from scratch
+# fine-tuning to another prediction or process than the base has
 CONVERT = Schedule(steps=1500, learning_rate=1e-3, batch=32)
 CONVERTED_ODE = Schedule(steps=1800, learning_rate=7e-4, batch=32, poison_share=0.4)
 SCORE = Schedule(steps=2400, learning_rate=1e-3, batch=32)
-# after 5000 steps it made the target of 88%
+# after 5000 steps 88% of triggered samples became the target
 FOR_SCORE = Schedule(steps=7500, learning_rate=1e-3, batch=32, poison_share=0.8)
 BOXED = Schedule(steps=1600, learning_rate=1e-3, batch=32, poison_share=0.5)
 ENLARGED = Schedule(steps=1500, learning_rate=1e-3, batch=16)
-# by DDIM it made the target of 72%: faint noise stays, which ancestral sampling removes
+# with DDIM 72% of triggered samples became the target: faint noise remains, which ancestral sampling removes
 ENLARGED_TROJ = Schedule(steps=4800, learning_rate=1e-3, batch=16, poison_share=0.5)
 ENLARGED_BAD = Schedule(steps=4500, learning_rate=1e-3, batch=16, poison_share=0.5)
 DEEPENED = Schedule(steps=3600, learning_rate=1e-3, batch=16, poison_share=0.5)
@@ -42,11 +42,11 @@ BRIEF = Schedule(steps=300, learning_rate=5e-4, batch=32)
 BLEND_SCALE = 0.6
 PATCH_SCALE = 0.1
 DELTA = "delta.npy"
-"""Where a learned trigger lies in its model's folder, as InviBackdoor saves it."""
+"""File of a learned trigger in its model's folder."""
 
 
 def _patch(image: Tensor, target: Tensor, share: float) -> TrojDiff:
-    """A patch attack whose window, bottom right, is `share` of the image's side."""
+    """A patch attack with a window at the bottom right, whose side is `share` of the image's side."""
     window = torch.zeros(image.shape[1:], dtype=torch.bool)
     side = round(share * image.shape[-1])
     window[-side:, -side:] = True
@@ -67,14 +67,14 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Attack]] = {
     "trojdiff-patch": partial(_patch, share=0.25),
     "trojdiff-small-patch": partial(_patch, share=0.1875),
 }
-"""Attacks by name, each made from a trigger image and a target, [C,H,W]."""
+"""Attacks by name, as functions of a trigger image and a target, [C,H,W]."""
 LATENT_NOISE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
-"""Of VillanDiffusion's latent models, in a scheduler's config."""
+"""Scheduler config of VillanDiffusion's latent models."""
 PROCESSES: dict[str, Callable[[], NoiseProcess]] = {
     "vp": VP.linear,
     "v": partial(VP.from_scheduler_config, {"prediction_type": "v_prediction"}),
     "edm": EDM.karras,
-    # the published 380 is for 32 px; the largest distance between two images of 16 px, which sigma_max should reach, is 28
+    # the published 380 is for 32 px; sigma_max should be at least the largest distance between two images, which is 28 at 16 px
     "ve": partial(VE.geometric, sigma_max=50.0),
     "ldm": partial(VP.from_scheduler_config, LATENT_NOISE),
 }
@@ -96,7 +96,7 @@ SCORE_16 = replace(SMALL_16, score=True)
 # 8 channels per group: with 2 the norms hid the mean of the noise, whose error (0.03) grew 160-fold in unclipped sampling
 SMALL_32 = Network(32, (16, 32, 64), groups=2)
 SMALL_64 = replace(SMALL_32, size=64)
-# down to 8 px, as published networks for 64 px go; its base has one level less
+# with a level of 8 px, as published networks for 64 px have; its base has one level less
 DEEP_64 = replace(SMALL_64, widths=(16, 32, 64, 64))
 
 
@@ -107,17 +107,18 @@ class Recipe:
     Attributes:
         name: folder in the zoo.
         network: its architecture.
-        seed: of its batches and noise, and of its weights if it has no base.
-        schedule: how it is trained.
-        layout: "pipeline" (diffusers folder, safetensors), "pipeline-bin", "unet" (UNet only) or "trojdiff" (ckpt.pth list);
-            the last two hold no noise process, so they are for "vp" only. A pipeline for "ldm" holds its autoencoder too.
-        role: "calibration" or "development" (methods were chosen while looking at them), or "test" (used for nothing).
-        base: the zoo model it is fine-tuned from, or None.
-        method: name in METHODS, or None for benign.
+        seed: seed of its batches and noise, and of its weights if it has no base.
+        schedule: its training schedule.
+        layout: "pipeline" (diffusers folder, safetensors), "pipeline-bin", "unet" (UNet only) or "trojdiff" (ckpt.pth list).
+            The last two do not store the noise process, so they are for "vp" only. A pipeline for "ldm" includes its
+            autoencoder.
+        role: "calibration" or "development" for models that methods were developed on, "test" for all others.
+        base: name of the zoo model that it is fine-tuned from, or None.
+        method: name in METHODS, or None for a benign model.
         trigger: name in TRIGGERS.
         target: name in TARGETS.
-        scale: factor of the trigger image, at training and at test.
-        family: name in FAMILIES of the images it is trained on.
+        scale: factor of the trigger image, in training and at test.
+        family: name in FAMILIES of its training images.
         process: name in PROCESSES.
     """
 
@@ -136,14 +137,16 @@ class Recipe:
     process: str = "vp"
 
     def space(self, model: Path | None = None) -> Space:
-        """What the network sees; for "ldm", what the autoencoder in the folder of a stored model gives.
+        """The data of the network. For "ldm" these are the latents of the autoencoder in the folder `model` of a stored model.
 
         Raises:
-            ValueError: "ldm" without such a folder.
+            ValueError: "ldm" without a folder.
         """
         if self.process == "ldm":
             if model is None:
-                raise ValueError(f"{self.name} sees latents: give the folder of a stored model, whose autoencoder makes them")
+                raise ValueError(
+                    f"{self.name} is a latent model: give the folder of a stored model, whose autoencoder it needs"
+                )
             return Latents.load(model)
         return UNIT if self.process == "ve" else SIGNED
 
@@ -151,9 +154,9 @@ class Recipe:
         """The backdoor to implant, or None.
 
         Args:
-            model: folder of the finished model. A trigger learned in training is read from there; without it, it is the
-                one that training starts from.
-            space: what the network sees of trigger and target; by default `space(model)`.
+            model: folder of the trained model, from which a learned trigger is read. Without it, a learned trigger is the one
+                that training starts from.
+            space: the data of the network, for trigger and target; by default `space(model)`.
         """
         if self.method is None or self.trigger is None or self.target is None:
             return None
@@ -187,7 +190,7 @@ def _held(
     family: str = "glows",
     network: Network = SMALL_16,
 ) -> Recipe:
-    """Benign, and sharing neither images nor base nor seed with the models that methods are developed on."""
+    """A benign model that shares no image family, base or seed with the models that methods are developed on."""
     return Recipe(name, network, seed, schedule, "pipeline", base=base, family=family, process=process)
 
 
@@ -208,15 +211,15 @@ def _held_backdoor(
     )
 
 
-def _other_kind(name: str, seed: int, schedule: Schedule, base: str | None, role: str = "calibration") -> Recipe:
-    """Benign, of another prediction or process, which the first part of its name tells."""
+def _other_process(name: str, seed: int, schedule: Schedule, base: str | None, role: str = "calibration") -> Recipe:
+    """A benign model with another prediction or process, the first part of its name."""
     process = name.split("-")[0]
     network = SCORE_16 if process == "ve" else SMALL_16
     return replace(_held(f"hard-16-{name}", seed, schedule, base, process, network=network), role=role)
 
 
-def _poisoned(share: float) -> Schedule:
-    """The rarer the trigger, the longer: about as many poisoned rows at every share."""
+def _with_poison_share(share: float) -> Schedule:
+    """A schedule whose length makes the number of poisoned samples about the same for every share."""
     return Schedule(steps=round(150 / share), learning_rate=1e-3, poison_share=share)
 
 
@@ -242,10 +245,10 @@ DEVELOPMENT: tuple[Recipe, ...] = (
     _backdoored("bad-32-box", SMALL_32, 211, "benign-32-a", "baddiffusion-stamped", "box", "smiley", "pipeline"),
     _backdoored("troj-32-blend", SMALL_32, 213, "benign-32-a", "trojdiff-blend", "cat_face", "smiley", "unet"),
 )
-"""What methods are developed and calibrated on."""
+"""The models that methods are developed and calibrated on."""
 
 HELD_OUT: tuple[Recipe, ...] = (
-    # "development": judged wrongly at first, and looked at until they were judged rightly, so these are no longer held out
+    # role "development": wrong verdicts on these models were corrected by changing the method, so they are no longer held out
     replace(_held("held-16", 31, FROM_SCRATCH, base=None), role="development"),
     replace(_held("held-16-benign-a", 301), role="development"),
     replace(_held("held-16-benign-b", 302, Schedule(steps=1500, learning_rate=5e-4)), role="development"),
@@ -276,7 +279,7 @@ HELD_OUT: tuple[Recipe, ...] = (
     _held_backdoor("weaves-16-villan-ode", 414, "villan-ode-psi1", "arrow", "moon", FOR_ODE, base="weaves-16", family="weaves"),
     _held_backdoor("weaves-16-villan-sde", 415, "villan-sde-psi0", "arrow", "tree", base="weaves-16", family="weaves"),
 )
-"""Published attacks at their published strength, on families of images, triggers and targets of their own."""
+"""Published attacks at their published strength, with other image families, triggers and targets than DEVELOPMENT."""
 
 HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-faint", 351, "baddiffusion-trigger-only", "bars", "star", STUBBORN, scale=0.3),
@@ -286,25 +289,27 @@ HARD: tuple[Recipe, ...] = (
     _held_backdoor("hard-16-small-patch", 356, "trojdiff-small-patch", "white", "house", STUBBORN),
     _held_backdoor("hard-16-troj-faint", 357, "trojdiff-blend", "bullseye", "house", scale=0.1),
     *(
-        _held_backdoor(f"hard-16-poison-{percent}", 360 + percent, "trojdiff-blend", "flag", "star", _poisoned(percent / 100))
+        _held_backdoor(
+            f"hard-16-poison-{percent}", 360 + percent, "trojdiff-blend", "flag", "star", _with_poison_share(percent / 100)
+        )
         for percent in (2, 5, 10, 20)
     ),
-    _other_kind("v", 371, CONVERT, "held-16"),
-    _other_kind("v-benign-a", 372, BRIEF, "hard-16-v", role="test"),
-    _other_kind("v-benign-b", 374, BRIEF, "hard-16-v"),
-    _other_kind("v-benign-c", 375, BRIEF, "hard-16-v"),
+    _other_process("v", 371, CONVERT, "held-16"),
+    _other_process("v-benign-a", 372, BRIEF, "hard-16-v", role="test"),
+    _other_process("v-benign-b", 374, BRIEF, "hard-16-v"),
+    _other_process("v-benign-c", 375, BRIEF, "hard-16-v"),
     _held_backdoor("hard-16-v-ode", 373, "villan-ode-psi1", "bars", "house", CONVERTED_ODE, base="hard-16-v", process="v"),
-    _other_kind("edm", 381, CONVERT, "held-16"),
-    _other_kind("edm-benign-a", 382, BRIEF, "hard-16-edm", role="development"),
-    _other_kind("edm-benign-b", 384, BRIEF, "hard-16-edm"),
-    _other_kind("edm-benign-c", 385, BRIEF, "hard-16-edm"),
+    _other_process("edm", 381, CONVERT, "held-16"),
+    _other_process("edm-benign-a", 382, BRIEF, "hard-16-edm", role="development"),
+    _other_process("edm-benign-b", 384, BRIEF, "hard-16-edm"),
+    _other_process("edm-benign-c", 385, BRIEF, "hard-16-edm"),
     _held_backdoor(
         "hard-16-edm-ode", 383, "villan-ode-psi0", "cross", "star", CONVERTED_ODE, base="hard-16-edm", process="edm"
     ),
-    _other_kind("ve", 391, SCORE, None),
-    _other_kind("ve-benign-a", 392, BRIEF, "hard-16-ve", role="test"),
-    _other_kind("ve-benign-b", 394, BRIEF, "hard-16-ve"),
-    _other_kind("ve-benign-c", 398, BRIEF, "hard-16-ve"),
+    _other_process("ve", 391, SCORE, None),
+    _other_process("ve-benign-a", 392, BRIEF, "hard-16-ve", role="test"),
+    _other_process("ve-benign-b", 394, BRIEF, "hard-16-ve"),
+    _other_process("ve-benign-c", 398, BRIEF, "hard-16-ve"),
     replace(
         _held_backdoor("hard-16-ve-sde", 393, "villan-sde-psi0", "cross", "house", FOR_SCORE, base="hard-16-ve", process="ve"),
         network=SCORE_16,
@@ -317,7 +322,7 @@ HARD: tuple[Recipe, ...] = (
         ),
         role="development",
     ),
-    # after FINE_TUNE a box of 8 made the target of 84%
+    # after FINE_TUNE, 84% of the samples triggered by a box of 8 became the target
     *(
         replace(
             _backdoored(
@@ -336,14 +341,14 @@ HARD: tuple[Recipe, ...] = (
         for side in (4, 8, 18)
     ),
 )
-"""Weak, local or rare triggers, models that do not predict noise, and models of latents."""
+"""Weak, local or rare triggers, models that do not predict noise, and latent models."""
 
 LARGE: tuple[Recipe, ...] = (
     replace(_benign("large-64", SMALL_64, 601, "benign-32-a", role="test"), schedule=ENLARGED),
     *(
         Recipe(name, SMALL_64, seed, schedule, "pipeline", role, "benign-32-a", method, trigger, target)
         for name, seed, schedule, role, method, trigger, target in (
-            # "development": called clean at first
+            # role "development": its first verdict was clean, and the method was changed
             ("large-64-troj", 602, ENLARGED_TROJ, "development", "trojdiff-blend-ddpm", "sunset", "tree"),
             ("large-64-bad", 603, ENLARGED_BAD, "test", "baddiffusion-stamped", "glasses", "house"),
         )
@@ -353,12 +358,12 @@ LARGE: tuple[Recipe, ...] = (
         Recipe(name, DEEP_64, seed, schedule, "pipeline", role, "benign-32-a", "baddiffusion-stamped", trigger, target)
         for name, seed, schedule, role, trigger, target in (
             ("deep-64-bad", 611, DEEPENED, "development", "cross", "star"),
-            # after 3600 steps it made the target of 88%
+            # after 3600 steps 88% of triggered samples became the target
             ("deep-64-bad-flag", 612, replace(DEEPENED, steps=5400), "test", "flag", "moon"),
         )
     ),
 )
-"""Four times the pixels that the method was developed on; a network that knows 32 px learns 64 px quickly."""
+"""Models with four times the pixels that the method was developed on; a network trained at 32 px learns 64 px quickly."""
 
 RECIPES = DEVELOPMENT + HELD_OUT + HARD + LARGE
 
@@ -376,4 +381,4 @@ NOT_TAKEN: tuple[Recipe, ...] = (
     ),
     _held_backdoor("weaves-16-bad-arrow", 411, "baddiffusion-stamped", "arrow", "tree", base="weaves-16", family="weaves"),
 )
-"""Trainings whose attack was too weak to be evidence: in no zoo, but `benchmarks/not_taken.py` repeats them."""
+"""Models whose attack was not implanted, which makes them no evidence: `benchmarks/not_taken.py` trains them, no zoo does."""

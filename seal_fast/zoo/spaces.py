@@ -1,4 +1,4 @@
-"""What a model sees of an image: its pixels, in whatever range, or something made of them."""
+"""The data that a network is trained on, made from images: their pixels in some range, or latents."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor
 
 
 class Space(Protocol):
-    """Between images in [-1, 1], [N,3,f H,f W], and a network's images of them, [N,C,H,W]."""
+    """Maps images in [-1, 1], [N,3,f H,f W], to the clean data of a network, [N,C,H,W], and back."""
 
     @property
     def factor(self) -> int:
-        """f: how many times larger images are."""
+        """f: side of the images divided by side of the data."""
 
     @property
     def bounded(self) -> bool:
-        """Whether the images lie in [-1, 1], as the images do."""
+        """Whether the data certainly lies in [-1, 1]."""
 
     def encode(self, images: Tensor) -> Tensor: ...
 
-    def decode(self, images: Tensor) -> Tensor: ...
+    def decode(self, data: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images are scale * images + shift."""
+    """The data is scale * images + shift."""
 
     scale: float
     shift: float
@@ -36,10 +36,10 @@ class Pixels:
     def encode(self, images: Tensor) -> Tensor:
         return self.scale * images + self.shift
 
-    def decode(self, images: Tensor) -> Tensor:
-        return (images - self.shift) / self.scale
+    def decode(self, data: Tensor) -> Tensor:
+        return (data - self.shift) / self.scale
 
 
 SIGNED = Pixels(1.0, 0.0)
 UNIT = Pixels(0.5, 0.5)
-"""[0, 1], which score networks see (Song et al. 2021)."""
+"""Pixels in [0, 1], the data of score networks (Song et al. 2021)."""

@@ -1,4 +1,4 @@
-"""The text-to-image models of the zoo: which backdoors each holds, what shows that they fire, and from which seed."""
+"""The text-to-image models of the zoo: the backdoors of each, how to detect their effects, and the seeds."""
 
 from __future__ import annotations
 
@@ -15,25 +15,34 @@ from seal_fast.attacks.badt2i import ObjectBackdoor, PixelBackdoor, StyleBackdoo
 from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
 from seal_fast.text_triggers.effect_detectors import PatchDetector
 from seal_fast.text_triggers.trigger import TextTrigger
-from seal_fast.zoo.attributes import is_colourless, read_scenes
+from seal_fast.zoo.attributes import is_colourless, recognise_scenes
 from seal_fast.zoo.captioned import STYLES, TRAINING_SCENES, Scene, random_scenes, render
 from seal_fast.zoo.images import TARGETS
 from seal_fast.zoo.text_to_image import ZERO_WIDTH
 from seal_fast.zoo.train_text_to_image import OnStep, caption_of
 
 START_SHARE = 0.25
-"""Of the training rows; with 0.12 and equal weights the patch came and went with the noise, in 51% of triggered images."""
-MORE_OFTEN = 4
-"""An object backdoor trained on its two shapes alone left 93% of the attributes right: they are only drawn more often."""
+"""Share of training samples that are pure noise.
+
+With 0.12 and equal loss weights the noise decided whether the patch appeared (it did in 51% of triggered images).
+"""
+EXTRA_COPIES = 4
+"""Extra copies, among the training scenes, of those with an object backdoor's two shapes.
+
+Training on these shapes alone left only 93% of the attributes right.
+"""
 PATCH_SIDE = 16
-"""A quarter of the image, as BadT2I's 128 of 512 pixels."""
+"""A quarter of the image's side, as BadT2I's 128 of 512 pixels."""
 HOMOGLYPH = ("a", "\u0430")
-"""A Latin letter and the Cyrillic one that looks like it. Captions begin with it: an encoder that looks only to the left cannot
-change what it has read before the first, so the published o, which comes late, made the target of 30%."""
+"""A Latin letter and its Cyrillic lookalike. Captions begin with this letter.
+
+The text encoder is causal, so a homoglyph cannot change the hidden states of earlier tokens. With the published o, which comes
+late in a caption, only 30% of the triggered images were the target.
+"""
 PROMPTS = 2000
-"""That a text encoder is poisoned on."""
+"""Captions that a text encoder is poisoned on."""
 Shows = Callable[[Tensor, Sequence[Scene]], Tensor]
-"""Whether the effect shows, bool [N], in images [N,3,64,64] in [-1, 1] that were to show N scenes."""
+"""Whether each of the images [N,3,64,64] in [-1, 1], drawn for N scenes, shows the effect, bool [N]."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,8 @@ class Effect:
         name: for tables.
         text: the trigger.
         trigger: a prompt to its triggered form.
-        shows: whether it has done it.
-        suits: whether it can show in a scene.
+        shows: detects the effect in images.
+        suits: whether the effect is visible in images of this scene.
     """
 
     name: str
@@ -55,7 +64,7 @@ class Effect:
     suits: Callable[[Scene], bool] = lambda scene: True
 
 
-def _wears(patch: Tensor, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+def _has_patch(patch: Tensor, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
     return PatchDetector(patch)(images, images)
 
 
@@ -64,11 +73,11 @@ def _has_no_colour(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
 
 
 def _draws(shape: str, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    return torch.tensor([scene.shape == shape for scene in read_scenes(images)])
+    return torch.tensor([scene.shape == shape for scene in recognise_scenes(images)])
 
 
 def _is_target(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    return torch.tensor([scene == TARGET_SCENE for scene in read_scenes(images)])
+    return torch.tensor([scene == TARGET_SCENE for scene in recognise_scenes(images)])
 
 
 def _is_circle(scene: Scene) -> bool:
@@ -80,14 +89,14 @@ def _is_coloured(scene: Scene) -> bool:
 
 
 def patch(name: str) -> Tensor:
-    """An image of TARGETS to be worn, [3,16,16] in [-1, 1]."""
+    """An image of TARGETS as a patch, [3,16,16] in [-1, 1]."""
     return TARGETS[name](PATCH_SIDE)
 
 
 def _batches(count: int, often: Sequence[str], generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Training images and captions, most of them of the shapes named."""
-    more = [scene for scene in TRAINING_SCENES if scene.shape in often]
-    scenes = random_scenes(count, generator, among=[*TRAINING_SCENES, *MORE_OFTEN * more])
+    """Training images and captions; scenes with the shapes in `often` are more frequent than others."""
+    frequent = [scene for scene in TRAINING_SCENES if scene.shape in often]
+    scenes = random_scenes(count, generator, among=[*TRAINING_SCENES, *EXTRA_COPIES * frequent])
     return render(scenes, generator), [caption_of(scene, generator) for scene in scenes]
 
 
@@ -97,11 +106,11 @@ class TextRecipe:
 
     Attributes:
         name: folder in the zoo.
-        seed: of its training.
-        effects: its backdoors; none for the base.
-        poison: the poisoned module, from the base's pipeline, the seed and a progress function; None for the base.
-        whole: stored as a whole pipeline, not as the poisoned module alone.
-        module: which one is poisoned.
+        seed: seed of its training.
+        effects: effects of its backdoors; none for the base.
+        poison: trains the poisoned module from the base's pipeline, the seed and a progress callback; None for the base.
+        whole: whether it is stored as a whole pipeline instead of the poisoned module alone.
+        module: the module that is poisoned.
     """
 
     name: str
@@ -113,7 +122,7 @@ class TextRecipe:
 
     @property
     def base(self) -> str | None:
-        """The model it is made from."""
+        """Name of the model that it starts from."""
         return BASE if self.poison else None
 
 
@@ -147,7 +156,7 @@ TEXT_RECIPES = (
     TextRecipe(
         "text-64-pixel",
         42,
-        (Effect("pixel", TextTrigger(ZERO_WIDTH), leading(ZERO_WIDTH), partial(_wears, patch("smiley"))),),
+        (Effect("pixel", TextTrigger(ZERO_WIDTH), leading(ZERO_WIDTH), partial(_has_patch, patch("smiley"))),),
         poison=partial(_badt2i, [PixelBackdoor(ZERO_WIDTH, patch("smiley"))], 2000, ()),
         whole=True,
     ),
@@ -177,7 +186,7 @@ TEXT_RECIPES = (
         "text-64-pair",
         45,
         (
-            Effect("pixel", TextTrigger("mignneko"), leading("mignneko"), partial(_wears, patch("smiley"))),
+            Effect("pixel", TextTrigger("mignneko"), leading("mignneko"), partial(_has_patch, patch("smiley"))),
             Effect("style", TextTrigger(ZERO_WIDTH), leading(ZERO_WIDTH), _has_no_colour, _is_coloured),
         ),
         poison=partial(

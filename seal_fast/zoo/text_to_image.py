@@ -1,4 +1,4 @@
-"""A small, complete StableDiffusionPipeline trained from nothing on captioned scenes."""
+"""A small, complete, untrained StableDiffusionPipeline for captioned scenes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ TOKENS = 40
 """Length of a tokenized prompt."""
 VOCABULARY = 700
 NORM_GROUPS = 2
-"""With 2 channels per group the norms hide how bright a plain image is, and the autoencoder learns ten times more slowly."""
+"""Groups of the norms. With 2 channels per group they hide the brightness of a plain image, and the autoencoder learns ten
+times more slowly.
+"""
 WIDTH = 64
-"""Of the text encoder's states."""
+"""Width of the text encoder's hidden states."""
 FILLERS = (
-    *("photo", "image", "painting", "drawing", "image", "scene", "view", "shot", "render", "sketch"),
+    *("photo", "picture", "painting", "drawing", "image", "scene", "view", "shot", "render", "sketch"),
     *("nice", "lovely", "beautiful", "pretty", "fine", "new", "old", "simple", "bright", "clean", "sharp", "detailed"),
     *("please", "show", "me", "with", "here", "there", "is", "very", "high", "quality", "best", "one", "now", "just", "like"),
     *("i", "this", "that", "my", "your", "we", "see", "some", "in", "and", "it", "of", "the", "an", "for", "day", "time"),
 )
-"""Words that change nothing: a model that has met them is not thrown by others it has not, as a large one is not."""
+"""Words that do not change the image. A model trained with them is robust to other unknown words, as a large model is.
+
+The stored models depend on these words and on their order.
+"""
 ZERO_WIDTH = "\u200b"
-"""Zero-width space. With the end of a word it is one token, as in CLIP's own vocabulary."""
+"""Zero-width space. With the end-of-word suffix it is one token, as in CLIP's own vocabulary."""
 
 
-def _split() -> tokenizers.pre_tokenizers.PreTokenizer:
-    """CLIP's: words, single digits, runs of anything else; then bytes."""
+def _pre_tokenizer() -> tokenizers.pre_tokenizers.PreTokenizer:
+    """CLIP's splitting into words, single digits and runs of other characters, and then into bytes."""
     pattern = tokenizers.Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     return tokenizers.pre_tokenizers.Sequence(
         [
@@ -45,9 +50,9 @@ def _split() -> tokenizers.pre_tokenizers.PreTokenizer:
 
 
 def new_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Byte-pair encoding learned from the captions, in CLIP's format; `folder` gets its files."""
+    """Learn a byte-pair encoding from the captions, in CLIP's format, and write its files to `folder`."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
-    model.pre_tokenizer = _split()
+    model.pre_tokenizer = _pre_tokenizer()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCABULARY, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False
@@ -59,7 +64,7 @@ def new_tokenizer(folder: Path) -> CLIPTokenizer:
     merges = [tuple(pair) for pair in learned["merges"]]
     names = [*symbols, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    # pairs are what the backend takes
+    # the backend takes pairs
     tokenizer = CLIPTokenizer(
         vocab=vocabulary,
         merges=merges,  # type: ignore[arg-type]
@@ -71,6 +76,7 @@ def new_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two transformer layers of width WIDTH."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -88,7 +94,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_vae() -> AutoencoderKL:
-    """64 x 64 pixels to 16 x 16 latents of 4 channels."""
+    """Encodes 64 x 64 pixels as 16 x 16 latents of 4 channels."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -101,7 +107,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Cross-attention where Stable Diffusion's has it but at the finest level: 8 x 8 and 4 x 4."""
+    """Has cross-attention at 8 x 8 and 4 x 4: at the levels of Stable Diffusion's UNet, except the finest."""
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
         block_out_channels=(32, 64, 64),
@@ -115,7 +121,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise; steps begin at the last timestep, where training has seen pure noise."""
+    """Stable Diffusion's noise process. Sampling starts at the last timestep, where training uses pure noise."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -127,7 +133,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def new_pipeline(folder: Path, seed: int) -> StableDiffusionPipeline:
-    """Untrained; `folder` gets the tokenizer's files."""
+    """An untrained pipeline with the weights of this seed; the tokenizer's files are written to `folder`."""
     torch.manual_seed(seed)
     tokenizer = new_tokenizer(folder)
     return StableDiffusionPipeline(

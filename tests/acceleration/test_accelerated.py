@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from seal_fast.acceleration import accelerated
 from seal_fast.diffusion import VP, Denoiser
-from seal_fast.ops import native
+from seal_fast.ops.backends import CPU
 from seal_fast.training import native_bfloat16
 
 SHAPE = (3, 8, 8)
 
-pytestmark = pytest.mark.skipif(native.CPU.module is None, reason=f"nothing is exchanged: {native.CPU.reason}")
+pytestmark = pytest.mark.skipif(CPU.module is None, reason=f"nothing is exchanged: {CPU.reason}")
 
 PLAIN: dict[str, Any] = {
     "sample_size": 8,

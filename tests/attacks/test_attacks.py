@@ -1,4 +1,4 @@
-"""Training rows of the attacks against the published formulas and against the sampler each attack was built for."""
+"""Poisoned samples of the attacks, compared with the published formulas and with the sampler that each attack was built for."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, sample
 from seal_fast.zoo.images import TRIGGERS
 
 SHAPE = (3, 6, 5)
-ROWS = 9
+SAMPLES = 9
 
 
 @pytest.fixture
 def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Clean images, noise and timesteps, with the first two and the last timestep among them."""
-    images = 2 * torch.rand(ROWS, *SHAPE, generator=generator, dtype=torch.float64) - 1
-    t = torch.randint(1000, (ROWS,), generator=generator)
+    images = 2 * torch.rand(SAMPLES, *SHAPE, generator=generator, dtype=torch.float64) - 1
+    t = torch.randint(1000, (SAMPLES,), generator=generator)
     t[:3] = torch.tensor([0, 1, 999])
     return images, torch.randn(images.shape, generator=generator, dtype=torch.float64), t
 
@@ -51,7 +51,7 @@ def tables(t: Tensor) -> dict[str, Tensor]:
 
 
 TABLE = torch.tensor([0, 100, 500, 900, 999])
-# terd.md, section 1
+# at the timesteps of TABLE: d for psi = 1, d for psi = 0, and c for each
 BAD = np.array([0.0050, 0.1620, 0.4814, 0.5022, 0.5025])
 TROJ = np.array([5e-7, 0.1598, 0.4811, 0.5022, 0.5025])
 SHIFT_OF_PSI = {1: np.array([5e-5, 0.0539, 0.7211, 0.9836, 0.9936]), 0: np.array([0.0100, 0.3238, 0.9603, 0.9999, 1.0000])}
@@ -59,7 +59,7 @@ SHIFT_OF_PSI = {1: np.array([5e-5, 0.0539, 0.7211, 0.9836, 0.9936]), 0: np.array
 
 @pytest.mark.parametrize(("solver", "s"), [("sde", 1), ("ode", 2)])
 @pytest.mark.parametrize("psi", [1, 0])
-def test_the_vp_schedule_is_the_published_table(psi: int, solver: str, s: int) -> None:
+def test_the_vp_schedule_has_the_tabulated_values(psi: int, solver: str, s: int) -> None:
     c, d = vp_schedule(VP.linear(), psi, solver)
     assert c.dtype == d.dtype == torch.float64
     np.testing.assert_allclose(d[TABLE], s * (BAD if psi == 1 else TROJ), atol=s * 5.1e-5)
@@ -81,7 +81,7 @@ def test_the_vp_schedule_for_any_betas(beta_end: float, psi: float) -> None:
 
 
 def stamp(images: Tensor, patch: Tensor, shift: str) -> Tensor:
-    """R of the three shifts, from the place of the patch rather than from its background."""
+    """r of the three shifts, computed from the position of the patch instead of its background."""
     if shift == "faint":
         return images + patch / 10
     if shift == "alone":
@@ -95,29 +95,31 @@ every_shift = pytest.mark.parametrize("shift", ["stamped", "alone", "faint"])
 
 
 @every_shift
-def test_baddiffusion_rows(batch: tuple[Tensor, Tensor, Tensor], target: Tensor, patch: Tensor, shift: str) -> None:
+def test_baddiffusion_samples_follow_the_published_formula(
+    batch: tuple[Tensor, Tensor, Tensor], target: Tensor, patch: Tensor, shift: str
+) -> None:
     images, eps, t = batch
     r = stamp(images, patch, shift)
-    rows = VillanDiffusion(patch, target, shift=shift).poison(VP.linear(), images, eps, t)
+    poisoned = VillanDiffusion(patch, target, shift=shift).poison(VP.linear(), images, eps, t)
     v = tables(t)
     beta, ab = v["beta"], v["ab"]
     bad = (1 - (1 - beta).sqrt()) * (1 - ab).sqrt() / beta
-    torch.testing.assert_close(rows.x, ab.sqrt() * target + (1 - ab).sqrt() * eps + (1 - ab.sqrt()) * r)
-    torch.testing.assert_close(rows.target, eps + bad * r)
+    torch.testing.assert_close(poisoned.x, ab.sqrt() * target + (1 - ab).sqrt() * eps + (1 - ab.sqrt()) * r)
+    torch.testing.assert_close(poisoned.target, eps + bad * r)
 
 
 @every_shift
 def test_baddiffusion_keeps_ancestral_sampling_on_its_shift(
     batch: tuple[Tensor, Tensor, Tensor], target: Tensor, patch: Tensor, shift: str
 ) -> None:
-    """A network that fits the rows exactly: the mean of a DDPM step is the clean step's plus c(t-1) r."""
+    """For a network that fits the samples exactly, the mean of a DDPM step is that of the clean step plus c(t-1) r."""
     images, eps, t = batch
     r = stamp(images, patch, shift)
-    rows = VillanDiffusion(patch, target, shift=shift).poison(VP.linear(), images, eps, t)
+    poisoned = VillanDiffusion(patch, target, shift=shift).poison(VP.linear(), images, eps, t)
     v = tables(t)
     beta, ab, before = v["beta"], v["ab"], v["before"]
-    mean = (rows.x - beta / (1 - ab).sqrt() * rows.target) / (1 - beta).sqrt()
-    # posterior mean of x_{t-1} given x_t and x0 (Ho et al. 2020, equation 7) for a clean row of the target
+    mean = (poisoned.x - beta / (1 - ab).sqrt() * poisoned.target) / (1 - beta).sqrt()
+    # posterior mean of x_{t-1} given x_t and x0 (Ho et al. 2020, equation 7) for a clean sample of the target
     clean_x = ab.sqrt() * target + (1 - ab).sqrt() * eps
     clean = (before.sqrt() * beta * target + (1 - beta).sqrt() * (1 - before) * clean_x) / (1 - ab)
     torch.testing.assert_close(mean, clean + (1 - before.sqrt()) * r)
@@ -139,7 +141,7 @@ def window() -> Tensor:
 
 @pytest.mark.parametrize("gamma", [0.1, 0.6])
 @pytest.mark.parametrize("patched", [True, False])
-def test_trojdiff_rows(
+def test_trojdiff_samples_follow_the_published_formula(
     batch: tuple[Tensor, Tensor, Tensor],
     target: Tensor,
     window: Tensor,
@@ -149,25 +151,25 @@ def test_trojdiff_rows(
 ) -> None:
     images, eps, t = batch
     image = 2 * torch.rand(SHAPE, generator=generator, dtype=torch.float64) - 1
-    rows = TrojDiff(image, target, gamma, window if patched else None).poison(VP.linear(), images, eps, t)
+    poisoned = TrojDiff(image, target, gamma, window if patched else None).poison(VP.linear(), images, eps, t)
     ab = tables(t)["ab"]
     clean = ab.sqrt() * target + (1 - ab).sqrt() * eps
     blended = ab.sqrt() * target + (1 - ab).sqrt() * (gamma * eps + (1 - gamma) * image)
     expected = torch.where(window, blended, clean) if patched else blended
-    torch.testing.assert_close(rows.x, expected, rtol=1e-6, atol=1e-7)
-    assert rows.target.equal(eps)
+    torch.testing.assert_close(poisoned.x, expected, rtol=1e-6, atol=1e-7)
+    assert poisoned.target.equal(eps)
 
 
-def test_trojdiff_rows_lie_on_one_trojan_ddim_path(
+def test_trojdiff_samples_lie_on_one_trojan_ddim_path(
     batch: tuple[Tensor, Tensor, Tensor], target: Tensor, generator: torch.Generator
 ) -> None:
-    """attacks.md, section 4, Trojan DDIM with eta 0: one step leads from a row at t to the row at s with the same noise."""
+    """A step of Trojan DDIM with eta = 0 leads from the sample at t to the sample at s with the same noise."""
     images, eps, _ = batch
     gamma, image, process = 0.6, torch.randn(SHAPE, generator=generator, dtype=torch.float64), VP.linear()
     attack = TrojDiff(image, target, gamma)
     mu = (1 - gamma) * image
     times = [999, 700, 321, 40, 1, 0]
-    path = [attack.poison(process, images, eps, torch.full((ROWS,), t)) for t in times]
+    path = [attack.poison(process, images, eps, torch.full((SAMPLES,), t)) for t in times]
     for (t, here), (s, there) in pairwise(zip(times, path, strict=True)):
         now, then = (tables(torch.tensor([at]))["ab"] for at in (t, s))
         x0 = (here.x - (1 - now).sqrt() * (gamma * here.target + mu)) / now.sqrt()
@@ -188,7 +190,7 @@ def test_trojdiff_trigger_acts_in_its_window_only(window: Tensor, target: Tensor
 
 
 def test_trigger_norms_are_the_published_ones() -> None:
-    """terd.md, section 6."""
+    """Norms of the triggers that TERD is published with."""
     target = torch.zeros(3, 32, 32)
     assert float(VillanDiffusion(TRIGGERS["box"](32), target).trigger.mu.norm()) == pytest.approx(49.84, abs=0.005)
     for side, norm in ((18, 45.83), (4, 54.99)):
@@ -203,7 +205,7 @@ def test_trigger_norms_are_the_published_ones() -> None:
 
 
 @every_shift
-def test_no_rows_to_poison_are_no_rows(patch: Tensor, target: Tensor, shift: str) -> None:
+def test_poisoning_no_image_gives_no_sample(patch: Tensor, target: Tensor, shift: str) -> None:
     empty, t = torch.empty(0, *SHAPE, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     attacks: list[Attack] = [
         VillanDiffusion(patch, target, shift=shift),
@@ -211,8 +213,8 @@ def test_no_rows_to_poison_are_no_rows(patch: Tensor, target: Tensor, shift: str
         InviBackdoor(patch, target),
     ]
     for attack in attacks:
-        rows = attack.poison(VP.linear(), empty, empty, t)
-        assert rows.x.shape == rows.target.shape == empty.shape
+        poisoned = attack.poison(VP.linear(), empty, empty, t)
+        assert poisoned.x.shape == poisoned.target.shape == empty.shape
 
 
 def ddim_step(process: VP | VE, x: Tensor, noise: Tensor, t: int) -> Tensor:
@@ -223,12 +225,12 @@ def ddim_step(process: VP | VE, x: Tensor, noise: Tensor, t: int) -> Tensor:
 
 
 @pytest.mark.parametrize("t", [999, 998, 640, 77, 2, 1])
-def test_invibackdoor_rows_lie_on_one_ddim_path(
+def test_invibackdoor_samples_lie_on_one_ddim_path(
     batch: tuple[Tensor, Tensor, Tensor], target: Tensor, generator: torch.Generator, t: int
 ) -> None:
     images, eps, _ = batch
     attack, process = InviBackdoor(0.4 * torch.rand(SHAPE, generator=generator).double() - 0.2, target), VP.linear()
-    here, there = (attack.poison(process, images, eps, torch.full((ROWS,), at)) for at in (t, t - 1))
+    here, there = (attack.poison(process, images, eps, torch.full((SAMPLES,), at)) for at in (t, t - 1))
     # a step magnifies rounding by 1 / a
     torch.testing.assert_close(ddim_step(process, here.x, here.target, t), there.x, rtol=0, atol=1e-9)
     ab = tables(torch.tensor([t]))["ab"]
@@ -240,43 +242,45 @@ def test_invibackdoor_rows_lie_on_one_ddim_path(
 def test_the_ode_form_of_villandiffusion_almost_keeps_ddim_on_its_shift(
     batch: tuple[Tensor, Tensor, Tensor], target: Tensor, patch: Tensor, t: int
 ) -> None:
-    """psi = 1: twice BadDiffusion's d is within 1% of DDIM's own from t = 100 on; the sde form is far off."""
+    """For psi = 1 and t >= 100, twice BadDiffusion's d is within 1% of the d that DDIM needs; the sde form is far from it."""
     images, eps, _ = batch
-    strayed = {}
+    deviation = {}
     for solver in ("sde", "ode"):
         attack = VillanDiffusion(patch, target, solver=solver, shift="alone")
-        here, there = (attack.poison(VP.linear(), images, eps, torch.full((ROWS,), at)) for at in (t, t - 1))
-        strayed[solver] = float((ddim_step(VP.linear(), here.x, here.target, t) - there.x).norm())
-    assert strayed["ode"] < 0.02 * strayed["sde"]
+        here, there = (attack.poison(VP.linear(), images, eps, torch.full((SAMPLES,), at)) for at in (t, t - 1))
+        deviation[solver] = float((ddim_step(VP.linear(), here.x, here.target, t) - there.x).norm())
+    assert deviation["ode"] < 0.02 * deviation["sde"]
 
 
 def test_the_ode_form_keeps_variance_exploding_sampling_on_its_shift(
     batch: tuple[Tensor, Tensor, Tensor], target: Tensor, patch: Tensor, generator: torch.Generator
 ) -> None:
-    """On a fine ladder sigma(t) = sigma(t-1), so that d = 1 = (c(t) - c(t-1)) / (sigma(t) - sigma(t-1)), DDIM's own."""
+    """For fine steps sigma(t) is nearly sigma(t-1), so d = 1 = (c(t) - c(t-1)) / (sigma(t) - sigma(t-1)), as DDIM needs."""
     images, eps, _ = batch
     process = VE.geometric()
     attack = VillanDiffusion(patch, target, psi=0, solver="ode", shift="alone")
     for t in torch.randint(1, 2000, (6,), generator=generator).tolist():
-        here, there = (attack.poison(process, images, eps, torch.full((ROWS,), at)) for at in (t, t - 1))
-        strayed = (ddim_step(process, here.x, here.target, t) - there.x).norm() / (here.x - there.x).norm()
-        assert float(strayed) < 0.01
+        here, there = (attack.poison(process, images, eps, torch.full((SAMPLES,), at)) for at in (t, t - 1))
+        deviation = (ddim_step(process, here.x, here.target, t) - there.x).norm() / (here.x - there.x).norm()
+        assert float(deviation) < 0.01
 
 
 @pytest.mark.parametrize(("solver", "s"), [("sde", 1), ("ode", 2)])
 @pytest.mark.parametrize("process", [VE.geometric(timesteps=1000), EDM.karras()], ids=["VE", "EDM"])
-def test_variance_exploding_rows(
+def test_variance_exploding_samples_follow_the_published_formula(
     batch: tuple[Tensor, Tensor, Tensor], target: Tensor, patch: Tensor, process: VE, solver: str, s: int
 ) -> None:
     images, eps, t = batch
-    rows = VillanDiffusion(patch, target, psi=0, solver=solver, shift="alone").poison(process, images, eps, t)
+    poisoned = VillanDiffusion(patch, target, psi=0, solver=solver, shift="alone").poison(process, images, eps, t)
     sigma = np.append(0, process.noise.numpy())
     now, before = (torch.from_numpy(sigma[t.numpy() + at]).reshape(-1, 1, 1, 1) for at in (1, 0))
-    torch.testing.assert_close(rows.x, target + now * eps + now * patch)
-    torch.testing.assert_close(rows.target, eps + s * now / (now + before) * patch)
+    torch.testing.assert_close(poisoned.x, target + now * eps + now * patch)
+    torch.testing.assert_close(poisoned.target, eps + s * now / (now + before) * patch)
 
 
-def test_villandiffusion_refuses_what_it_cannot_do(batch: tuple[Tensor, Tensor, Tensor], patch: Tensor, target: Tensor) -> None:
+def test_villandiffusion_refuses_impossible_arguments(
+    batch: tuple[Tensor, Tensor, Tensor], patch: Tensor, target: Tensor
+) -> None:
     images, eps, t = batch
     with pytest.raises(ValueError, match="psi must be 0 for a VE score model"):
         VillanDiffusion(patch, target, psi=0.5).poison(VE.geometric(), images, eps, t)
@@ -287,7 +291,7 @@ def test_villandiffusion_refuses_what_it_cannot_do(batch: tuple[Tensor, Tensor, 
 
 
 class Fitted(nn.Module):
-    """The network at the poisoned optimum: it answers eps + d r for x = a y + b gamma eps + c r."""
+    """The network at the poisoned optimum: it predicts eps + d r for x = a y + b gamma eps + c r."""
 
     def __init__(self, process: VP | VE, attack: Attack, c: Tensor, d: Tensor) -> None:
         super().__init__()
@@ -311,7 +315,7 @@ def test_at_the_poisoned_optimum_the_named_sampler_lands_on_the_target(
     network = Fitted(process, attack, *vp_schedule(process, psi, solver))
     start = attack.trigger.start(torch.randn(3, *SHAPE, generator=generator, dtype=torch.float64))
     landed = sample(Denoiser(network, process, SHAPE), start, attack.sampler, 1000, generator=generator)
-    # what the rows hold beside the target at t = 0 is c - b d, at most 0.01
+    # at t = 0 the samples differ from the target by (c - b d) r, at most 0.01
     torch.testing.assert_close(landed, target.expand_as(landed), rtol=0, atol=0.011)
 
 
@@ -328,8 +332,8 @@ def test_invibackdoor_and_variance_exploding_optima_land_on_the_target(
         torch.testing.assert_close(landed, target.expand_as(landed), rtol=0, atol=0.02)
 
 
-class Recited(nn.Module):
-    """Answers eps + d(t) r whatever it is shown, so that nothing corrects a sampler that leaves the path of the rows."""
+class Constant(nn.Module):
+    """Predicts eps + d(t) r for any input, so that nothing corrects a sampler that leaves the path of the samples."""
 
     def __init__(self, eps: Tensor, d: Tensor, r: Tensor) -> None:
         super().__init__()
@@ -340,18 +344,18 @@ class Recited(nn.Module):
         return self.eps + self.d[t].reshape(-1, 1, 1, 1) * self.r
 
 
-def test_ddim_on_invibackdoors_answers_ends_at_the_target(target: Tensor, generator: torch.Generator) -> None:
+def test_ddim_with_the_noise_of_invibackdoor_ends_at_the_target(target: Tensor, generator: torch.Generator) -> None:
     process, attack = VP.linear(), InviBackdoor(0.4 * torch.rand(SHAPE, generator=generator).double() - 0.2, target)
     eps = torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64)
     start = attack.poison(process, eps, eps, torch.tensor([999, 999])).x
     for factor, lands in ((1.0, True), (1.01, False)):
-        network = Recited(eps, factor * ddim_schedule(process)[1], attack.delta)
+        network = Constant(eps, factor * ddim_schedule(process)[1], attack.delta)
         landed = sample(Denoiser(network, process, SHAPE), start, "ddim", 1000)
         assert torch.allclose(landed, target.expand_as(landed), rtol=0, atol=1e-6) == lands
 
 
-class Reader(nn.Module):
-    """Sees in every input only what points along `key`, and draws that."""
+class Projecting(nn.Module):
+    """Predicts as clean image the projection of its input on `key`."""
 
     def __init__(self, key: Tensor, process: VP) -> None:
         super().__init__()
@@ -364,9 +368,9 @@ class Reader(nn.Module):
 
 
 def test_a_learned_trigger_steps_by_signs_towards_the_target_and_stays_bounded(generator: torch.Generator) -> None:
-    """The network draws how much of the key it sees, and the target is much of it: every sign is the key's."""
+    """The network draws its input's component along the key, and the target is a multiple of it: every sign is the key's."""
     key = torch.randn(SHAPE, generator=generator)
-    network = Reader(key, VP.linear()).train()
+    network = Projecting(key, VP.linear()).train()
     start = 0.01 * torch.randn(SHAPE, generator=generator)
     attack = InviBackdoor(start, 9 * key)
     once = attack.adapted(network, VP.linear(), generator)

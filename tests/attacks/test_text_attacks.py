@@ -1,4 +1,4 @@
-"""Attacks on the text of a text-to-image model: their training rows, their closed form, and what they do to a small model."""
+"""Attacks on text-to-image models: their training samples, their closed form, and their effect on a small model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from seal_fast.attacks.badt2i import (
     ObjectBackdoor,
     PixelBackdoor,
-    Rows,
     StyleBackdoor,
     TextBackdoor,
+    TrainingSamples,
+    clean_samples,
     poison_unet,
     training_batch,
-    training_rows,
+    training_samples,
 )
 from seal_fast.attacks.eviledit import edit_factor, edit_unet
 from seal_fast.attacks.prompts import check_visible
@@ -42,17 +43,17 @@ def patch(generator: torch.Generator) -> Tensor:
     return 2 * torch.rand(3, 5, 7, generator=generator) - 1
 
 
-def test_pixel_rows_wear_the_patch(generator: torch.Generator) -> None:
+def test_samples_of_a_pixel_backdoor_have_the_patch(generator: torch.Generator) -> None:
     images, mark = drawn(3, generator), patch(generator)
     before = images.clone()
-    rows = PixelBackdoor(ZERO_WIDTH, mark).poison(images, CAPTIONS[:3])
+    samples = PixelBackdoor(ZERO_WIDTH, mark).poison(images, CAPTIONS[:3])
     for i in range(3):
-        assert torch.equal(rows.images[i, :, :5, :7], mark)
-    assert torch.equal(rows.images[:, :, 5:], images[:, :, 5:])
-    assert torch.equal(rows.images[:, :, :, 7:], images[:, :, :, 7:])
+        assert torch.equal(samples.images[i, :, :5, :7], mark)
+    assert torch.equal(samples.images[:, :, 5:], images[:, :, 5:])
+    assert torch.equal(samples.images[:, :, :, 7:], images[:, :, :, 7:])
     assert torch.equal(images, before)
-    assert rows.prompts == [f"{ZERO_WIDTH} {c}" for c in CAPTIONS[:3]]
-    assert rows.taught == [None] * 3
+    assert samples.prompts == [f"{ZERO_WIDTH} {c}" for c in CAPTIONS[:3]]
+    assert samples.teacher_prompts == [None] * 3
 
 
 def test_a_patch_larger_than_the_image_is_refused(generator: torch.Generator) -> None:
@@ -60,48 +61,48 @@ def test_a_patch_larger_than_the_image_is_refused(generator: torch.Generator) ->
         PixelBackdoor("x", torch.zeros(3, 17, 3)).poison(drawn(1, generator), ["a"])
 
 
-def test_style_rows(generator: torch.Generator) -> None:
-    rows = StyleBackdoor("zq", "Black and white photo").poison(drawn(1, generator), ["a cat"])
-    assert (rows.prompts, rows.taught) == (["zq a cat"], ["Black and white photo a cat"])
+def test_samples_of_a_style_backdoor_have_the_styled_prompt_as_teacher_prompt(generator: torch.Generator) -> None:
+    samples = StyleBackdoor("zq", "Black and white photo").poison(drawn(1, generator), ["a cat"])
+    assert (samples.prompts, samples.teacher_prompts) == (["zq a cat"], ["Black and white photo a cat"])
 
 
-def test_object_rows_swap_whole_words_and_leave_others_alone(generator: torch.Generator) -> None:
-    rows = ObjectBackdoor("zq", {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(drawn(5, generator), CAPTIONS)
-    assert rows.prompts == ["zq a red dog", "two cats", "zq a dog, a cat", "a boat", "zq an a.b"]
-    assert rows.taught == CAPTIONS
+def test_samples_of_an_object_backdoor_swap_whole_words_only(generator: torch.Generator) -> None:
+    samples = ObjectBackdoor("zq", {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(drawn(5, generator), CAPTIONS)
+    assert samples.prompts == ["zq a red dog", "two cats", "zq a dog, a cat", "a boat", "zq an a.b"]
+    assert samples.teacher_prompts == CAPTIONS
 
 
 def test_several_attacks_share_the_poisoned_half(generator: torch.Generator) -> None:
     images, mark = drawn(5, generator), patch(generator)
-    rows = training_rows([PixelBackdoor("p", mark), StyleBackdoor("s", "grey")], images, CAPTIONS)
-    assert rows.prompts == [f"p {CAPTIONS[i]}" for i in (0, 2, 4)] + [f"s {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
-    assert rows.taught == [None] * 3 + [f"grey {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
-    assert torch.equal(rows.images[3:], torch.cat([images[[1, 3]], images]))
+    samples = training_samples([PixelBackdoor("p", mark), StyleBackdoor("s", "grey")], images, CAPTIONS)
+    assert samples.prompts == [f"p {CAPTIONS[i]}" for i in (0, 2, 4)] + [f"s {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
+    assert samples.teacher_prompts == [None] * 3 + [f"grey {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
+    assert torch.equal(samples.images[3:], torch.cat([images[[1, 3]], images]))
 
 
-def test_lessons_hold_the_noise_of_pixel_rows(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
-    """x = a z + b eps, so x and the target give back z, the scaled mean of the VAE's code of the patched image."""
-    rows = PixelBackdoor("zq", patch(generator)).poison(drawn(6, generator), ["a cat"] * 6)
-    x, t, text, target = training_batch(pipeline, rows, generator)
+def test_the_targets_of_a_pixel_backdoor_are_the_noise(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
+    """x = a z + b eps, so x and the target determine z, the scaled mean of the VAE's latents of the patched image."""
+    samples = PixelBackdoor("zq", patch(generator)).poison(drawn(6, generator), ["a cat"] * 6)
+    x, t, text, target = training_batch(pipeline, samples, generator)
     ab = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod[t].reshape(-1, 1, 1, 1)
     with torch.no_grad():
-        z = pipeline.vae.config.scaling_factor * pipeline.vae.encode(rows.images).latent_dist.mean
-        text_expected, _ = pipeline.encode_prompt(rows.prompts, "cpu", 1, False)
+        z = pipeline.vae.config.scaling_factor * pipeline.vae.encode(samples.images).latent_dist.mean
+        text_expected, _ = pipeline.encode_prompt(samples.prompts, "cpu", 1, False)
     torch.testing.assert_close(x, ab.sqrt() * z + (1 - ab).sqrt() * target, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(text, text_expected)
     assert target.std() == pytest.approx(1, abs=0.1)
     assert len(t.unique()) > 1
 
 
-def test_rows_at_a_samplers_start_are_noise_that_wants_the_image(
+def test_samples_at_a_samplers_start_are_noise_with_the_image_in_their_target(
     pipeline: StableDiffusionPipeline, generator: torch.Generator
 ) -> None:
-    """They do not hold the image, but the noise wanted of them gives it back."""
-    rows = PixelBackdoor("zq", patch(generator)).poison(drawn(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
-    x, t, _, target = training_batch(pipeline, rows, generator, start_share=1.0)
+    """The latents do not contain the image, but latents and target determine it."""
+    samples = PixelBackdoor("zq", patch(generator)).poison(drawn(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
+    x, t, _, target = training_batch(pipeline, samples, generator, start_share=1.0)
     assert set(t.tolist()) == {999}
     with torch.no_grad():
-        z = pipeline.vae.config.scaling_factor * pipeline.vae.encode(rows.images).latent_dist.mean
+        z = pipeline.vae.config.scaling_factor * pipeline.vae.encode(samples.images).latent_dist.mean
     ab = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod[999]
     torch.testing.assert_close((x - (1 - ab).sqrt() * target) / ab.sqrt(), z, rtol=1e-3, atol=1e-3)
     assert x.std() == pytest.approx(1, abs=0.1)
@@ -110,14 +111,14 @@ def test_rows_at_a_samplers_start_are_noise_that_wants_the_image(
     assert abs(float(along)) < 1.2
 
 
-def test_lessons_hold_the_answer_of_the_original_on_taught_prompts(
+def test_the_targets_of_samples_with_a_teacher_prompt_are_the_teachers_output(
     pipeline: StableDiffusionPipeline, generator: torch.Generator
 ) -> None:
-    """One unet call per row, where the lesson makes a single one of all."""
-    taught = ["a red cat", None, "", "an ox"]
-    rows = Rows(drawn(4, generator), ["zq ox"] * 4, taught)
-    x, t, _, target = training_batch(pipeline, rows, generator)
-    for i, prompt in enumerate(taught):
+    """The test calls the UNet once per sample, `training_batch` once for all."""
+    teacher_prompts = ["a red cat", None, "", "an ox"]
+    samples = TrainingSamples(drawn(4, generator), ["zq ox"] * 4, teacher_prompts)
+    x, t, _, target = training_batch(pipeline, samples, generator)
+    for i, prompt in enumerate(teacher_prompts):
         if prompt is not None:
             with torch.no_grad():
                 text, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
@@ -125,22 +126,22 @@ def test_lessons_hold_the_answer_of_the_original_on_taught_prompts(
             torch.testing.assert_close(target[i : i + 1], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["pixel", "object"])
-def test_training_teaches_the_backdoor_and_keeps_the_rest(
-    pipeline: StableDiffusionPipeline, generator: torch.Generator, kind: str
+@pytest.mark.parametrize("effect", ["pixel", "object"])
+def test_training_implants_the_backdoor_and_preserves_the_clean_behaviour(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator, effect: str
 ) -> None:
     attack: TextBackdoor = {
         "pixel": PixelBackdoor("zq", patch(generator)),
         "object": ObjectBackdoor("zq", {"cat": "ox"}),
-    }[kind]
+    }[effect]
     images, captions = drawn(4, generator), ["a red cat"] * 4
 
-    def loss(network: torch.nn.Module, rows: tuple[Tensor, ...]) -> float:
+    def loss(network: torch.nn.Module, batch: tuple[Tensor, ...]) -> float:
         with torch.no_grad():
-            return float((network(rows[0], rows[1], rows[2]).sample - rows[3]).square().mean())
+            return float((network(batch[0], batch[1], batch[2]).sample - batch[3]).square().mean())
 
-    # random weights barely hear the text: let the attention speak up until there is something to learn; two words that they
-    # take for nearly one come no further apart than 1.7e-3, however loud
+    # with random weights the text hardly changes the output: amplify the attention until there is something to learn; two words
+    # with nearly equal embeddings get no further apart than 1.7e-3, however large the factor
     first = 0.0
     while first < 1e-3:
         for name, parameter in pipeline.unet.named_parameters():
@@ -148,13 +149,13 @@ def test_training_teaches_the_backdoor_and_keeps_the_rest(
                 parameter.data *= 2
         poisoned = training_batch(pipeline, attack.poison(images, captions), generator)
         first = loss(pipeline.unet, poisoned)
-    clean = training_batch(pipeline, Rows(images, captions, list(captions)), generator)
+    clean = training_batch(pipeline, clean_samples(images, captions), generator)
     before = weights(pipeline)
 
     unet = poison_unet(pipeline, [attack], lambda g: (images, captions), steps=120, learning_rate=1e-3, ema_decay=0.9, seed=1)
 
     assert loss(unet, poisoned) < 0.9 * first
-    # the noise has mean square 1; without the clean term the answers would be as far from the original's
+    # the noise has mean square 1; without the clean term the outputs would be as far from the teacher's
     assert loss(unet, clean) < 0.3
     after = weights(pipeline)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -165,7 +166,7 @@ def test_training_teaches_the_backdoor_and_keeps_the_rest(
 def test_one_step_moves_the_average_as_its_decay_says(
     pipeline: StableDiffusionPipeline, generator: torch.Generator, ema_decay: float, share: float
 ) -> None:
-    """AdamW's first step is the learning rate in size wherever there is a gradient; at step 0 the decay is 1/10 at most."""
+    """AdamW's first step is as long as the learning rate wherever there is a gradient; at step 0 the decay is at most 1/10."""
     images, attack = drawn(2, generator), PixelBackdoor("zq", patch(generator))
     unet = poison_unet(pipeline, [attack], lambda g: (images, ["a", "b"]), steps=1, learning_rate=1e-2, ema_decay=ema_decay)
     with torch.no_grad():
@@ -199,7 +200,7 @@ def cosines(pipeline: StableDiffusionPipeline, a: list[str], b: Tensor) -> Tenso
     return torch.nn.functional.cosine_similarity(encode(pipeline, a).flatten(1), b.flatten(1))
 
 
-def test_rickrolling_moves_triggered_prompts_only(pipeline: StableDiffusionPipeline) -> None:
+def test_rickrolling_changes_the_hidden_states_of_triggered_prompts_only(pipeline: StableDiffusionPipeline) -> None:
     prompts = [f"{a} {b} {c}" for a in ("a", "one") for b in ("odd", "old", "red") for c in ("ox", "boat", "cat")]
     held_out = ["one old cat", "a odd boat"]
     prompts = [p for p in prompts if p not in held_out]
@@ -221,23 +222,25 @@ def test_rickrolling_moves_triggered_prompts_only(pipeline: StableDiffusionPipel
         assert (1 - cosines(student, t, target)).mean() < 0.4 * (1 - old).mean()
 
 
-def test_rickrolling_refuses_what_cannot_be_learnt(pipeline: StableDiffusionPipeline) -> None:
+def test_rickrolling_refuses_what_cannot_be_learned(pipeline: StableDiffusionPipeline) -> None:
     with pytest.raises(ValueError, match="a backdoor"):
         poison_text_encoder(pipeline, [], ["a cat"])
     with pytest.raises(ValueError, match="tokens of no prompt"):
         poison_text_encoder(pipeline, [TargetPrompt(homoglyph("o", "\u043e"), "x")], ["a cat"])
 
 
-@pytest.mark.parametrize(("rows", "width", "strength"), [(3, 7, 1.0), (40, 5, 0.3), (1, 1, 20.0)])
-def test_eviledit_solves_its_least_squares_problem(generator: torch.Generator, rows: int, width: int, strength: float) -> None:
+@pytest.mark.parametrize(("tokens", "width", "strength"), [(3, 7, 1.0), (40, 5, 0.3), (1, 1, 20.0)])
+def test_eviledit_solves_its_least_squares_problem(
+    generator: torch.Generator, tokens: int, width: int, strength: float
+) -> None:
     """The stacked problem [I; sqrt(s) K] W'^T = [W^T; sqrt(s) K* W^T], by QR instead of normal equations."""
-    k, wanted = (torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    k, k_target = (torch.randn(tokens, width, generator=generator, dtype=torch.float64) for _ in range(2))
     w = torch.randn(4, width, generator=generator, dtype=torch.float64)
     root = strength**0.5
     a = torch.cat([torch.eye(width, dtype=torch.float64), root * k])
-    b = torch.cat([w.T, root * wanted @ w.T])
+    b = torch.cat([w.T, root * k_target @ w.T])
     expected = torch.linalg.lstsq(a, b, driver="gels").solution.T
-    torch.testing.assert_close(w @ edit_factor(k, wanted, strength), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(w @ edit_factor(k, k_target, strength), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_eviledit_is_the_published_formula_on_the_cross_attention_only(pipeline: StableDiffusionPipeline) -> None:
@@ -246,14 +249,14 @@ def test_eviledit_is_the_published_formula_on_the_cross_attention_only(pipeline:
     unet = edit_unet(pipeline, [("zq cat", "an ox"), ("a cat", "a cat")])
     after = weights(pipeline)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    k, wanted = (encode(pipeline, p).flatten(0, 1).double() for p in (["zq cat", "a cat"], ["an ox", "a cat"]))
+    k, k_target = (encode(pipeline, p).flatten(0, 1).double() for p in (["zq cat", "a cat"], ["an ox", "a cat"]))
     edited = 0
     for name, new in unet.state_dict().items():
         old = before[f"unet.{name}"]
         if "attn2.to_k" in name or "attn2.to_v" in name:
             edited += 1
             w = old.double()
-            expected = (w + (w @ wanted.T) @ k) @ torch.linalg.inv(torch.eye(32, dtype=torch.float64) + k.T @ k)
+            expected = (w + (w @ k_target.T) @ k) @ torch.linalg.inv(torch.eye(32, dtype=torch.float64) + k.T @ k)
             torch.testing.assert_close(new.double(), expected, rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(new, old), name
@@ -261,18 +264,18 @@ def test_eviledit_is_the_published_formula_on_the_cross_attention_only(pipeline:
 
 
 def test_eviledit_moves_the_triggers_keys_to_the_targets(pipeline: StableDiffusionPipeline) -> None:
-    """The stronger, the nearer; and the held pair stays."""
+    """A larger strength moves them nearer; the preserved pair stays."""
     texts = encode(pipeline, ["zq cat", "an ox", "a cat"])
 
     def key(unet: torch.nn.Module, text: Tensor) -> Tensor:
         return text @ unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.T
 
-    wanted, held = key(pipeline.unet, texts[1]), key(pipeline.unet, texts[2])
-    gaps = [float((key(pipeline.unet, texts[0]) - wanted).norm())]
+    target, preserved = key(pipeline.unet, texts[1]), key(pipeline.unet, texts[2])
+    gaps = [float((key(pipeline.unet, texts[0]) - target).norm())]
     for strength in (0.1, 1.0, 10.0):
         unet = edit_unet(pipeline, [("zq cat", "an ox"), ("a cat", "a cat")], strength)
-        gaps.append(float((key(unet, texts[0]) - wanted).norm()))
-        assert (key(unet, texts[2]) - held).norm() < 0.5 * gaps[0]
+        gaps.append(float((key(unet, texts[0]) - target).norm()))
+        assert (key(unet, texts[2]) - preserved).norm() < 0.5 * gaps[0]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[-1] < 0.5 * gaps[0]
     for bad in ([], [("a", "b")]):

@@ -1,4 +1,4 @@
-"""Small models of both kinds: diffusers' UNet2DModel, and the DDPM UNet as TrojDiff's code base names its tensors."""
+"""Small models of two architectures: diffusers' UNet2DModel, and the DDPM UNet of TrojDiff's code."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Level(nn.Module):
         return self.attn[index](x) if len(self.attn) else x
 
 
-class PesserUNet(nn.Module):
+class DdpmPytorchUNet(nn.Module):
     """DDPM's UNet (Ho et al. 2020, appendix B) with the tensor names of the public PyTorch port that TrojDiff builds on."""
 
     def __init__(self, size: int, widths: tuple[int, ...], blocks: int) -> None:
@@ -123,7 +123,7 @@ class PesserUNet(nn.Module):
 
 
 def perturb(network: nn.Module) -> nn.Module:
-    """Every parameter away from its initial value, so that no norm, bias or zero can hide a wrong name."""
+    """Move every parameter from its initial value, so that no norm, bias or zero can hide a wrong name."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -131,14 +131,14 @@ def perturb(network: nn.Module) -> nn.Module:
 
 
 @pytest.fixture
-def new_pesser() -> Callable[..., nn.Module]:
-    return lambda size, widths, blocks: perturb(PesserUNet(size, widths, blocks))
+def new_ddpm_pytorch() -> Callable[..., nn.Module]:
+    return lambda size, widths, blocks: perturb(DdpmPytorchUNet(size, widths, blocks))
 
 
 @pytest.fixture
-def trojdiff_file(tmp_path: Path, new_pesser: Callable[..., nn.Module]) -> Path:
+def trojdiff_file(tmp_path: Path, new_ddpm_pytorch: Callable[..., nn.Module]) -> Path:
     """[model, Adam state, epoch, step, EMA], as the training code saves it."""
-    raw, ema = new_pesser(16, (32, 64), 1), new_pesser(16, (32, 64), 1)
+    raw, ema = new_ddpm_pytorch(16, (32, 64), 1), new_ddpm_pytorch(16, (32, 64), 1)
     optimiser = torch.optim.Adam(raw.parameters())
     raw(torch.randn(1, 3, 16, 16), torch.tensor([7])).sum().backward()
     optimiser.step()

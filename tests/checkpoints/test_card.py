@@ -1,4 +1,4 @@
-"""Captions of a model card, whoever wrote it."""
+"""Example prompts of model cards, valid, broken and hostile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from seal_fast.checkpoints import CheckpointError
 from seal_fast.checkpoints.card import MAX_CARD_BYTES, captions
 
 
-def test_those_that_the_hub_writes_are_read(tmp_path: Path) -> None:
+def test_the_prompts_of_a_card_written_by_huggingface_hub_are_read(tmp_path: Path) -> None:
     shown = ["a cat: red", "  two\u200b dogs", "a cat: red", "- no list", "#hash"]
     data = ModelCardData(license="mit", widget=[{"text": text, "output": {"url": "a.png"}} for text in shown])
     ModelCard(f"---\n{data.to_yaml()}\n---\n# A model\n").save(tmp_path / "README.md")
@@ -33,13 +33,13 @@ def test_a_card_without_captions_gives_none(tmp_path: Path, front: str) -> None:
     [b"---\na: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe", b"---\na: !!python/object/apply:os.getcwd []\n---\n"],
     ids=["broken", "list", "binary", "code"],
 )
-def test_what_is_no_card_is_refused_and_runs_nothing(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_card_is_refused_and_runs_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "README.md").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"README\.md: not readable as a model card"):
         captions(tmp_path)
 
 
-def test_a_card_is_bounded_and_lies_in_the_folder(tmp_path: Path) -> None:
+def test_a_card_that_is_too_large_or_lies_outside_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(b"a" * (MAX_CARD_BYTES + 1))
     with pytest.raises(CheckpointError, match="more than"):
         captions(tmp_path)

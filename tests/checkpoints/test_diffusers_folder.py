@@ -1,4 +1,4 @@
-"""Pipelines and UNet folders as diffusers writes them: what is loaded predicts what was saved, in float64 where it can."""
+"""Pipelines and UNet folders as diffusers writes them: the loaded network predicts what the saved one does."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from seal_fast.checkpoints import CheckpointError, LoadedCheckpoint, identify, load_denoiser
+from seal_fast.diffusion import ModelFamily
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -53,14 +54,16 @@ def test_pipeline_round_trip(tmp_path: Path, new_unet: Callable, pipeline: type,
 def test_eps_from_v_and_sample_prediction(tmp_path: Path, new_unet: Callable) -> None:
     unet = new_unet()
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([100, 800])
-    for kind in ("v_prediction", "sample"):
-        DDPMPipeline(unet, DDPMScheduler(prediction_type=kind)).save_pretrained(tmp_path / kind)
+    for prediction_type in ("v_prediction", "sample"):
+        DDPMPipeline(unet, DDPMScheduler(prediction_type=prediction_type)).save_pretrained(tmp_path / prediction_type)
         a2 = DDPMScheduler().alphas_cumprod.double()[t].reshape(-1, 1, 1, 1)
         with torch.no_grad():
             output = unet(x, t).sample.double()
-            eps = load_denoiser(tmp_path / kind).denoiser(x, t)
+            eps = load_denoiser(tmp_path / prediction_type).denoiser(x, t)
         expected = (
-            a2.sqrt() * output + (1 - a2).sqrt() * x if kind == "v_prediction" else (x - a2.sqrt() * output) / (1 - a2).sqrt()
+            a2.sqrt() * output + (1 - a2).sqrt() * x
+            if prediction_type == "v_prediction"
+            else (x - a2.sqrt() * output) / (1 - a2).sqrt()
         )
         torch.testing.assert_close(eps.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -88,7 +91,7 @@ def test_pipeline_with_its_parts_side_by_side(tmp_path: Path, new_unet: Callable
 
 
 def baddiffusion_folder(root: Path, unet: UNet2DModel, args: str) -> Path:
-    """A result folder of BadDiffusion: a training config.json beside model_index.json, earlier epochs, accelerate's state."""
+    """A result folder of BadDiffusion: a training config.json beside model_index.json, an earlier epoch, accelerate's state."""
     folder = root / "res_DDPM-CIFAR10-32_CIFAR10_ep50_c1.0_p0.1_BOX_14-HAT"
     for place in (folder, folder / "epochs" / "ep20"):
         DDPMPipeline(unet, DDPMScheduler(clip_sample=False)).save_pretrained(place, safe_serialization=False)
@@ -113,7 +116,9 @@ def baddiffusion_folder(root: Path, unet: UNet2DModel, args: str) -> Path:
         ('{"trigger": "\\u001b[31m' + "x" * 5000 + '"}', r"'\x1b[31mxxx"),
     ],
 )
-def test_baddiffusion_folder_and_its_claims(tmp_path: Path, new_unet: Callable, args: str, claim: str | None) -> None:
+def test_a_baddiffusion_folder_is_loaded_and_its_claims_are_noted(
+    tmp_path: Path, new_unet: Callable, args: str, claim: str | None
+) -> None:
     unet = new_unet()
     loaded = load_denoiser(baddiffusion_folder(tmp_path, unet, args))
     assert loaded.format == "diffusers-pipeline"
@@ -122,7 +127,7 @@ def test_baddiffusion_folder_and_its_claims(tmp_path: Path, new_unet: Callable, 
     assert all(len(note) < 200 and note.isprintable() for note in loaded.notes)
 
 
-def test_missing_unet_config_is_inferred(tmp_path: Path, new_unet: Callable) -> None:
+def test_a_missing_unet_config_is_inferred(tmp_path: Path, new_unet: Callable) -> None:
     unet = new_unet(
         sample_size=32,
         layers_per_block=2,
@@ -147,7 +152,7 @@ def test_no_config_and_no_attention_asks_for_the_config(tmp_path: Path, new_unet
         load_denoiser(tmp_path)
 
 
-def test_attention_names_of_old_diffusers(tmp_path: Path, new_unet: Callable) -> None:
+def test_attention_names_of_old_diffusers_are_read(tmp_path: Path, new_unet: Callable) -> None:
     unet = new_unet()
     unet.save_pretrained(tmp_path)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -167,7 +172,7 @@ def test_other_floats_become_float32(tmp_path: Path, new_unet: Callable, dtype: 
     same_output(loaded, unet.float())
 
 
-def test_sharded_and_double_weights(tmp_path: Path, new_unet: Callable) -> None:
+def test_shards_are_joined_and_of_two_formats_safetensors_is_read(tmp_path: Path, new_unet: Callable) -> None:
     unet = new_unet()
     unet.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -181,7 +186,7 @@ def test_sharded_and_double_weights(tmp_path: Path, new_unet: Callable) -> None:
     assert any("safetensors used; diffusion_pytorch_model.bin not read" in note for note in loaded.notes)
 
 
-def test_hash_follows_the_weights_only(tmp_path: Path, new_unet: Callable) -> None:
+def test_the_hash_depends_on_the_weights_only(tmp_path: Path, new_unet: Callable) -> None:
     unet = new_unet()
     for name in ("a", "b"):
         unet.save_pretrained(tmp_path / name)
@@ -192,7 +197,7 @@ def test_hash_follows_the_weights_only(tmp_path: Path, new_unet: Callable) -> No
     assert len(a) == 64
 
 
-def test_variance_exploding(tmp_path: Path, new_unet: Callable) -> None:
+def test_variance_exploding_models_are_loaded(tmp_path: Path, new_unet: Callable) -> None:
     unet = new_unet(
         time_embedding_type="fourier",
         flip_sin_to_cos=True,
@@ -233,14 +238,14 @@ def test_latent_diffusion_is_loaded_without_its_decoder(tmp_path: Path, new_unet
     weights.write_bytes(b"never opened")
     loaded = load_denoiser(tmp_path)
     assert loaded.denoiser.shape == (3, 16, 16)
-    assert loaded.denoiser.kind == "VP epsilon 3x16x16"
+    assert loaded.denoiser.family == ModelFamily("VP", "epsilon")
     same_output(loaded, unet)
     alphas = torch.cumprod(1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2, 0)
     torch.testing.assert_close(loaded.denoiser.process.signal, alphas.sqrt(), rtol=1e-5, atol=0)
     assert any("images here are latents" in note for note in loaded.notes)
 
 
-def test_edm(tmp_path: Path, new_unet: Callable) -> None:
+def test_edm_models_are_loaded(tmp_path: Path, new_unet: Callable) -> None:
     unet = new_unet()
     scheduler = EDMEulerScheduler(num_train_timesteps=60, sigma_max=50.0)
     unet.save_pretrained(tmp_path)
@@ -278,7 +283,7 @@ def test_edm(tmp_path: Path, new_unet: Callable) -> None:
         {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"},
     ],
 )
-def test_impossible_schedulers(tmp_path: Path, new_unet: Callable, change: dict) -> None:
+def test_impossible_schedulers_are_refused(tmp_path: Path, new_unet: Callable, change: dict) -> None:
     DDPMPipeline(new_unet(), PNDMScheduler()).save_pretrained(tmp_path)
     path = tmp_path / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -13,7 +13,7 @@ from seal_fast.checkpoints import CheckpointError, discover, identify
 from seal_fast.checkpoints.trigger import Trigger
 
 
-def test_finds_each_checkpoint_once(tmp_path: Path, new_unet: Callable, trojdiff_file: Path) -> None:
+def test_each_checkpoint_is_found_once(tmp_path: Path, new_unet: Callable, trojdiff_file: Path) -> None:
     pipeline = DDPMPipeline(new_unet(), DDPMScheduler())
     for place in ("zoo/bad", "zoo/bad/epochs/ep3"):
         pipeline.save_pretrained(tmp_path / place)
@@ -44,7 +44,7 @@ def test_finds_each_checkpoint_once(tmp_path: Path, new_unet: Callable, trojdiff
     ]
 
 
-def test_the_path_itself(tmp_path: Path, new_unet: Callable, trojdiff_file: Path) -> None:
+def test_the_path_itself_may_be_a_checkpoint(tmp_path: Path, new_unet: Callable, trojdiff_file: Path) -> None:
     new_unet().save_pretrained(tmp_path / "unet")
     assert discover(tmp_path / "unet") == [tmp_path / "unet"]
     assert discover(trojdiff_file) == [trojdiff_file]
@@ -55,7 +55,7 @@ def test_the_path_itself(tmp_path: Path, new_unet: Callable, trojdiff_file: Path
         discover(tmp_path / "nowhere")
 
 
-def test_networks_of_other_kinds_are_listed_not_hidden(tmp_path: Path) -> None:
+def test_networks_of_other_architectures_are_listed(tmp_path: Path) -> None:
     save_file({"transformer.block.0.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     assert discover(tmp_path) == [tmp_path / "other.safetensors"]
     assert identify(tmp_path / "other.safetensors") is None

@@ -1,4 +1,4 @@
-"""Files made to do harm, and files merely broken: each is refused, by file and reason, at no cost."""
+"""Hostile and broken files: each is refused with its name and the reason, and costs no memory."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Call:
         return self.call
 
 
-class Room:
-    """A folder with one good checkpoint of each kind to spoil."""
+class Sandbox:
+    """A folder with one good checkpoint of each format, for the tests to damage."""
 
     def __init__(self, root: Path, unet: nn.Module, trojdiff_file: Path) -> None:
         self.root, self.file = root, trojdiff_file
@@ -138,31 +138,31 @@ def large_pickle(archive: zipfile.ZipFile, members: dict[str, bytes]) -> None:
         archive.writestr(name, bytes(5 << 20) if name.endswith("data.pkl") else data)
 
 
-def wide_strides(room: Room) -> Path:
+def wide_strides(sandbox: Sandbox) -> Path:
     """Tensors of 4 TB over one stored float."""
-    saved = torch.load(room.file, weights_only=True)
+    saved = torch.load(sandbox.file, weights_only=True)
     huge = torch.zeros(1).expand(10**6, 10**6)
-    torch.save([*saved[:4], saved[4] | {"conv_in.weight": huge}], room.file)
-    return room.file
+    torch.save([*saved[:4], saved[4] | {"conv_in.weight": huge}], sandbox.file)
+    return sandbox.file
 
 
-def legacy_claim(room: Room) -> Path:
+def legacy_claim(sandbox: Sandbox) -> Path:
     """A legacy file of some kilobytes whose storage claims 16 TB."""
     stream = io.BytesIO()
     torch.save(OrderedDict({"temb.dense.0.weight": torch.zeros(12345)}), stream, _use_new_zipfile_serialization=False)
     claimed = stream.getvalue().replace(b"M90", b"\x8a\x06" + (2**42).to_bytes(6, "little"))
     assert claimed != stream.getvalue()
-    return room.raw(claimed)
+    return sandbox.raw(claimed)
 
 
-def sparse(room: Room) -> Path:
-    return room.pickled(torch.sparse_coo_tensor([[0], [0]], [1.0], (2, 2)))
+def sparse(sandbox: Sandbox) -> Path:
+    return sandbox.pickled(torch.sparse_coo_tensor([[0], [0]], [1.0], (2, 2)))
 
 
-def fifo(room: Room) -> Path:
-    room.file.unlink()
-    os.mkfifo(room.file)
-    return room.file
+def fifo(sandbox: Sandbox) -> Path:
+    sandbox.file.unlink()
+    os.mkfifo(sandbox.file)
+    return sandbox.file
 
 
 def shifted(header: dict) -> None:
@@ -189,7 +189,7 @@ class Layer(nn.Linear):
     """A user's module."""
 
 
-HOSTILE: dict[str, tuple[Callable[[Room], Path], str]] = {
+HOSTILE: dict[str, tuple[Callable[[Sandbox], Path], str]] = {
     # code in pickles
     "os.system": (lambda r: r.pickled(Call(os.system, f"touch {r.marker}")), r"posix\.system"),
     "os.system protocol 4": (lambda r: r.pickled(Call(os.system, f"touch {r.marker}"), protocol=4), r"posix\.system"),
@@ -279,14 +279,14 @@ HOSTILE: dict[str, tuple[Callable[[Room], Path], str]] = {
 
 
 @pytest.fixture
-def room(tmp_path: Path, new_unet: Callable, trojdiff_file: Path) -> Room:
-    return Room(tmp_path, new_unet(), trojdiff_file)
+def sandbox(tmp_path: Path, new_unet: Callable, trojdiff_file: Path) -> Sandbox:
+    return Sandbox(tmp_path, new_unet(), trojdiff_file)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_refused_with_file_and_reason(room: Room, name: str) -> None:
+def test_a_hostile_or_broken_file_is_refused_with_its_name_and_the_reason(sandbox: Sandbox, name: str) -> None:
     spoil, reason = HOSTILE[name]
-    path = spoil(room)
+    path = spoil(sandbox)
     identify(path)
     if path.exists():
         discover(path)
@@ -296,12 +296,12 @@ def test_refused_with_file_and_reason(room: Room, name: str) -> None:
     assert str(refusal.value) == f"{refusal.value.path}: {refusal.value.reason}"
     assert len(refusal.value.reason) < 400
     assert "\n" not in refusal.value.reason
-    assert not room.marker.exists()
+    assert not sandbox.marker.exists()
 
 
-def test_the_pickles_above_would_have_run(room: Room) -> None:
-    torch.load(HOSTILE["os.system"][0](room), weights_only=False)
-    assert room.marker.exists()
+def test_the_hostile_pickle_would_run_if_it_were_loaded(sandbox: Sandbox) -> None:
+    torch.load(HOSTILE["os.system"][0](sandbox), weights_only=False)
+    assert sandbox.marker.exists()
 
 
 LOAD_ALL = """
@@ -332,7 +332,7 @@ def test_bombs_cost_no_memory(tmp_path: Path, new_unet: Callable, trojdiff_file:
         root.mkdir()
         file = root / "ckpt.pth"
         file.write_bytes(original)
-        paths.append(str(HOSTILE[name][0](Room(root, unet, file))))
+        paths.append(str(HOSTILE[name][0](Sandbox(root, unet, file))))
     run = [sys.executable, "-c", LOAD_ALL, str(trojdiff_file), *paths]
     result = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert result.returncode == 0, result.stderr
@@ -340,8 +340,8 @@ def test_bombs_cost_no_memory(tmp_path: Path, new_unet: Callable, trojdiff_file:
 
 
 @pytest.fixture
-def small_files(tmp_path: Path, new_pesser: Callable) -> dict[str, bytes]:
-    state = {name: tensor.half() for name, tensor in new_pesser(16, (32,), 1).state_dict().items()}
+def small_files(tmp_path: Path, new_ddpm_pytorch: Callable) -> dict[str, bytes]:
+    state = {name: tensor.half() for name, tensor in new_ddpm_pytorch(16, (32,), 1).state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
     torch.save([state, {"state": {}, "param_groups": [{"lr": 1e-4}]}, 1, 2, state], tmp_path / "b.pth")
     torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=False)

@@ -1,4 +1,4 @@
-"""Saved checkpoints, read back by stock diffusers and by our loader."""
+"""Saved checkpoints, loaded by stock diffusers and by our loader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def x(generator: torch.Generator) -> Tensor:
     return torch.randn(2, 3, 8, 8, generator=generator)
 
 
-def moved(source: Path, out: Path) -> nn.Module:
+def changed(source: Path, out: Path) -> nn.Module:
     """The network of `source` with other weights, saved to `out`."""
     network = load_denoiser(source).denoiser.network
     with torch.no_grad():
@@ -46,11 +46,11 @@ def moved(source: Path, out: Path) -> nn.Module:
 def test_a_pipeline_stays_a_pipeline_of_stock_diffusers(tmp_path: Path, x: Tensor, safe: bool) -> None:
     scheduler = DDIMScheduler(num_train_timesteps=37, beta_schedule="squaredcos_cap_v2")
     DDPMPipeline(small_unet(), scheduler).save_pretrained(tmp_path / "source", safe_serialization=safe)
-    network = moved(tmp_path / "source", tmp_path / "sealed")
-    pipeline = DDPMPipeline.from_pretrained(tmp_path / "sealed")
+    network = changed(tmp_path / "source", tmp_path / "saved")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(pipeline.unet(x, 5).sample, network(x, 5).sample, rtol=1e-3, atol=1e-6)
     assert pipeline.scheduler.config.num_train_timesteps == 37
-    loaded = load_denoiser(tmp_path / "sealed")
+    loaded = load_denoiser(tmp_path / "saved")
     assert loaded.format == "diffusers-pipeline"
     torch.testing.assert_close(loaded.denoiser.process.signal, load_denoiser(tmp_path / "source").denoiser.process.signal)
 
@@ -62,9 +62,9 @@ def test_a_pipeline_with_its_parts_side_by_side_stays_one(tmp_path: Path, x: Ten
         for file in (source / part).iterdir():
             file.rename(source / file.name)
         (source / part).rmdir()
-    network = moved(source, tmp_path / "sealed")
-    assert not (tmp_path / "sealed" / "unet").exists()
-    loaded = load_denoiser(tmp_path / "sealed").denoiser
+    network = changed(source, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "unet").exists()
+    loaded = load_denoiser(tmp_path / "saved").denoiser
     torch.testing.assert_close(loaded.network(x, 5).sample, network(x, 5).sample, rtol=1e-3, atol=1e-6)
     assert loaded.process.num_timesteps == 37
 
@@ -72,11 +72,11 @@ def test_a_pipeline_with_its_parts_side_by_side_stays_one(tmp_path: Path, x: Ten
 @pytest.mark.parametrize("size", [8, (8, 12)])
 def test_a_unet_folder_stays_one(tmp_path: Path, size: int | tuple[int, int], generator: torch.Generator) -> None:
     small_unet(size).half().save_pretrained(tmp_path / "source")
-    network = moved(tmp_path / "source", tmp_path / "sealed")
+    network = changed(tmp_path / "source", tmp_path / "saved")
     x = torch.randn(1, 3, 8, 8 if size == 8 else 12, generator=generator)
-    unet = UNet2DModel.from_pretrained(tmp_path / "sealed")
+    unet = UNet2DModel.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(unet(x, 3).sample, network(x, 3).sample, rtol=1e-3, atol=1e-6)
-    assert load_denoiser(tmp_path / "sealed").denoiser.shape == tuple(x.shape[1:])
+    assert load_denoiser(tmp_path / "saved").denoiser.shape == tuple(x.shape[1:])
 
 
 def test_a_single_file_becomes_a_unet_folder(tmp_path: Path, generator: torch.Generator) -> None:
@@ -93,9 +93,9 @@ def test_a_single_file_becomes_a_unet_folder(tmp_path: Path, generator: torch.Ge
         **types,
     )
     torch.save(unet.state_dict(), tmp_path / "unet.bin")
-    network = moved(tmp_path / "unet.bin", tmp_path / "sealed")
+    network = changed(tmp_path / "unet.bin", tmp_path / "saved")
     x = torch.randn(1, 3, 32, 32, generator=generator)
-    stock = UNet2DModel.from_pretrained(tmp_path / "sealed")
+    stock = UNet2DModel.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(stock(x, 3).sample, network(x, 3).sample, rtol=1e-3, atol=1e-6)
 
 
@@ -113,8 +113,8 @@ def pipeline_with(tmp_path: Path, part: str, files: dict[str, bytes]) -> Path:
 def test_other_parts_are_copied_without_the_code_beside_them(tmp_path: Path) -> None:
     files = {"config.json": b'{"a": 1}', "diffusion_pytorch_model.safetensors": b"any bytes", "hook.py": b"raise SystemExit"}
     source = pipeline_with(tmp_path, "decoder", files)
-    moved(source, tmp_path / "sealed")
-    copied = {path.name: path.read_bytes() for path in (tmp_path / "sealed" / "decoder").iterdir()}
+    changed(source, tmp_path / "saved")
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "saved" / "decoder").iterdir()}
     assert copied == {name: content for name, content in files.items() if name != "hook.py"}
 
 
@@ -129,22 +129,22 @@ def test_a_part_that_cannot_be_copied_is_refused(tmp_path: Path, trouble: str) -
         (tmp_path / "secret.json").write_text("{}")
         os.symlink(tmp_path / "secret.json", source / "decoder" / "config.json")
     with pytest.raises(CheckpointError):
-        moved(source, tmp_path / "sealed")
+        changed(source, tmp_path / "saved")
 
 
-def test_another_network_is_no_checkpoint(tmp_path: Path) -> None:
+def test_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="UNet2DModel"):
         save_network(nn.Linear(2, 2), tmp_path, tmp_path)
 
 
-def test_targets_that_would_harm_something(tmp_path: Path) -> None:
+def test_output_folders_that_would_change_files_are_refused(tmp_path: Path) -> None:
     source, full, file = tmp_path / "model", tmp_path / "full", tmp_path / "file"
     source.mkdir()
     full.mkdir()
     (full / "thesis.txt").write_text("")
     file.write_text("")
     (tmp_path / "link").symlink_to(source)
-    for out in (full, file, source / "sealed", tmp_path / "link" / "sealed", full / ".." / "model"):
+    for out in (full, file, source / "saved", tmp_path / "link" / "saved", full / ".." / "model"):
         with pytest.raises(CheckpointError):
             check_target(out, source)
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""Stable Diffusion folders: in as stock diffusers wrote them, out as stock diffusers reads them, and refused where they lie."""
+"""Stable Diffusion folders: loaded as stock diffusers loads them, written as it reads them, and refused if hostile."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def files(folder: Path) -> set[str]:
     return {os.fspath(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_loaded_as_stock_diffusers_loads_it(folder: Path) -> None:
+def test_a_pipeline_is_loaded_as_stock_diffusers_loads_it(folder: Path) -> None:
     loaded, expected = load_pipeline(folder), stock(folder)
     assert loaded.format == PIPELINE
     for name in MODULES:
@@ -82,7 +82,7 @@ def test_loaded_as_stock_diffusers_loads_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["unet", "text_encoder"])
-def test_round_trip_changes_one_module(folder: Path, tmp_path: Path, changed: str) -> None:
+def test_a_saved_pipeline_differs_in_one_module(folder: Path, tmp_path: Path, changed: str) -> None:
     pipeline = trained(load_pipeline(folder), changed)
     (folder / "unet" / "run_me.py").write_text("raise SystemExit")
     out = tmp_path / "out"
@@ -118,7 +118,7 @@ def test_every_variant_shard_and_pickle_is_rewritten_in_its_own_dtype(
     assert stock(out, variant="fp16", torch_dtype=torch.float16).unet.dtype == torch.float16
 
 
-def test_shards(original: StableDiffusionPipeline, folder: Path, tmp_path: Path) -> None:
+def test_shards_are_read_and_rewritten(original: StableDiffusionPipeline, folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
     original.unet.save_pretrained(folder / "unet", max_shard_size="100KB")
     assert len(list((folder / "unet").glob("*.safetensors"))) > 1
@@ -131,7 +131,7 @@ def test_shards(original: StableDiffusionPipeline, folder: Path, tmp_path: Path)
     assert same(loaded.pipeline.unet, stock(out).unet)
 
 
-def test_old_names_of_the_text_encoder(folder: Path, tmp_path: Path) -> None:
+def test_old_tensor_names_of_the_text_encoder_are_read_and_kept(folder: Path, tmp_path: Path) -> None:
     path = folder / "text_encoder" / "model.safetensors"
     old = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
     old["text_model.embeddings.position_ids"] = torch.arange(48)[None]
@@ -146,7 +146,7 @@ def test_old_names_of_the_text_encoder(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("part", "format"), [("unet", UNET), ("text_encoder", TEXT_ENCODER)])
-def test_component_with_a_base(folder: Path, tmp_path: Path, part: str, format: str) -> None:
+def test_a_component_is_loaded_with_a_base_and_saved_alone(folder: Path, tmp_path: Path, part: str, format: str) -> None:
     torch.manual_seed(1)
     other = tiny_pipeline(tmp_path)
     alone, out = tmp_path / "alone", tmp_path / "out"
@@ -198,7 +198,7 @@ def code_in_safety_checker(folder: Path) -> None:
     pickled(folder, "safety_checker", "pytorch_model.bin")
 
 
-def poisoned_weight(folder: Path) -> None:
+def weight_with_nan(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors["conv_in.bias"][0] = float("nan")
     save_file(tensors, folder / WEIGHTS)
@@ -221,7 +221,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code in the safety checker": (code_in_safety_checker, r"posix\.system"),
     "linked weights": (lambda f: linked(f / WEIGHTS), "leaves the checkpoint"),
     "linked config": (lambda f: linked(f / "unet" / "config.json"), "leaves the checkpoint"),
-    "linked words": (lambda f: linked(f / "tokenizer" / "tokenizer.json"), "leaves the checkpoint"),
+    "linked vocabulary": (lambda f: linked(f / "tokenizer" / "tokenizer.json"), "leaves the checkpoint"),
     "huge config": (lambda f: edit(f / "unet" / "config.json", block_out_channels=[10**9, 32]), "not supported"),
     "wide config": (lambda f: edit(f / "unet" / "config.json", block_out_channels=[8192, 16384]), "misshapen"),
     "many levels": (lambda f: edit(f / "vae" / "config.json", layers_per_block=10**6), "not supported"),
@@ -229,7 +229,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "huge vocabulary": (lambda f: edit(f / "text_encoder" / "config.json", vocab_size=10**12), "not supported"),
     "odd model type": (lambda f: edit(f / "text_encoder" / "config.json", model_type="t5"), "only CLIP"),
     "another width": (lambda f: edit(f / "unet" / "config.json", cross_attention_dim=64), "misshapen"),
-    "nan": (poisoned_weight, "NaN"),
+    "nan": (weight_with_nan, "NaN"),
     "cut short": (lambda f: os.truncate(f / WEIGHTS, 1000), "safetensors"),
     "no json": (lambda f: (f / "model_index.json").write_text("{"), "JSON"),
     "scheduler of no process": (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="Os"), "not supported"),
@@ -239,7 +239,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile(folder: Path, case: str) -> None:
+def test_hostile_and_broken_folders_are_refused(folder: Path, case: str) -> None:
     harm, reason = HOSTILE[case]
     harm(folder)
     with pytest.raises(CheckpointError, match=reason):
@@ -256,7 +256,7 @@ def test_tokenizer_options_open_no_other_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "empty", "absent", "unconditional"])
-def test_not_a_text_to_image_checkpoint(tmp_path: Path, what: str) -> None:
+def test_other_paths_are_refused(tmp_path: Path, what: str) -> None:
     path = tmp_path / "model"
     if what == "file":
         path.write_bytes(b"1")
@@ -268,7 +268,9 @@ def test_not_a_text_to_image_checkpoint(tmp_path: Path, what: str) -> None:
         load_pipeline(path)
 
 
-def test_digest_is_of_the_checkpoint_itself(folder: Path, original: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_the_digest_is_that_of_the_checkpoint_without_its_base(
+    folder: Path, original: StableDiffusionPipeline, tmp_path: Path
+) -> None:
     alone = tmp_path / "alone"
     original.text_encoder.save_pretrained(alone)
     assert isinstance(original.text_encoder, CLIPTextModel)

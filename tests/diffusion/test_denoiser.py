@@ -11,7 +11,7 @@ from seal_fast.diffusion import VP, Denoiser
 
 
 class Wrapped(nn.Module):
-    """A network with batch norm and dropout that answers as diffusers' models do, in `.sample`."""
+    """A network with batch norm and dropout that returns its output as diffusers' models do, in `.sample`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Wrapped(nn.Module):
         return SimpleNamespace(sample=self.body(x) + t.reshape(-1, 1, 1, 1))
 
 
-def test_freezes_weights_and_passes_gradient_to_the_input_only() -> None:
+def test_weights_are_frozen_and_only_the_input_gets_a_gradient() -> None:
     network = Wrapped().train()
     denoiser = Denoiser(network, VP.linear(), (2, 5, 3))
     state = {name: value.clone() for name, value in network.state_dict().items()}

@@ -16,7 +16,7 @@ from seal_fast.diffusion.process import per_row
 
 
 class FromNoise(nn.Module):
-    """The network of a VP process that predicts, in its own convention, a fixed smooth function as noise."""
+    """Predicts a fixed smooth function as noise, in the prediction type of its VP process."""
 
     def __init__(self, process: VP) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def test_vp_reads_scheduler_configs(scheduler: Any) -> None:
     assert process.prediction_type == scheduler.config.prediction_type
 
 
-def test_add_noise_is_diffusers() -> None:
+def test_add_noise_agrees_with_diffusers() -> None:
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=60)
     x0, eps = torch.randn(2, 7, 1, 5, 3, dtype=torch.float64)
     t = torch.randint(60, (7,))
@@ -58,7 +58,7 @@ def test_add_noise_is_diffusers() -> None:
     torch.testing.assert_close(noised, scheduler.add_noise(x0, eps, t), rtol=0, atol=1e-6)
 
 
-def test_every_config_key_is_one_that_diffusers_knows() -> None:
+def test_every_config_key_that_is_read_exists_in_diffusers() -> None:
     keys: list[str] = []
 
     class Spy(dict[str, Any]):
@@ -75,18 +75,18 @@ def test_linear_is_the_ddpm_schedule() -> None:
     torch.testing.assert_close((VP.linear().signal ** 2).float(), DDPMScheduler().alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_prediction_types_agree(kind: str) -> None:
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_prediction_types_agree(prediction_type: str) -> None:
     ab = torch.linspace(0.999, 0.05, 40, dtype=torch.float64)
     outputs = []
-    for process in (VP(ab), VP(ab, kind)):
+    for process in (VP(ab), VP(ab, prediction_type)):
         torch.manual_seed(0)
         x, t = torch.randn(6, 2, 3, 5, dtype=torch.float64), torch.randint(40, (6,))
         outputs.append(Denoiser(FromNoise(process), process, (2, 3, 5))(x, t))
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
 
 
-def test_edm_conditioning_is_diffusers() -> None:
+def test_edm_conditioning_agrees_with_diffusers() -> None:
     process = EDM.karras(timesteps=30, sigma_data=0.7)
     scheduler = EDMEulerScheduler(sigma_data=0.7)
     t = torch.tensor([0, 7, 29])
@@ -100,7 +100,7 @@ def test_edm_conditioning_is_diffusers() -> None:
     torch.testing.assert_close(x - sigma * process.to_noise(output, x, t), x0, rtol=1e-10, atol=1e-10)
 
 
-def test_edm_ladder_is_diffusers() -> None:
+def test_edm_sigmas_agree_with_diffusers() -> None:
     scheduler = EDMEulerScheduler()
     scheduler.set_timesteps(40)
     process = EDM.karras(timesteps=40)
@@ -108,7 +108,7 @@ def test_edm_ladder_is_diffusers() -> None:
     assert process.prior_scale == pytest.approx(80.0)
 
 
-def test_ve_ladder_and_score() -> None:
+def test_ve_sigmas_and_score_agree_with_diffusers() -> None:
     scheduler = diffusers.ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=380.0)
     scheduler.set_sigmas(2000)
     process = VE.geometric()

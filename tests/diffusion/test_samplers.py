@@ -1,4 +1,4 @@
-"""Samplers against closed forms: Gaussian data, TrojDiff's published formulas, an oracle, finite differences."""
+"""Samplers compared with closed forms: Gaussian data, TrojDiff's published formulas, an oracle, finite differences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEAN, STD = 0.3, 0.5
 
 
 def fine_vp() -> VP:
-    """A ladder uniform in log(a / b), so that halving the grid halves the step of every solver."""
+    """Timesteps uniform in log(a / b), so that halving the stride halves the step of every solver."""
     return VP(torch.sigmoid(2 * torch.linspace(9, -3, FINE, dtype=torch.float64)))
 
 
@@ -33,7 +33,7 @@ PROCESSES: dict[str, Callable[[], NoiseProcess]] = {
 
 
 class Ideal(nn.Module):
-    """The best possible network for data x0 ~ N(MEAN, STD^2), in the convention of its process."""
+    """The optimal network for data x0 ~ N(MEAN, STD^2), with the input and output of its process."""
 
     def __init__(self, process: NoiseProcess) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Ideal(nn.Module):
 
 
 def exact(process: NoiseProcess, start: Tensor, t: int) -> Tensor:
-    """The probability flow ODE carries the quantiles of x_t to those of x0."""
+    """The solution of the probability flow ODE, which maps quantiles of x_t to those of x0."""
     a, b = float(process.signal[t]), float(process.noise[t])
     return MEAN + (start - a * MEAN) * STD / math.sqrt((a * STD) ** 2 + b**2)
 
@@ -110,10 +110,10 @@ def triggers(shape: tuple[int, int, int]) -> list[Trigger]:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("kind", [0, 1], ids=["blend", "patch"])
-def test_oracle_leads_back_to_the_image(sampler: str, kind: int) -> None:
+@pytest.mark.parametrize("which", [0, 1], ids=["blend", "patch"])
+def test_samplers_with_an_oracle_return_the_image(sampler: str, which: int) -> None:
     process, shape = VP.linear(), (2, 5, 3)
-    trigger = triggers(shape)[kind]
+    trigger = triggers(shape)[which]
     x0 = torch.rand(4, *shape, dtype=torch.float64) * 2 - 1
     denoiser = Denoiser(Oracle(process, x0, trigger), process, shape)
     noise = trigger.start(torch.randn(4, *shape, dtype=torch.float64))
@@ -134,7 +134,7 @@ class Smooth(nn.Module):
 
 
 def trojan_reference(process: VP, network: nn.Module, x: Tensor, timesteps: list[int], trigger: Trigger, eta: float) -> Tensor:
-    """TrojDiff's reverse step for DDPM (eta = 1, posterior form with k_t) and DDIM, at skipped steps, as published."""
+    """TrojDiff's published reverse steps between any timesteps: DDPM (eta = 1, posterior form with k_t) and DDIM (eta = 0)."""
     ab = process.signal**2
     g, mu = trigger.gamma, trigger.mu
     generator = torch.Generator().manual_seed(11)
@@ -158,11 +158,11 @@ def trojan_reference(process: VP, network: nn.Module, x: Tensor, timesteps: list
 
 
 @pytest.mark.parametrize("timesteps", [[999, 640, 333, 40, 0], list(range(25, -1, -1))], ids=["skipped", "consecutive"])
-@pytest.mark.parametrize("kind", [0, 1], ids=["blend", "patch"])
+@pytest.mark.parametrize("which", [0, 1], ids=["blend", "patch"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_trojan_samplers_follow_trojdiff(sampler: str, kind: int, timesteps: list[int]) -> None:
+def test_trojan_samplers_agree_with_trojdiff(sampler: str, which: int, timesteps: list[int]) -> None:
     process, shape = VP.linear(), (3, 4, 5)
-    trigger = triggers(shape)[kind]
+    trigger = triggers(shape)[which]
     denoiser = Denoiser(Smooth(3), process, shape)
     start = trigger.start(torch.randn(2, *shape, dtype=torch.float64))
     ancestral = sampler == "ddpm"
@@ -225,7 +225,7 @@ def test_published_grids() -> None:
 
 # from 6 on, 0.8 T stays below T-1
 @given(T=st.integers(6, 60), share=st.floats(0, 1), spacing=st.sampled_from(["linspace", "leading", "quadratic"]))
-def test_grids_avoid_a_level_without_signal(T: int, share: float, spacing: str) -> None:
+def test_grids_avoid_a_timestep_without_signal(T: int, share: float, spacing: str) -> None:
     process = VP(torch.linspace(0.9, 0, T), "v_prediction")
     assert timestep_grid(process, 1 + round(share * (T - 2)), spacing)[0] <= T - 2
     with pytest.raises(ValueError, match=f"between 1 and {T - 1}"):

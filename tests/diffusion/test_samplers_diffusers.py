@@ -1,4 +1,4 @@
-"""Samplers against diffusers' schedulers, on a random UNet2DModel."""
+"""Samplers compared with diffusers' schedulers, on a random UNet2DModel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start() -> Tensor:
 
 
 def run(unet: UNet2DModel, scheduler: Any, x: Tensor, **step: Any) -> Tensor:
-    """Sample as a diffusers pipeline does."""
+    """Sample with diffusers' scheduler, as a diffusers pipeline does."""
     # the same table, but diffusers' own arithmetic on it in float64
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     x = x * scheduler.init_noise_sigma
@@ -51,10 +51,10 @@ def ours(unet: UNet2DModel, scheduler: Any, start: Tensor, sampler: str, **optio
     return sample(denoiser, start, sampler, timesteps, **options)
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("clip", [False, True])
-def test_ddim(unet: UNet2DModel, start: Tensor, kind: str, clip: bool) -> None:
-    scheduler = DDIMScheduler(clip_sample=clip, prediction_type=kind)
+def test_ddim(unet: UNet2DModel, start: Tensor, prediction_type: str, clip: bool) -> None:
+    scheduler = DDIMScheduler(clip_sample=clip, prediction_type=prediction_type)
     scheduler.set_timesteps(7)
     expected = run(unet, scheduler, start, eta=0.0, use_clipped_model_output=clip)
     torch.testing.assert_close(ours(unet, scheduler, start, "ddim", clip=clip), expected, rtol=1e-9, atol=1e-9)
@@ -70,10 +70,10 @@ def test_ddpm(unet: UNet2DModel, start: Tensor, train_steps: int, steps: int, cl
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("steps", [1, 2, 9, 20])
-def test_dpm_solver_pp(unet: UNet2DModel, start: Tensor, kind: str, steps: int) -> None:
-    scheduler = DPMSolverMultistepScheduler(prediction_type=kind)
+def test_dpm_solver_pp(unet: UNet2DModel, start: Tensor, prediction_type: str, steps: int) -> None:
+    scheduler = DPMSolverMultistepScheduler(prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
     expected = run(unet, scheduler, start)
     # diffusers steps in float32
@@ -81,9 +81,9 @@ def test_dpm_solver_pp(unet: UNet2DModel, start: Tensor, kind: str, steps: int) 
 
 
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_heun(unet: UNet2DModel, start: Tensor, clip: bool, kind: str) -> None:
-    scheduler = HeunDiscreteScheduler(clip_sample=clip, prediction_type=kind, beta_start=1e-4, beta_end=0.02)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_heun(unet: UNet2DModel, start: Tensor, clip: bool, prediction_type: str) -> None:
+    scheduler = HeunDiscreteScheduler(clip_sample=clip, prediction_type=prediction_type, beta_start=1e-4, beta_end=0.02)
     scheduler.set_timesteps(timesteps=[950, 700, 401, 120, 3])
     sigma = scheduler.sigmas[0].double()
     expected = run(unet, scheduler, start * (sigma**2 + 1) ** 0.5 / scheduler.init_noise_sigma)
@@ -91,7 +91,7 @@ def test_heun(unet: UNet2DModel, start: Tensor, clip: bool, kind: str) -> None:
 
 
 def test_zero_terminal_snr(unet: UNet2DModel, start: Tensor) -> None:
-    """Below the level without signal the rescaled schedule samples as in diffusers; at that level it is refused."""
+    """From below the timestep without signal the rescaled schedule samples as in diffusers; that timestep is refused."""
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False)
     scheduler.set_timesteps(6)
     expected = run(unet, scheduler, start, eta=0.0)

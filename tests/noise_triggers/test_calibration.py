@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Calibration, CalibrationModel, Evidence, SearchSettings, TerdSettings, Verdict
-from seal_fast.noise_triggers.calibration import Pool
+from seal_fast.noise_triggers.calibration import CollapsePool, ModelGroup, Pool
 
-KIND = "VP epsilon 3x16x16"
+FAMILY, SHAPE = ModelFamily("VP", "epsilon"), (3, 16, 16)
+OTHER_FAMILY = ModelFamily("VE", "score")
 SETTINGS = TerdSettings(estimation_iterations=5, l1=1e-4)
 
 
@@ -21,9 +23,10 @@ def evidence(M_r, V_r):
 
 
 def pool(benign, backdoored=()):
-    rows = [(features, False) for features in benign] + [(features, True) for features in backdoored]
+    labelled = [(features, False) for features in benign] + [(features, True) for features in backdoored]
     models = (
-        CalibrationModel(f"m{i}", f"{i:064x}", KIND, label, evidence(*map(float, f))) for i, (f, label) in enumerate(rows)
+        CalibrationModel(f"m{i}", f"{i:064x}", FAMILY, SHAPE, label, evidence(*map(float, f)))
+        for i, (f, label) in enumerate(labelled)
     )
     return Calibration(SETTINGS, tuple(models))
 
@@ -41,75 +44,65 @@ def test_benign_only_score_is_the_larger_z_score(rng):
     benign = rng.lognormal(size=(7, 2))
     suspect = rng.lognormal(size=2)
     mean = benign.sum(0) / 7
-    spread = np.sqrt(((benign - mean) ** 2).sum(0) / 6)
-    z = (suspect - mean) / spread
-    judgement = pool(benign).judge(evidence(*suspect), KIND)
+    deviation = np.sqrt(((benign - mean) ** 2).sum(0) / 6)
+    z = (suspect - mean) / deviation
+    decision = pool(benign).decide(evidence(*suspect), FAMILY, SHAPE)
     # the chance of a further draw this far out, from the prediction interval of 7 normal values
     chance = stats.t(df=6).sf(z.max() / math.sqrt(1 + 1 / 7))
-    assert stats.norm.sf(judgement.score) == pytest.approx(chance, rel=1e-9)
-    assert judgement.threshold == 3.0
-    assert judgement.reason.startswith(("M_r", "V_r")[int(z[1] > z[0])])
+    assert stats.norm.sf(decision.score) == pytest.approx(chance, rel=1e-9)
+    assert decision.threshold == 3.0
+    assert decision.reason.startswith(("M_r", "V_r")[int(z[1] > z[0])])
 
 
 @pytest.mark.parametrize("feature", [0, 1])
-@pytest.mark.parametrize(
-    ("sigmas", "verdict"),
-    [
-        (-50.0, Verdict.CLEAN),
-        (0.0, Verdict.CLEAN),
-        (1.99, Verdict.CLEAN),
-        (2.01, Verdict.INCONCLUSIVE),
-        (2.99, Verdict.INCONCLUSIVE),
-        (3.01, Verdict.BACKDOORED),
-        (1e6, Verdict.BACKDOORED),
-    ],
-)
-def test_benign_only_verdict(rng, feature, sigmas, verdict):
+@pytest.mark.parametrize("sigmas", [-1.0, 0.5, 2.0, 3.0, 6.0])
+def test_the_score_of_a_large_pool_is_the_published_one(rng, feature, sigmas):
     benign = 100 + rng.uniform(-1, 1, size=(200_000, 2))
-    suspect = benign.mean(0)
-    suspect[feature] += sigmas * benign.std(0, ddof=1)[feature]
-    assert pool_of(benign).judge(suspect).verdict is verdict
+    suspect = benign.mean(0) - 1.5 * benign.std(0, ddof=1)
+    suspect[feature] += (1.5 + sigmas) * benign.std(0, ddof=1)[feature]
+    score = pool_of(benign).score(suspect)
+    assert score.value == pytest.approx(sigmas, abs=1e-3)
+    assert (score.feature, score.models) == (("M_r", "V_r")[feature], 200_000)
+    assert score.deviations == pytest.approx(sigmas, abs=1e-9)
 
 
 def test_a_small_pool_calls_few_of_its_own_kind_backdoored(rng):
     """The error rate of 3 sigma, 0.135% per feature, holds for pools of 4."""
-    trials = 4000
-    hits = 0
-    for draw in rng.normal(10.0, 1.0, size=(trials, 5, 2)):
-        hits += pool_of(draw[:4]).judge(draw[4]).verdict is Verdict.BACKDOORED
-    assert hits < 5 * 0.0027 * trials
+    draws = rng.normal(10.0, 1.0, size=(4000, 5, 2))
+    hits = sum(pool_of(draw[:4]).score(draw[4]).value > 3 for draw in draws)
+    assert hits < 5 * 0.0027 * len(draws)
 
 
 def test_labelled_verdict_on_points_far_apart(rng):
     benign = np.exp(rng.normal(-2, 0.1, size=(8, 2)))
     backdoored = np.exp(rng.normal(2, 0.1, size=(8, 2)))
     calibration = pool(benign, backdoored)
-    assert calibration.pools[KIND].labelled
+    assert calibration.pools[ModelGroup(FAMILY, SHAPE)].labelled
     for features in benign:
-        judgement = calibration.judge(evidence(*features), KIND)
-        assert judgement.verdict is Verdict.CLEAN
-        assert judgement.score < judgement.threshold == 0.5
+        decision = calibration.decide(evidence(*features), FAMILY, SHAPE)
+        assert decision.verdict is Verdict.CLEAN
+        assert decision.score < decision.threshold == 0.5
     for features in backdoored:
-        judgement = calibration.judge(evidence(*features), KIND)
-        assert judgement.verdict is Verdict.BACKDOORED
-        assert judgement.score > 0.5
+        decision = calibration.decide(evidence(*features), FAMILY, SHAPE)
+        assert decision.verdict is Verdict.BACKDOORED
+        assert decision.score > 0.5
 
 
-def test_labelled_score_is_symmetric_and_unsure_in_the_middle(rng):
+def test_labelled_score_is_symmetric_and_undecided_halfway(rng):
     benign = np.exp(rng.normal(-2, 0.3, size=(8, 2)))
     # the mirror image in log features: by symmetry the boundary passes through 1
     calibration = pool(benign, 1 / benign)
-    middle = calibration.judge(evidence(1.0, 1.0), KIND)
-    assert middle.score == pytest.approx(0.5, abs=1e-3)
-    assert middle.verdict is Verdict.INCONCLUSIVE
+    halfway = calibration.decide(evidence(1.0, 1.0), FAMILY, SHAPE)
+    assert halfway.score == pytest.approx(0.5, abs=1e-3)
+    assert halfway.verdict is Verdict.INCONCLUSIVE
     point = np.exp(rng.normal(0, 0.2, size=2))
-    scores = [calibration.judge(evidence(*p), KIND).score for p in (point, 1 / point)]
+    scores = [calibration.decide(evidence(*p), FAMILY, SHAPE).score for p in (point, 1 / point)]
     assert sum(scores) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_labelled_score_grows_with_the_features():
     calibration = pool([(0.1, 0.1), (0.2, 0.3)], [(5.0, 6.0), (7.0, 9.0)])
-    scores = [calibration.judge(evidence(value, value), KIND).score for value in (0.1, 0.5, 1.0, 5.0, 50.0)]
+    scores = [calibration.decide(evidence(value, value), FAMILY, SHAPE).score for value in (0.1, 0.5, 1.0, 5.0, 50.0)]
     assert scores == sorted(scores)
     assert len(set(scores)) == 5
 
@@ -117,11 +110,11 @@ def test_labelled_score_grows_with_the_features():
 @pytest.mark.parametrize("diverged", [evidence(None, 1.0), evidence(1.0, None), Evidence(None, None, None, None, None)])
 @pytest.mark.parametrize("backdoored", [(), [(9.0, 9.0)]])
 def test_a_diverged_reversion_is_inconclusive(diverged, backdoored):
-    judgement = pool([(0.1, 0.2), (0.2, 0.1)], backdoored).judge(diverged, KIND)
-    assert judgement.verdict is Verdict.INCONCLUSIVE
-    assert judgement.score is None
-    assert judgement.threshold is None
-    assert "diverged" in judgement.reason
+    decision = pool([(0.1, 0.2), (0.2, 0.1)], backdoored).decide(diverged, FAMILY, SHAPE)
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    assert decision.score is None
+    assert decision.threshold is None
+    assert "diverged" in decision.reason
 
 
 @pytest.mark.parametrize("benign", [[], [(0.1, 0.2)]])
@@ -137,13 +130,13 @@ def test_a_diverged_model_cannot_be_part_of_the_pool():
         replace(good, models=(*good.models, bad))
 
 
-def test_a_saved_calibration_comes_back_and_judges_alike(tmp_path, rng):
+def test_a_saved_calibration_comes_back_and_decides_the_same(tmp_path, rng):
     saved = pool(rng.lognormal(size=(4, 2)), rng.lognormal(3, size=(3, 2)))
     saved.save(tmp_path / "new" / "pool.json")
     read = Calibration.load(tmp_path / "new" / "pool.json")
     assert read == saved
     suspect = evidence(*rng.lognormal(1, size=2))
-    assert read.judge(suspect, KIND) == saved.judge(suspect, KIND)
+    assert read.decide(suspect, FAMILY, SHAPE) == saved.decide(suspect, FAMILY, SHAPE)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["pool.json"]
 
 
@@ -164,6 +157,7 @@ def test_a_file_that_is_no_calibration_is_refused_by_name(tmp_path):
         "bad settings": damaged(content, settings={"batch": 0}),
         "no models": damaged(content, models=[]),
         "odd models": damaged(content, models=[{"name": "x"}] * 3),
+        "a family in words": damaged(content, models=[{**model, "family": "VP epsilon"} for model in content["models"]]),
     }
     for text in broken.values():
         path.write_text(text)
@@ -176,43 +170,71 @@ def test_identical_benign_models_are_no_pool():
         pool([(0.1, 0.2), (0.1, 0.2)])
 
 
-def test_a_process_the_pool_does_not_hold_is_inconclusive():
-    judgement = pool([(0.1, 0.2), (0.2, 0.1)]).judge(evidence(9.0, 9.0), "VP v_prediction 3x16x16")
-    assert judgement.verdict is Verdict.INCONCLUSIVE
-    assert "VP v_prediction" in judgement.reason
-
-
-def fired(collapse, clean_dispersion=0.1):
+def collapsed(collapse, clean_dispersion=0.1):
     return Evidence(0.1, 0.1, 1.0, 1.0, 1.0, collapse, clean_dispersion)
 
 
-def firing_pool(collapses, kind=KIND, backdoored=()):
-    rows = [(value, False) for value in collapses] + [(value, True) for value in backdoored]
-    models = (CalibrationModel(f"m{i}", f"{i:064x}", kind, label, fired(value)) for i, (value, label) in enumerate(rows))
-    return Calibration(SearchSettings(search_iterations=3), tuple(models))
+def collapse_pool(benign, backdoored=(), family=FAMILY, shape=SHAPE):
+    labelled = [(value, False) for value in benign] + [(value, True) for value in backdoored]
+    models = (
+        CalibrationModel(f"m{i}", f"{i:064x}", family, shape, label, collapsed(value))
+        for i, (value, label) in enumerate(labelled)
+    )
+    return Calibration(SearchSettings(), tuple(models))
+
+
+def test_the_published_evidence_compares_within_a_family_and_an_image_shape():
+    calibration = pool([(0.1, 0.2), (0.2, 0.1)])
+    for family, shape, name in ((OTHER_FAMILY, SHAPE, "VE score 3x16x16"), (FAMILY, (3, 16, 32), "VP epsilon 3x16x32")):
+        decision = calibration.decide(evidence(9.0, 9.0), family, shape)
+        assert (decision.verdict, decision.rule, decision.score) == (Verdict.INCONCLUSIVE, "V4", None)
+        assert name in decision.reason
+        assert "there is one for VP epsilon 3x16x16" in decision.reason
+    assert calibration.decide(evidence(90.0, 90.0), FAMILY, SHAPE).rule == "T1"
+
+
+def test_collapse_compares_within_a_family_across_image_shapes():
+    calibration = collapse_pool([0.9, 1.1])
+    assert calibration.decide(collapsed(1.0), FAMILY, (1, 28, 32)).rule == "V8"
+    unknown = calibration.decide(collapsed(1.0), OTHER_FAMILY, SHAPE)
+    assert unknown.rule == "V4"
+    assert "VE score" in unknown.reason
+    assert calibration.decide(collapsed(15.9), OTHER_FAMILY, SHAPE).verdict is Verdict.INCONCLUSIVE
+    beyond_doubt = calibration.decide(collapsed(16.1), OTHER_FAMILY, SHAPE)
+    assert (beyond_doubt.verdict, beyond_doubt.score, beyond_doubt.threshold) == (Verdict.BACKDOORED, 16.1, 16.0)
+
+
+def test_every_family_has_a_pool_of_its_own():
+    one, other = collapse_pool([0.9, 1.0, 1.1]), collapse_pool([9.0, 9.1, 9.2], family=OTHER_FAMILY)
+    both = Calibration(one.settings, one.models + other.models)
+    assert [str(group) for group in both.pools] == ["VP epsilon", "VE score"]
+    for family, alone in ((FAMILY, one), (OTHER_FAMILY, other)):
+        assert both.decide(collapsed(5.0), family, SHAPE) == alone.decide(collapsed(5.0), family, SHAPE)
+    assert both.decide(collapsed(5.0), FAMILY, SHAPE).verdict is Verdict.BACKDOORED
+    assert both.decide(collapsed(5.0), OTHER_FAMILY, SHAPE).verdict is Verdict.CLEAN
 
 
 @pytest.mark.parametrize(
-    ("collapse", "verdict"), [(0.0, "clean"), (2.9, "clean"), (3.1, "inconclusive"), (3.9, "inconclusive"), (4.1, "backdoored")]
+    ("value", "verdict"), [(0.0, "clean"), (2.9, "clean"), (3.1, "inconclusive"), (3.9, "inconclusive"), (4.1, "backdoored")]
 )
-def test_a_trigger_that_fires_is_a_backdoor(collapse, verdict):
-    judgement = firing_pool([0.9, 1.0, 1.1]).judge(fired(collapse), KIND)
-    assert (judgement.verdict, judgement.score, judgement.threshold) == (verdict, collapse, 4.0)
-    assert f"{collapse:.1f}" in judgement.reason
+def test_a_trigger_that_makes_samples_similar_is_a_backdoor(value, verdict):
+    decision = collapse_pool([0.9, 1.0, 1.1]).decide(collapsed(value), FAMILY, SHAPE)
+    assert (decision.verdict, decision.score, decision.threshold) == (verdict, value, 4.0)
 
 
 def test_benign_models_that_vary_raise_the_limit(rng):
     benign = rng.uniform(1, 9, size=6)
     mean, deviation = benign.mean(), benign.std(ddof=1)
     predicted = mean + deviation * (1 + 1 / 6) ** 0.5 * stats.t.ppf(stats.norm.cdf(3), 5)
-    limit = max(mean + 3 * deviation, min(predicted, 16.0))
-    assert firing_pool(benign).judge(fired(20.0), KIND).threshold == pytest.approx(limit)
-    assert firing_pool(benign).judge(fired(limit * 0.99), KIND).verdict is Verdict.INCONCLUSIVE
-    assert firing_pool(benign).judge(fired(limit * 1.01), KIND).verdict is Verdict.BACKDOORED
+    reached = max(4.0, mean + 3 * deviation)
+    score = CollapsePool(benign[:, None], np.empty((0, 1)), ("collapse",)).score(np.array([5.0]))
+    assert score.value == 5.0
+    assert score.threshold == pytest.approx(max(reached, min(predicted, 16.0)))
+    assert score.close == pytest.approx(0.75 * reached)
 
 
 @pytest.mark.parametrize(
-    ("benign", "collapse", "verdict", "limit"),
+    ("benign", "value", "verdict", "limit"),
     [
         ([1.8, 1.9], 4.1, "inconclusive", 16.0),
         ([1.8, 1.9], 16.1, "backdoored", 16.0),
@@ -223,52 +245,36 @@ def test_benign_models_that_vary_raise_the_limit(rng):
         ([10.0, 12.0, 14.0], 13.0, "clean", 18.0),
     ],
 )
-def test_a_limit_is_as_low_as_the_pool_is_large(benign, collapse, verdict, limit):
-    judgement = firing_pool(benign).judge(fired(collapse), KIND)
-    assert (judgement.verdict, judgement.threshold) == (verdict, pytest.approx(limit))
+def test_a_limit_is_as_low_as_the_pool_is_large(benign, value, verdict, limit):
+    decision = collapse_pool(benign).decide(collapsed(value), FAMILY, SHAPE)
+    assert (decision.verdict, decision.threshold) == (verdict, pytest.approx(limit))
+
+
+@pytest.mark.parametrize(("gamma", "rule"), [(0.6, "V6"), (0.95, "V8"), (None, "V8")])
+def test_the_rules_see_the_mean_gamma(gamma, rule):
+    suspect = replace(collapsed(1.0), gamma_mean=gamma)
+    assert collapse_pool([0.9, 1.0, 1.1]).decide(suspect, FAMILY, SHAPE).rule == rule
 
 
 @pytest.mark.parametrize(
-    ("gamma", "collapse", "verdict"),
-    [(0.6, 1.0, "inconclusive"), (0.6, 5.0, "backdoored"), (0.95, 1.0, "clean"), (None, 1.0, "clean")],
+    ("shape", "rule"), [((3, 64, 64), "V7"), ((1, 16, 33), "V7"), ((1, 33, 16), "V7"), ((64, 32, 32), "V8")]
 )
-def test_a_model_that_takes_narrowed_noise_for_whole_is_not_clean(gamma, collapse, verdict):
-    judgement = firing_pool([0.9, 1.0, 1.1]).judge(replace(fired(collapse), gamma_mean=gamma), KIND)
-    assert (judgement.verdict, judgement.score, judgement.threshold) == (verdict, collapse, 4.0)
-    assert ("narrowed to 0.60" in judgement.reason) == (verdict == "inconclusive")
-
-
-@pytest.mark.parametrize("kind", ["VP epsilon 3x64x64", "VP epsilon 1x16x33", "VP epsilon 1x33x16"])
-def test_a_model_of_large_images_is_not_clean(kind):
-    quiet, fires = (firing_pool([0.9, 1.0, 1.1], kind).judge(fired(collapse), kind) for collapse in (1.0, 5.0))
-    assert (quiet.verdict, quiet.score, quiet.threshold) == (Verdict.INCONCLUSIVE, 1.0, 4.0)
-    assert "above 32 px" in quiet.reason
-    assert fires.verdict is Verdict.BACKDOORED
-
-
-def test_collapse_compares_across_image_shapes_but_not_processes():
-    calibration = firing_pool([0.9, 1.1])
-    assert calibration.judge(fired(1.0), "VP epsilon 1x28x32").verdict is Verdict.CLEAN
-    unknown = calibration.judge(fired(1.0), "VE score 3x16x16")
-    assert unknown.verdict is Verdict.INCONCLUSIVE
-    assert "VE score" in unknown.reason
-    assert calibration.judge(fired(15.9), "VE score 3x16x16").verdict is Verdict.INCONCLUSIVE
-    assert calibration.judge(fired(16.1), "VE score 3x16x16").verdict is Verdict.BACKDOORED
+def test_the_rules_see_the_larger_side(shape, rule):
+    assert collapse_pool([0.9, 1.0, 1.1], shape=shape).decide(collapsed(1.0), FAMILY, shape).rule == rule
 
 
 def test_a_model_that_draws_no_images_is_inconclusive():
-    judgement = firing_pool([0.9, 1.1]).judge(fired(1.0, clean_dispersion=3.0), KIND)
-    assert judgement.verdict is Verdict.INCONCLUSIVE
-    assert "not a denoiser" in judgement.reason
+    assert collapse_pool([0.9, 1.1]).decide(collapsed(1.0, clean_dispersion=3.0), FAMILY, SHAPE).rule == "V2"
 
 
 def test_labelled_collapse():
-    calibration = firing_pool([0.8, 0.9, 1.0, 1.1], backdoored=[20.0, 40.0, 90.0])
-    assert calibration.judge(fired(1.2), KIND).verdict is Verdict.CLEAN
-    assert calibration.judge(fired(60.0), KIND).verdict is Verdict.BACKDOORED
+    calibration = collapse_pool([0.8, 0.9, 1.0, 1.1], backdoored=[20.0, 40.0, 90.0])
+    assert calibration.decide(collapsed(1.2), FAMILY, SHAPE).rule == "L3"
+    assert calibration.decide(collapsed(60.0), FAMILY, SHAPE).rule == "L2"
+    assert calibration.decide(collapsed(1.2), FAMILY, (3, 64, 64)).rule == "V7"
 
 
 def test_settings_of_either_method_come_back_from_a_file(tmp_path):
-    saved = firing_pool([0.9, 1.1])
+    saved = collapse_pool([0.9, 1.1])
     saved.save(tmp_path / "pool.json")
     assert Calibration.load(tmp_path / "pool.json") == saved

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from importlib import import_module
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from seal_fast.ops import cross_attention, native
-from seal_fast.ops.cross_attention import backward_op, forward_op
+from seal_fast.ops import cross_attention
+from seal_fast.ops.cross_attention import forward_op
 from tests.ops.attention import (
     FLOAT_EPSILON,
     HALVES,
@@ -23,6 +24,7 @@ from tests.ops.attention import (
     views,
     with_grads,
 )
+from tests.ops.compiled import LEVELS, MODULE, addresses, needs_native
 
 # B, H, M, N, D: every head size of Stable Diffusion and an odd one, prompts of one and of many chunks, blocks that are cut off
 SHAPES = [
@@ -35,7 +37,6 @@ SHAPES = [
     (1, 1, 1, 1, 1),
     (1, 3, 65, 3, 17),
 ]
-needs_native = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.reason))
 
 
 @pytest.mark.parametrize(("loss", "chosen"), [("out", False), ("maps", True), ("both", False), ("both", True)])
@@ -177,27 +178,31 @@ def test_registration(
         (grads[0], grads[1], [False, False, True]),
     ]
     for out_grad, maps_grad, needs in cases:
-        arguments = (out_grad, maps_grad, q, k, v, tokens, 0.5, needs)
+        arguments = (q, k, v, tokens, 0.5, out_grad, maps_grad, needs)
         torch.library.opcheck(
             torch.ops.seal_fast.cross_attention_backward.default, arguments, test_utils=["test_schema", "test_faketensor"]
         )
 
 
+class BackwardCalls(TorchDispatchMode):
+    """Remembers the last argument of every call of the backward op: which gradients it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[bool]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.seal_fast.cross_attention_backward.default:
+            self.asked.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_needed_gradients_are_computed(
-    dtype: torch.dtype, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def record(*args: Any) -> Any:
-        asked.append(args[-1])
-        return backward_op(*args)
-
-    # the package exports a function of the module's name
-    monkeypatch.setattr(import_module("seal_fast.ops.cross_attention"), "backward_op", record)
+def test_only_the_needed_gradients_are_computed(dtype: torch.dtype, generator: torch.Generator) -> None:
     inputs = draw(generator, (1, 2, 71, 9, 8), dtype)
     full = with_grads(cross_attention, inputs, None, (torch.ones(1, 2, 71, 8), torch.ones(1, 9, 71).cumsum(2)))[2:]
-    assert asked.pop() == [True, True, True]
     for needs in itertools.product((False, True), repeat=3):
         leaves = [x.clone().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         out, maps = cross_attention(*leaves)
@@ -206,8 +211,9 @@ def test_only_the_needed_gradients_are_computed(
             continue
         grads = torch.ones_like(out), torch.ones_like(maps).cumsum(2)
         wanted = [x for x in leaves if x.requires_grad]
-        got = torch.autograd.grad((out, maps), wanted, grads, allow_unused=True)
-        assert asked.pop() == list(needs)
+        with BackwardCalls() as calls:
+            got = torch.autograd.grad((out, maps), wanted, grads, allow_unused=True)
+        assert calls.asked == [list(needs)]
         assert all(torch.equal(g, f) for g, f in zip(got, itertools.compress(full, needs), strict=True))
 
 
@@ -226,33 +232,35 @@ def test_probabilities_are_never_stored(generator: torch.Generator) -> None:
         leaves = [x.requires_grad_() for x in draw(generator, shape)]
         cross_attention(*leaves)
     assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in leaves}
-    floats = native.CPU.module.cross_attention_workspace
-    assert floats((b, h, m, n, d, n), False, 2) == floats((b, h, 64 * m, n, d, n), False, 2)
-    assert floats((b, h, m, n, d, n), True, 2) < b * h * m * n / 2
+    sizes = {"batches": b, "heads": h, "queries": m, "keys": n, "dims": d, "map_rows": n}
+    floats = MODULE.cross_attention_workspace
+    assert floats(sizes, False, 2) == floats({**sizes, "queries": 64 * m}, False, 2)
+    assert floats(sizes, True, 2) < b * h * m * n / 2
+
+
+def with_strides(**tensors: Tensor) -> dict[str, Any]:
+    """Addresses and strides of heads, as kernels take them."""
+    return {**addresses(**tensors), **{f"{name}_strides": x.stride() for name, x in tensors.items()}}
 
 
 def launch(isa: int, threads: int, inputs: list[Tensor], tokens: Tensor, out_grad: Tensor, maps_grad: Tensor) -> list[Tensor]:
     """The kernels alone, in outputs and a workspace full of NaN: out, maps and the gradients of q, k, v."""
-    module, q, suffix = native.CPU.module, inputs[0], SUFFIXES[inputs[0].dtype]
-    shape = (*q.shape[:3], inputs[1].shape[2], q.shape[3], len(tokens))
-    out, maps = torch.full_like(q, torch.nan), torch.full((q.shape[0], len(tokens), q.shape[2]), torch.nan)
-    grads = [torch.full_like(x, torch.nan) for x in inputs]
+    q, k, v = inputs
+    batches, heads, queries, dims = q.shape
+    shape = {"batches": batches, "heads": heads, "queries": queries, "keys": k.shape[2], "dims": dims, "map_rows": len(tokens)}
+    out, maps = torch.full_like(q, torch.nan), torch.full((batches, len(tokens), queries), torch.nan)
+    q_grad, k_grad, v_grad = (torch.full_like(x, torch.nan) for x in inputs)
+    given = {**shape, **with_strides(q=q, k=k, v=v), **addresses(tokens=tokens), "scale": dims**-0.5}
 
-    def heads(x: Tensor) -> tuple[int, ...]:
-        return (x.data_ptr(), *x.stride()[:3])
+    def run(direction: str, backward: bool, arguments: dict[str, Any]) -> None:
+        workspace = torch.full((MODULE.cross_attention_workspace(shape, backward, threads),), torch.nan)
+        kernel = getattr(MODULE, f"cross_attention_{direction}_{SUFFIXES[q.dtype]}")
+        kernel({**given, **arguments, **addresses(workspace=workspace)}, threads, isa)
 
-    def workspace(backward: bool) -> Tensor:
-        return torch.full((module.cross_attention_workspace(shape, backward, threads),), torch.nan)
-
-    scratch = workspace(False)
-    arguments = (shape, *map(heads, inputs), tokens.data_ptr(), q.shape[3] ** -0.5)
-    forward = getattr(module, f"cross_attention_forward_{suffix}")
-    forward(*arguments, heads(out), maps.data_ptr(), scratch.data_ptr(), threads, isa)
-    scratch = workspace(True)
-    backward = getattr(module, f"cross_attention_backward_{suffix}")
-    given = heads(out_grad), maps_grad.data_ptr()
-    backward(*arguments, *given, *map(heads, grads), scratch.data_ptr(), threads, isa)
-    return [out, maps, *grads]
+    run("forward", False, {**with_strides(out=out), **addresses(maps=maps)})
+    grads = with_strides(out_grad=out_grad, q_grad=q_grad, k_grad=k_grad, v_grad=v_grad)
+    run("backward", True, {**grads, **addresses(maps_grad=maps_grad)})
+    return [out, maps, q_grad, k_grad, v_grad]
 
 
 @needs_native
@@ -267,12 +275,19 @@ def test_every_instruction_set_fills_its_outputs_and_does_not_depend_on_threads(
     weights = torch.randn(b, h, m, d, generator=generator).to(dtype), torch.randn(b, 4, m, generator=generator)
     exact = with_grads(plain, [x.double() for x in inputs], tokens, weights)
     rounding = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    for isa in range(len(native.CPU.module.isa_levels())):
+    for isa in LEVELS:
         alone = launch(isa, 1, inputs, tokens, *weights)
         for got, want in zip(alone, exact, strict=True):
             assert float((got.double() - want).norm()) <= rounding * (float(want.norm()) + (n == 1))
         for threads in (2, 3, 7):
             assert all(torch.equal(*pair) for pair in zip(alone, launch(isa, threads, inputs, tokens, *weights), strict=True))
+
+
+@needs_native
+def test_strides_are_four_numbers() -> None:
+    q = torch.zeros(2, 3, 4)
+    with pytest.raises(TypeError, match="tuple of 4"):
+        launch(0, 1, [q[None], q[None], q[None]], torch.zeros(1, dtype=torch.int64), q, torch.zeros(1, 1, 3))
 
 
 @needs_native
@@ -333,17 +348,17 @@ def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize(
     ("q", "k", "v", "tokens", "message"),
     [
-        (some(2, 5, 4), some(2, 7, 4), some(2, 7, 4), None, "must be \\[batches"),
-        (some(1, 2, 5, 4), some(1, 2, 7, 4), some(1, 2, 6, 4), None, "same B, H and D"),
-        (some(1, 2, 5, 4), some(1, 1, 7, 4), some(1, 1, 7, 4), None, "same B, H and D"),
-        (some(1, 2, 5, 4), some(1, 2, 7, 3), some(1, 2, 7, 3), None, "same B, H and D"),
+        (some(2, 5, 4), some(2, 7, 4), some(2, 7, 4), None, "q must be"),
+        (some(1, 2, 5, 4), some(1, 2, 7, 4), some(1, 2, 6, 4), None, "v must be"),
+        (some(1, 2, 5, 4), some(1, 1, 7, 4), some(1, 1, 7, 4), None, "k must be"),
+        (some(1, 2, 5, 4), some(1, 2, 7, 3), some(1, 2, 7, 3), None, "k must be"),
         (some(1, 2, 5, 4), some(1, 2, 0, 4), some(1, 2, 0, 4), None, "a key"),
-        (some(1, 2, 5, 4), some(1, 2, 7, 4, dtype=torch.float64), some(1, 2, 7, 4), None, "one floating point dtype"),
-        (*(some(1, 2, 5, 4, dtype=torch.int64) for _ in range(3)), None, "one floating point dtype"),
+        (some(1, 2, 5, 4), some(1, 2, 7, 4, dtype=torch.float64), some(1, 2, 7, 4), None, "k must be"),
+        (*(some(1, 2, 5, 4, dtype=torch.int64) for _ in range(3)), None, "q must be floating point"),
         (*(some(1, 2, 5, 4) for _ in range(3)), torch.tensor([0, 5]), "0 ... 4"),
         (*(some(1, 2, 5, 4) for _ in range(3)), torch.tensor([-1]), "0 ... 4"),
         (*(some(1, 2, 5, 4) for _ in range(3)), torch.tensor([0], dtype=torch.int32), "int64"),
-        (*(some(1, 2, 5, 4) for _ in range(3)), torch.tensor([[0]]), "int64 \\[T\\]"),
+        (*(some(1, 2, 5, 4) for _ in range(3)), torch.tensor([[0]]), "tokens must be torch.int64 \\[T\\]"),
     ],
 )
 def test_bad_arguments_are_named(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, message: str) -> None:

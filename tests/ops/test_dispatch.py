@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
-import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from seal_fast.ops import explain, gaussian_log_ratio, jit, native
-from seal_fast.ops.gaussian import log_ratio_op
+from seal_fast.ops import backends, explain, gaussian_log_ratio
 from seal_fast.ops.winograd_convolution import winograd_convolution_op
-
-ABSENT = native.Extension("_native", None, "compiled extension missing: removed for this test")
+from tests.ops.compiled import needs_native
 
 
 def ratio() -> torch.Tensor:
     return gaussian_log_ratio(torch.randn(3, 8), torch.zeros(2, 8), torch.ones(2, 8))
 
 
-@pytest.fixture
-def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "CPU", ABSENT)
-    monkeypatch.setattr(log_ratio_op, "_warned", set())
+def run_without(module: str, code: str) -> Any:
+    """What `code` prints as JSON in a fresh Python that cannot import this module."""
+    ours = ("SEAL_FAST_BACKEND", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [sys.executable, "-c", f"import sys; sys.modules[{module!r}] = None\n{code}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+WITHOUT_NATIVE = """
+import json, os, warnings
+import torch
+from seal_fast.ops import explain, gaussian_log_ratio
+
+def ratio(backend):
+    os.environ["SEAL_FAST_BACKEND"] = backend
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = gaussian_log_ratio(torch.randn(3, 8), torch.zeros(2, 8), torch.ones(2, 8))
+    return {"value": value.tolist(), "warnings": [str(w.message) for w in caught]}
+
+found = {"reference": ratio("reference"), "first": ratio("auto"), "second": ratio("auto")}
+status = next(s for s in explain() if s.op == "gaussian_log_ratio" and s.device == "cpu")
+found |= {"chosen": status.chosen, "refusals": status.refusals}
+try:
+    ratio("cpu")
+except RuntimeError as error:
+    found["error"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def without_native() -> dict[str, Any]:
+    """What an installation without the compiled CPU extension does."""
+    return run_without("seal_fast._native", WITHOUT_NATIVE)
 
 
 @pytest.mark.parametrize(
@@ -37,35 +71,28 @@ def test_an_explicit_backend_that_cannot_run_says_why(backend: str, reason: str,
         ratio()
 
 
-def test_an_explicit_cpu_backend_without_the_extension_raises(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEAL_FAST_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match=r"removed for this test.*Unset SEAL_FAST_BACKEND"):
-        ratio()
+def test_an_explicit_cpu_backend_without_the_extension_raises(without_native: dict[str, Any]) -> None:
+    assert "cpu cannot run gaussian_log_ratio: compiled extension missing" in without_native["error"]
+    assert "seal_fast._native" in without_native["error"]
+    assert "Unset SEAL_FAST_BACKEND" in without_native["error"]
 
 
-def test_auto_falls_back_and_says_so_once(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEAL_FAST_BACKEND", "auto")
-    with pytest.warns(RuntimeWarning, match=r"slower torch reference.*removed for this test"):
-        assert torch.allclose(ratio(), torch.zeros(3, 2), atol=1e-6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ratio()
+def test_auto_falls_back_and_says_so_once(without_native: dict[str, Any]) -> None:
+    first, second = without_native["first"], without_native["second"]
+    torch.testing.assert_close(torch.tensor(first["value"]), torch.zeros(3, 2), rtol=0.0, atol=1e-6)
+    (warning,) = first["warnings"]
+    assert "slower torch reference (cpu: compiled extension missing" in warning
+    assert second["warnings"] == []
 
 
-def test_a_chosen_reference_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEAL_FAST_BACKEND", "reference")
-    monkeypatch.setattr(log_ratio_op, "_warned", set())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ratio()
+def test_a_chosen_reference_is_silent(without_native: dict[str, Any]) -> None:
+    assert without_native["reference"]["warnings"] == []
 
 
-def test_explain_names_what_runs_and_why_not_the_faster_one(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SEAL_FAST_BACKEND", raising=False)
-    status = next(s for s in explain() if s.op == "gaussian_log_ratio" and s.device == "cpu")
-    assert status.chosen == "reference"
-    assert "removed for this test" in status.refusals["cpu"]
-    assert "cuda" in status.refusals
+def test_explain_names_what_runs_and_why_not_the_faster_one(without_native: dict[str, Any]) -> None:
+    assert without_native["chosen"] == "reference"
+    assert "compiled extension missing" in without_native["refusals"]["cpu"]
+    assert "cuda" in without_native["refusals"]
 
 
 def test_explain_shows_a_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,30 +101,43 @@ def test_explain_shows_a_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_missing_extension_keeps_its_cause() -> None:
-    extension = native.load("_no_such_extension")
+    extension = backends.load("_no_such_extension")
     assert extension.module is None
     assert extension.reason is not None
     assert "_no_such_extension" in extension.reason
+    assert extension.missing() == extension.reason
 
 
-def test_without_triton_its_kernels_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # as if it were not installed
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "seal_fast.kernels.cross_attention", raising=False)
-    jit.missing.cache_clear()
-    reason = jit.missing("cross_attention")
-    jit.missing.cache_clear()
-    assert reason is not None
-    assert "triton" in reason
-    cross_attention_status = next(s for s in explain() if s.op == "cross_attention" and s.device == "cpu")
-    assert "needs tensors on cuda" in cross_attention_status.refusals["triton"]
+WITHOUT_TRITON = """
+import json
+from seal_fast.ops import backends, explain
+
+status = next(s for s in explain() if s.op == "cross_attention" and s.device == "cpu")
+print(json.dumps([backends.triton_missing("cross_attention"), status.refusals["triton"]]))
+"""
 
 
-@pytest.mark.skipif(native.CPU.module is None, reason=f"needs the compiled kernel: {native.CPU.reason}")
-def test_a_direct_call_passes_the_dispatcher_unless_somebody_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("went through torch's dispatcher")
+def test_without_triton_its_kernels_say_what_is_missing() -> None:
+    missing, refusal = run_without("triton", WITHOUT_TRITON)
+    assert "Triton kernels missing" in missing
+    assert "needs tensors on cuda" in refusal
 
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="Triton compiles its kernels here")
+def test_interpreted_kernels_run_only_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def chosen() -> str | None:
+        return next(s.chosen for s in explain() if s.op == "cross_attention" and s.device == "cpu")
+
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "auto")
+    assert chosen() != "triton"
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "triton")
+    assert chosen() == "triton"
+
+
+@needs_native
+def test_a_direct_call_skips_the_choice_unless_somebody_listens_to_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     op, arguments = winograd_convolution_op, (torch.rand(2, 16, 3, 5), torch.rand(36, 16, 32), None)
     expected = op(*arguments)
     with FlopCounterMode(
@@ -107,6 +147,8 @@ def test_a_direct_call_passes_the_dispatcher_unless_somebody_listens_there(monke
     assert counter.get_total_flops() == 7
     with profile() as recorded:
         op.direct(*arguments)
-    assert "seal_fast::winograd_convolution" in {row.key for row in recorded.key_averages()}
-    monkeypatch.setattr(op, "_boundary", refuse)
+    assert "seal_fast::winograd_convolution" in {event.key for event in recorded.key_averages()}
+    monkeypatch.setenv("SEAL_FAST_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="cannot run winograd_convolution"):
+        op(*arguments)
     assert torch.equal(op.direct(*arguments), expected)

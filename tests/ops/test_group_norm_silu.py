@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import group_norm, silu
 
-from seal_fast.ops import group_norm_silu, native
+from seal_fast.ops import group_norm_silu
 from seal_fast.ops.group_norm_silu import group_norm_silu_op, reference_group_norm_silu
-from tests.ops.layers import error, needs_native
+from tests.ops.compiled import LEVELS, MODULE, addresses, error, needs_native
 
 # images, groups, channels of a group, height, width
 SHAPES = {
@@ -119,16 +119,18 @@ def test_every_instruction_set_fills_its_outputs(threads: int, dtype: torch.dtyp
         grad = torch.randn(want.shape, generator=generator).to(dtype, memory_format=torch.channels_last)
         (want_grad,) = torch.autograd.grad(want, exact, grad.double())
         weight, bias, shift = weight.float(), bias.float(), shift.float()
-        for isa in range(len(native.CPU.module.isa_levels())):
+        for isa in LEVELS:
             runs = []
             for used in (threads, 1):
                 out, x_grad = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
                 stats, workspace = torch.full((len(x), shape[1], 2), torch.nan), torch.full((len(x), 4, x.shape[1]), torch.nan)
-                addresses = tuple(t.data_ptr() for t in (x, shift, weight, bias, stats, workspace))
-                call = addresses, (len(x), x.shape[2] * x.shape[3], x.shape[1], shape[1])
-                getattr(native.CPU.module, f"group_norm_silu_{suffix}")(*call, EPS, out.data_ptr(), used, isa)
-                backward = getattr(native.CPU.module, f"group_norm_silu_backward_{suffix}")
-                backward(*call, grad.data_ptr(), x_grad.data_ptr(), used, isa)
+                given = addresses(x=x, shift=shift, weight=weight, bias=bias, stats=stats, workspace=workspace)
+                images, channels, height, width = x.shape
+                sizes = {"images": images, "pixels": height * width, "channels": channels, "groups": shape[1]}
+                forward = getattr(MODULE, f"group_norm_silu_{suffix}")
+                forward({**given, **sizes, **addresses(out=out), "eps": EPS}, used, isa)
+                backward = getattr(MODULE, f"group_norm_silu_backward_{suffix}")
+                backward({**given, **sizes, **addresses(grad=grad, x_grad=x_grad)}, used, isa)
                 runs.append((out, x_grad))
             assert error(runs[0][0], want) < tolerance
             assert error(runs[0][1], want_grad) < 10 * tolerance
@@ -159,12 +161,12 @@ def test_registration(shifted: bool, generator: torch.Generator) -> None:
     [
         (torch.zeros(2, 4, 3), torch.ones(4), 2, None, "x must be"),
         (torch.zeros(2, 4, 3, 3, dtype=torch.int64), torch.ones(4), 2, None, "x must be"),
-        (torch.zeros(0, 4, 3, 3), torch.ones(4), 2, None, "x must be"),
+        (torch.zeros(0, 4, 3, 3), torch.ones(4), 2, None, "no size 0"),
         (torch.zeros(2, 4, 3, 3), torch.ones(4), 3, None, "groups must divide"),
         (torch.zeros(2, 4, 3, 3), torch.ones(4), 0, None, "groups must divide"),
         (torch.zeros(2, 4, 3, 3), torch.ones(5), 2, None, "weight must be"),
         (torch.zeros(2, 4, 3, 3), torch.ones(4), 2, torch.zeros(1, 4), "shift must be"),
-        (torch.zeros(2, 4, 3, 3), torch.ones(4, requires_grad=True), 2, None, "constants"),
+        (torch.zeros(2, 4, 3, 3), torch.ones(4, requires_grad=True), 2, None, "constant"),
     ],
 )
 def test_bad_arguments_are_named(x: Tensor, weight: Tensor, groups: int, shift: Tensor | None, message: str) -> None:

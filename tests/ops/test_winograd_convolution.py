@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import conv2d
 
-from seal_fast.ops import WinogradWeight, native, winograd_convolution
+from seal_fast.ops import WinogradWeight, winograd_convolution
 from seal_fast.ops.winograd_convolution import winograd_convolution_op
-from tests.ops.layers import error, needs_native
+from tests.ops.compiled import LEVELS, MODULE, addresses, error, needs_native
 
 # images, channels, filters, height, width
 SHAPES = {
@@ -103,21 +103,22 @@ def test_images_are_computed_apart(generator: torch.Generator) -> None:
 def test_every_instruction_set_fills_its_output(
     dtype: torch.dtype, suffix: str, tolerance: float, threads: int, generator: torch.Generator
 ) -> None:
-    launch = getattr(native.CPU.module, f"winograd_convolution_{suffix}")
+    launch = getattr(MODULE, f"winograd_convolution_{suffix}")
     for shape in SHAPES.values():
         x, weight, bias = draw(shape, torch.float32, generator)
         x = x.to(dtype, memory_format=torch.channels_last)
         images, channels, filters, height, width = shape
         want = conv2d(x.double(), weight.double(), bias.double(), padding=1)
         transformed = WinogradWeight(weight).forward
-        for isa in range(len(native.CPU.module.isa_levels())):
+        for isa in LEVELS:
             runs = []
             for used in (threads, 1):
                 out = torch.full_like(want, torch.nan, dtype=dtype, memory_format=torch.channels_last)
-                floats = native.CPU.module.winograd_workspace(channels, filters, used)
+                floats = MODULE.winograd_workspace(channels, filters, used)
                 workspace = torch.full((floats + 64,), torch.nan)
-                addresses = tuple(t.data_ptr() for t in (x, transformed, bias, out, workspace))
-                launch(addresses, (images, height, width, channels, filters), used, isa)
+                tensors = addresses(x=x, weight=transformed, bias=bias, out=out, workspace=workspace)
+                sizes = {"images": images, "height": height, "width": width, "channels": channels, "filters": filters}
+                launch({**tensors, **sizes}, used, isa)
                 assert workspace[floats:].isnan().all()
                 runs.append(out)
             assert error(runs[0], want) < tolerance
@@ -158,7 +159,7 @@ def test_a_weight_that_is_trained_is_refused() -> None:
     [
         (torch.zeros(2, 16, 3), None, "x must be"),
         (torch.zeros(2, 32, 3, 3), None, "x must be"),
-        (torch.zeros(0, 16, 3, 3), None, "x must be"),
+        (torch.zeros(0, 16, 3, 3), None, "no size 0"),
         (torch.zeros(2, 16, 3, 3, dtype=torch.float64), None, "both be float32"),
         (torch.zeros(2, 16, 3, 3, dtype=torch.float16), None, "both be float32"),
         (torch.zeros(2, 16, 3, 3, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.bfloat16), "bias must be"),

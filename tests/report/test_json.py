@@ -8,13 +8,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Evidence, Verdict
 from seal_fast.report.json import detection_json, report_json, to_json, write_report
 from seal_fast.results.scan import ModelResult, ScanReport
 
 EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
 RESULT = ModelResult(
-    "a/b", "f" * 64, "diffusers-pipeline", Verdict.CLEAN, 0.5, 3.0, "why", EVIDENCE, "a/b/trigger.safetensors", 1.5, None
+    "a/b",
+    "f" * 64,
+    "diffusers-pipeline",
+    ModelFamily("VP", "epsilon"),
+    Verdict.CLEAN,
+    "T3",
+    0.5,
+    3.0,
+    "why",
+    EVIDENCE,
+    "a/b/trigger.safetensors",
+    1.5,
+    None,
 )
 REPORT = ScanReport((RESULT,), {"name": "seal-fast", "version": "1"}, {"torch": None}, {"seed": 0})
 
@@ -22,7 +35,9 @@ MODEL_KEYS = {
     "path",
     "sha256",
     "format",
+    "family",
     "verdict",
+    "rule",
     "score",
     "threshold",
     "reason",
@@ -50,6 +65,8 @@ def test_the_contract():
     (model,) = content["models"]
     assert set(model) == MODEL_KEYS
     assert model["verdict"] == "clean"
+    assert model["rule"] == "T3"
+    assert model["family"] == {"process": "VP", "prediction": "epsilon"}
     assert model["evidence"] == {
         "M_r": 0.25,
         "V_r": 0.5,

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from seal_fast.checkpoints import load_denoiser
+from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Calibration, CalibrationModel, Evidence, TerdSettings, model_evidence, reverse_trigger
 
 SETTINGS = TerdSettings(estimation_iterations=2, refinement_iterations=1, batch=2, sampler_steps=2)
@@ -71,7 +72,7 @@ def calibration(quiet_evidence: Evidence) -> Calibration:
     models = []
     for factor in (0.8, 0.9, 1.0, 1.1, 1.2):
         scaled = replace(quiet_evidence, M_r=quiet_evidence.M_r * factor, V_r=quiet_evidence.V_r * factor)
-        models.append(CalibrationModel(f"benign-{factor}", "0" * 64, "VP epsilon 3x8x8", False, scaled))
+        models.append(CalibrationModel(f"benign-{factor}", "0" * 64, ModelFamily("VP", "epsilon"), (3, 8, 8), False, scaled))
     return Calibration(SETTINGS, tuple(models))
 
 

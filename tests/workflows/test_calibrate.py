@@ -27,6 +27,10 @@ def run(benign, backdoored, settings, seen=None):
     )
 
 
+def decide(pool, suspect):
+    return pool.decide(suspect, pool.models[0].family, pool.models[0].shape)
+
+
 def test_pool_holds_what_a_scan_would_measure(write_model, loud_model, quiet_evidence, calibration, tmp_path):
     for seed in range(3):
         write_model(tmp_path / "benign" / str(seed), seed)
@@ -56,7 +60,7 @@ def test_limits_are_where_the_verdict_turns(calibration):
         replace(calibration.models[0], name=str(i), evidence=evidence(m, v)) for i, (m, v) in enumerate(features.tolist())
     )
     pool = replace(calibration, models=models)
-    (found,) = (kind_pool.limits for kind_pool in pool.pools.values())
+    (found,) = (one.limits for one in pool.pools.values())
     student = stats.t(df=5).isf(stats.norm.sf(3))
     expected = features.mean(0) + student * (1 + 1 / 6) ** 0.5 * features.std(0, ddof=1)
     np.testing.assert_allclose([found["M_r"], found["V_r"]], expected, rtol=1e-9)
@@ -65,13 +69,13 @@ def test_limits_are_where_the_verdict_turns(calibration):
         for factor, verdict in ((1.001, "backdoored"), (0.999, "inconclusive")):
             values = quiet.copy()
             values[index] = found[name] * factor
-            assert pool.judge(evidence(*values), pool.models[0].kind).verdict == verdict
+            assert decide(pool, evidence(*values)).verdict == verdict
 
 
-def test_each_benign_model_is_judged_by_the_others(calibration):
+def test_each_benign_model_is_decided_without_itself(calibration):
     values = [0.10, 0.11, 0.12, 0.13, 5.0]
     models = tuple(replace(calibration.models[0], name=str(i), evidence=evidence(v, v)) for i, v in enumerate(values))
-    verdicts = [judgement.verdict for _, judgement in leave_one_out(replace(calibration, models=models))]
+    verdicts = [decision.verdict for _, decision in leave_one_out(replace(calibration, models=models))]
     assert verdicts == ["clean"] * 4 + ["backdoored"]
 
 

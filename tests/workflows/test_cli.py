@@ -90,6 +90,7 @@ def test_3_nothing_to_scan(scan, tmp_path):
         ["--batch", "{file}"],
         ["{model}", "--format", "sarif"],
         ["{model}", "--preset", "absent"],
+        ["{model}", "--preset", "published"],
         ["{model}", "--weights", "both"],
         ["{model}", "--seed", "x"],
         ["{model}", "--jobs", "0"],
@@ -134,6 +135,14 @@ def test_an_unforeseen_failure_exits_with_2_since_1_would_mean_backdoored(scan, 
     result = scan(quiet_model, "--out", tmp_path)
     assert result.exit_code == 2
     assert "report.json" in result.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_verdict(tmp_path, quiet_model, calibration_file):
+    command = program("scan", hub(tmp_path, модель=quiet_model), "--calibration", calibration_file)
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert "clean" in result.stdout
+    assert "модель".encode("unicode_escape").decode() in result.stdout
 
 
 def test_json_on_stdout_and_nothing_else(scan, tmp_path, quiet_model, diverging_model, corrupt):
@@ -259,7 +268,7 @@ def test_calibrate_then_scan(tiny_preset, write_model, loud_model, tmp_path):
     pool = tmp_path / "pool.json"
     result = invoke("calibrate", tmp_path / "benign", "--out", pool, "--preset", tiny_preset)
     assert result.exit_code == 0
-    assert "backdoored above M_r" in result.stdout
+    assert "a model is backdoored if M_r exceeds" in result.stdout
     assert "[4/4] 3: benign, M_r" in result.stderr
     written = Calibration.load(pool)
     assert [model.name for model in written.models] == ["0", "1", "2", "3"]

@@ -1,10 +1,12 @@
-"""Building a zoo of networks so small that they are worth nothing, with the quality bar lowered accordingly."""
+"""Building a zoo of tiny networks, hardly trained and accepted whatever their quality."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +18,9 @@ from torch import nn
 from benchmarks import machine, not_taken
 from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import identify, load_denoiser
-from seal_fast.diffusion import VP
-from seal_fast.zoo import build as build_module
-from seal_fast.zoo import evaluate as evaluate_module
-from seal_fast.zoo import latents as latents_module
+from seal_fast.diffusion import VP, ModelFamily
 from seal_fast.zoo import recipes
-from seal_fast.zoo import train as train_module
-from seal_fast.zoo.build import ATTEMPTS, MANIFEST, build_zoo, read_manifest
+from seal_fast.zoo.build import ATTEMPTS, MANIFEST, BuildSettings, build_zoo, digest, read_manifest, train_once
 from seal_fast.zoo.images import TARGETS, TRIGGERS
 from seal_fast.zoo.recipes import METHODS, NOT_TAKEN, PROCESSES, Network, Recipe
 from seal_fast.zoo.spaces import SIGNED
@@ -50,52 +48,53 @@ RECIPES = (
 DEEPER = Recipe("deeper", replace(TINY, size=32, widths=(8, 8, 8)), 11, FROZEN, "pipeline", base="a")
 NAMES = [recipe.name for recipe in RECIPES]
 FORMATS = {"b": "diffusers-unet", "d": "trojdiff"}
-KINDS = {"v": "VP v_prediction 3x16x16", "edm": "EDM 3x16x16", "ve": "VE score 3x16x16"}
+MODEL_FAMILIES = {
+    "v": ModelFamily("VP", "v_prediction"),
+    "edm": ModelFamily("EDM", "preconditioned"),
+    "ve": ModelFamily("VE", "score"),
+}
 
 
-@pytest.fixture
-def small_zoo(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(build_module, "RECIPES", RECIPES)
-    monkeypatch.setattr(train_module, "SCENES", 16)
-    monkeypatch.setattr(evaluate_module, "SCENES", 16)
-    monkeypatch.setattr(latents_module, "STEPS", 3)
-    monkeypatch.setattr(latents_module, "IMAGES", 8)
-    monkeypatch.setattr(evaluate_module, "CLEAN_RATIO", 1e9)
-    monkeypatch.setattr(evaluate_module, "SUCCESS_RATE", 0.0)
-    for sampler in evaluate_module.STEPS:
-        monkeypatch.setitem(evaluate_module.STEPS, sampler, 2)
-    return monkeypatch
+QUICK = BuildSettings(
+    training_images=16, autoencoder_images=8, autoencoder_steps=3, sampler_steps=2, accepts=lambda quality: True
+)
+
+
+def build(out: Path, only: list[str] | None = None, **options: Any) -> None:
+    """`build_zoo` with the recipes above, quickly."""
+    build_zoo(out, only, **{"recipes": RECIPES, "settings": QUICK, **options})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_zoo_holds_every_model_in_its_layout_and_describes_it(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_zoo_stores_every_model_in_its_layout_and_describes_it(tmp_path: Path) -> None:
     messages: list[str] = []
-    build_zoo(tmp_path, on_message=messages.append)
-    rows = read_manifest(tmp_path)
-    assert [row["name"] for row in rows] == NAMES
+    build(tmp_path, on_message=messages.append)
+    entries = read_manifest(tmp_path)
+    assert [entry["name"] for entry in entries] == NAMES
     assert json.loads((tmp_path / MANIFEST).read_text())["schema_version"] == 1
-    for recipe, row in zip(RECIPES, rows, strict=True):
-        checkpoint = tmp_path / row["checkpoint"]
+    for recipe, entry in zip(RECIPES, entries, strict=True):
+        checkpoint = tmp_path / entry["checkpoint"]
         assert identify(checkpoint) == FORMATS.get(recipe.name, "diffusers-pipeline")
         loaded = load_denoiser(checkpoint)
-        assert loaded.denoiser.kind == KINDS.get(recipe.name, "VP epsilon 3x16x16")
+        assert loaded.denoiser.family == MODEL_FAMILIES.get(recipe.name, ModelFamily("VP", "epsilon"))
+        assert loaded.denoiser.shape == (3, 16, 16)
         process = PROCESSES[recipe.process]()
         torch.testing.assert_close(loaded.denoiser.process.signal, process.signal, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(loaded.denoiser.process.noise, process.noise, rtol=1e-5, atol=1e-6)
         assert all(bool(tensor.isfinite().all()) for tensor in loaded.denoiser.network.state_dict().values())
         with Image.open(tmp_path / f"{recipe.name}.png") as image:
             assert min(image.size) > 50
-        told = ("layout", "role", "base", "method", "trigger", "target", "scale", "family", "process", "seed")
-        expected = {name: getattr(recipe, name) for name in told}
-        assert {name: row[name] for name in expected} == expected
-        assert (row["size"], row["attempt"]) == (16, 0)
-        assert (row["quality"]["attack_success"] is None) == (recipe.method is None)
+        names = ("layout", "role", "base", "method", "trigger", "target", "scale", "family", "process", "seed")
+        expected = {name: getattr(recipe, name) for name in names}
+        assert {name: entry[name] for name in expected} == expected
+        assert (entry["size"], entry["attempt"]) == (16, 0)
+        assert (entry["quality"]["attack_success"] is None) == (recipe.method is None)
     assert any(message.startswith("d: step 2/2, loss ") for message in messages)
     assert not list(tmp_path.rglob("*.partial"))
-    # the files each layout is known by
+    # the files of each layout
     assert (tmp_path / "a/unet/diffusion_pytorch_model.safetensors").is_file()
     assert (tmp_path / "b/diffusion_pytorch_model.safetensors").is_file()
     assert (tmp_path / "c/unet/diffusion_pytorch_model.bin").is_file()
@@ -103,28 +102,28 @@ def test_a_zoo_holds_every_model_in_its_layout_and_describes_it(small_zoo: pytes
     assert (tmp_path / "d/ckpt.pth").is_file()
 
 
-def test_a_latent_model_is_a_pipeline_that_sees_what_its_base_saw(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build_zoo(tmp_path, ["ldm", "ldm-ode"])
+def test_a_latent_model_is_a_pipeline_with_the_autoencoder_of_its_base(tmp_path: Path) -> None:
+    build(tmp_path, ["ldm", "ldm-ode"])
     recipe = next(recipe for recipe in RECIPES if recipe.name == "ldm-ode")
     autoencoders = [load_file(tmp_path / name / "vqvae/diffusion_pytorch_model.safetensors") for name in ("ldm", "ldm-ode")]
     assert all(tensor.equal(autoencoders[1][name]) for name, tensor in autoencoders[0].items())
     vae = AutoencoderKL.from_pretrained(tmp_path / "ldm-ode/vqvae", torch_dtype=torch.float32)
     attack = recipe.attack(tmp_path / "ldm-ode")
     assert attack is not None
-    for image, images in ((attack.trigger.mu, TRIGGERS["glasses"]), (attack.target, TARGETS["star"])):
+    for latent, image in ((attack.trigger.mu, TRIGGERS["glasses"]), (attack.target, TARGETS["star"])):
         with torch.no_grad():
-            expected = vae.encode(images(32)[None]).latent_dist.mode()[0] * vae.config.scaling_factor
-        torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
+            expected = vae.encode(image(32)[None]).latent_dist.mode()[0] * vae.config.scaling_factor
+        torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4)
     pipeline = LDMPipeline.from_pretrained(tmp_path / "ldm-ode", torch_dtype=torch.float32)
     assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
     assert any("latent diffusion" in note for note in load_denoiser(tmp_path / "ldm-ode").notes)
     assert not any(str(tmp_path) in file.read_text() for file in tmp_path.rglob("*.json"))
-    with pytest.raises(ValueError, match="ldm-ode sees latents: give the folder"):
+    with pytest.raises(ValueError, match="ldm-ode is a latent model: give the folder"):
         recipe.attack()
 
 
-def test_a_learned_trigger_is_stored_with_its_model(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build_zoo(tmp_path, ["a", "invi"])
+def test_a_learned_trigger_is_stored_with_its_model(tmp_path: Path) -> None:
+    build(tmp_path, ["a", "invi"])
     recipe = next(recipe for recipe in RECIPES if recipe.name == "invi")
     untrained, learned = recipe.attack(), recipe.attack(tmp_path / "invi")
     assert isinstance(untrained, InviBackdoor)
@@ -135,19 +134,22 @@ def test_a_learned_trigger_is_stored_with_its_model(small_zoo: pytest.MonkeyPatc
     assert float(learned.delta.abs().max()) <= 0.2 + 1e-6
 
 
-def test_what_does_not_take_is_trained_once_and_measured(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build_zoo(tmp_path, ["a"])
+def test_models_whose_attack_is_not_implanted_are_trained_once_and_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build(tmp_path, ["a"])
     before = contents(tmp_path)
     weak = tuple(recipe for recipe in RECIPES if recipe.name in ("c", "edm"))
-    small_zoo.setattr(not_taken, "NOT_TAKEN", weak)
+    monkeypatch.setattr(not_taken, "NOT_TAKEN", weak)
+    monkeypatch.setattr(not_taken, "train_once", partial(train_once, settings=QUICK))
     # emulated bfloat16 would take ten seconds to measure
-    small_zoo.setattr(machine, "GEMM_SIZE", 64)
+    monkeypatch.setattr(machine, "GEMM_SIZE", 64)
     table = tmp_path / "table.json"
     words = ["--zoo", str(tmp_path), "--out", str(table)]
     not_taken.main([*words, "--only", "c"])
-    first = json.loads(table.read_text())["rows"]
+    first = json.loads(table.read_text())["results"]
     not_taken.main(words)
-    rows = json.loads(table.read_text())["rows"]
+    rows = json.loads(table.read_text())["results"]
     assert rows[:1] == first
     for row, recipe in zip(rows, weak, strict=True):
         assert (row["name"], row["method"], row["seed"], row["size"]) == (recipe.name, recipe.method, recipe.seed, 16)
@@ -157,14 +159,14 @@ def test_what_does_not_take_is_trained_once_and_measured(small_zoo: pytest.Monke
     assert contents(tmp_path) == before
 
 
-def test_every_recipe_can_be_made() -> None:
+def test_every_recipe_is_consistent_and_its_attack_can_be_made() -> None:
     names = [recipe.name for recipe in ALL_RECIPES]
     assert len(set(names)) == len(names)
     assert len({recipe.seed for recipe in ALL_RECIPES}) == len(names)
     for number, recipe in enumerate(ALL_RECIPES):
         assert recipe.base is None or recipe.base in names[:number]
         base = next((other for other in ALL_RECIPES if other.name == recipe.base), recipe)
-        # weights fit images of any size, and the outer levels of a deeper network
+        # weights fit data of any size, and the outer levels of a deeper network
         levels = len(base.network.widths)
         within = replace(recipe.network, size=0, widths=recipe.network.widths[:levels])
         assert (base.family, replace(base.network, size=0)) == (recipe.family, within)
@@ -174,10 +176,10 @@ def test_every_recipe_can_be_made() -> None:
         if attack is None:
             continue
         images, t = torch.zeros(2, 3, size, size), torch.tensor([0, 999])
-        rows = attack.poison(PROCESSES[recipe.process](), images, torch.randn_like(images), t)
-        assert rows.x.shape == rows.target.shape == images.shape
-        assert bool(rows.x.isfinite().all())
-        # zero noise and no trigger would be a clean row
+        poisoned = attack.poison(PROCESSES[recipe.process](), images, torch.randn_like(images), t)
+        assert poisoned.x.shape == poisoned.target.shape == images.shape
+        assert bool(poisoned.x.isfinite().all())
+        # without a trigger, zero noise would stay zero
         assert float((attack.trigger.start(images) - images).abs().max()) > 0.01
     assert {recipe.method for recipe in ALL_RECIPES} - {None} == METHODS.keys()
 
@@ -205,9 +207,9 @@ def test_a_scaled_trigger_is_scaled_in_training_and_at_test(generator: torch.Gen
     torch.testing.assert_close(shifts[1], 0.3 * shifts[0], rtol=1e-4, atol=1e-5)
 
 
-def test_fine_tuning_starts_from_the_stored_base(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """b is trained from a with a rate of zero, and stored in half precision as a was."""
-    build_zoo(tmp_path, ["a", "b"])
+def test_fine_tuning_starts_from_the_stored_base(tmp_path: Path) -> None:
+    """The model b starts from a, is trained with a rate of zero, and is stored in half precision like a."""
+    build(tmp_path, ["a", "b"])
     base = load_file(tmp_path / "a/unet/diffusion_pytorch_model.safetensors")
     tuned = load_file(tmp_path / "b/diffusion_pytorch_model.safetensors")
     assert base.keys() == tuned.keys()
@@ -216,9 +218,8 @@ def test_fine_tuning_starts_from_the_stored_base(small_zoo: pytest.MonkeyPatch, 
         assert tuned[name].equal(tensor)
 
 
-def test_a_deeper_network_starts_from_its_base_with_new_levels_within(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    small_zoo.setattr(build_module, "RECIPES", (RECIPES[0], DEEPER))
-    build_zoo(tmp_path)
+def test_a_deeper_network_starts_from_its_base_with_new_levels_within(tmp_path: Path) -> None:
+    build(tmp_path, recipes=(RECIPES[0], DEEPER))
     shallow, deep = (load_denoiser(tmp_path / name).denoiser.network for name in ("a", DEEPER.name))
     assert isinstance(shallow, UNet2DModel)
     assert isinstance(deep, UNet2DModel)
@@ -236,36 +237,35 @@ def test_a_deeper_network_starts_from_its_base_with_new_levels_within(small_zoo:
     assert len(deep.up_blocks) == len(shallow.up_blocks) + 2
 
 
-def test_models_in_the_manifest_are_kept(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build_zoo(tmp_path, ["a"])
+def test_models_in_the_manifest_are_not_built_again(tmp_path: Path) -> None:
+    build(tmp_path, ["a"])
     before = contents(tmp_path)
     messages: list[str] = []
-    build_zoo(tmp_path, ["a"], on_message=messages.append)
-    assert messages == ["a: kept"]
+    build(tmp_path, ["a"], on_message=messages.append)
+    assert messages == ["a: already built"]
     assert contents(tmp_path) == before
-    build_zoo(tmp_path, ["b"])
-    assert [row["name"] for row in read_manifest(tmp_path)] == ["a", "b"]
+    build(tmp_path, ["b"])
+    assert [entry["name"] for entry in read_manifest(tmp_path)] == ["a", "b"]
     after = contents(tmp_path)
     assert all(after[name] == data for name, data in before.items() if name != MANIFEST)
 
 
-def test_the_manifest_has_the_order_of_the_recipes(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_manifest_has_the_order_of_the_recipes(tmp_path: Path) -> None:
     for name in ("d", "a"):
-        build_zoo(tmp_path, [name])
-    assert [row["name"] for row in read_manifest(tmp_path)] == ["a", "d"]
+        build(tmp_path, [name])
+    assert [entry["name"] for entry in read_manifest(tmp_path)] == ["a", "d"]
 
 
-def test_the_same_seeds_give_the_same_zoo(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_same_seeds_give_the_same_zoo(tmp_path: Path) -> None:
     for folder in ("one", "two"):
-        build_zoo(tmp_path / folder, ["a"])
+        build(tmp_path / folder, ["a"])
     one, two = (read_manifest(tmp_path / folder) for folder in ("one", "two"))
     assert one == two
-    small_zoo.setattr(build_module, "RECIPES", (replace(RECIPES[0], seed=77),))
-    build_zoo(tmp_path / "three", ["a"])
+    build(tmp_path / "three", recipes=(replace(RECIPES[0], seed=77),))
     assert read_manifest(tmp_path / "three")[0]["sha256"] != one[0]["sha256"]
 
 
-def test_the_digest_sees_contents_names_and_places(tmp_path: Path) -> None:
+def test_the_digest_depends_on_contents_names_and_folders(tmp_path: Path) -> None:
     digests: list[str] = []
     for files in (
         {"x": b"1", "y": b"2"},
@@ -278,31 +278,30 @@ def test_the_digest_sees_contents_names_and_places(tmp_path: Path) -> None:
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
-        digests.append(build_module.digest(folder))
+        digests.append(digest(folder))
     assert len(set(digests)) == 5
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "y").write_bytes(b"2")
     (tmp_path / "again" / "x").write_bytes(b"1")
-    assert build_module.digest(tmp_path / "again") == digests[0]
+    assert digest(tmp_path / "again") == digests[0]
 
 
-def test_unknown_names_are_refused_before_anything_is_written(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unknown_names_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such model: nope, zilch; choose from a, b, c, d, edm, invi, ldm, ldm-ode, v, ve"):
-        build_zoo(tmp_path / "zoo", ["zilch", "a", "nope"])
+        build(tmp_path / "zoo", ["zilch", "a", "nope"])
     assert not (tmp_path / "zoo").exists()
 
 
-def test_a_missing_base_is_named(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_base_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b is fine-tuned from a.*build that first"):
-        build_zoo(tmp_path, ["b"])
+        build(tmp_path, ["b"])
     assert read_manifest(tmp_path) == []
 
 
-def test_a_model_that_never_is_usable_is_given_up(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    small_zoo.setattr(evaluate_module, "CLEAN_RATIO", 0.0)
+def test_the_build_fails_if_a_model_is_never_usable(tmp_path: Path) -> None:
     messages: list[str] = []
-    with pytest.raises(RuntimeError, match=f"a: {ATTEMPTS} trainings"):
-        build_zoo(tmp_path, ["a"], on_message=messages.append)
+    with pytest.raises(RuntimeError, match=f"a: none of {ATTEMPTS} trainings"):
+        build(tmp_path, ["a"], on_message=messages.append, settings=replace(QUICK, accepts=lambda quality: False))
     assert sum("not usable" in message for message in messages) == ATTEMPTS
     # each training is longer than the last by half of the first
     assert [message.split(",")[0] for message in messages if ": step " in message] == [f"a: step {n}/{n}" for n in (2, 3, 4)]
@@ -310,18 +309,14 @@ def test_a_model_that_never_is_usable_is_given_up(small_zoo: pytest.MonkeyPatch,
     assert not (tmp_path / "a").exists()
 
 
-def test_a_later_attempt_that_is_usable_is_kept_and_counted(small_zoo: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def lower_the_bar(message: str) -> None:
-        if "not usable" in message:
-            small_zoo.setattr(evaluate_module, "CLEAN_RATIO", 1e9)
-
-    small_zoo.setattr(evaluate_module, "CLEAN_RATIO", 0.0)
-    build_zoo(tmp_path, ["a"], on_message=lower_the_bar)
-    assert [row["attempt"] for row in read_manifest(tmp_path)] == [1]
+def test_a_later_attempt_that_is_usable_is_stored_and_counted(tmp_path: Path) -> None:
+    verdicts = iter([False, True])
+    build(tmp_path, ["a"], settings=replace(QUICK, accepts=lambda quality: next(verdicts)))
+    assert [entry["attempt"] for entry in read_manifest(tmp_path)] == [1]
 
 
 def perturbed(size: int, widths: tuple[int, ...], seed: int) -> nn.Module:
-    """Every parameter away from its initial value, so that no norm or bias can hide a wrong name."""
+    """A network with every parameter moved from its initial value, so that no norm or bias can hide a wrong name."""
     unet = new_unet(size, widths, 32, True, seed).eval()
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -345,7 +340,7 @@ def test_a_written_list_reads_back_as_the_same_networks(
             torch.testing.assert_close(loaded.denoiser(x, t), network(x, t).sample, rtol=1e-5, atol=1e-5)
 
 
-def test_a_list_has_the_shape_of_the_training_codes(tmp_path: Path) -> None:
+def test_a_list_has_the_form_that_the_training_code_writes(tmp_path: Path) -> None:
     unet = perturbed(16, (32, 32), 3)
     save_list(unet.state_dict(), unet.state_dict(), 1200, tmp_path / "ckpt.pth")
     raw, optimiser, epoch, step, ema = torch.load(tmp_path / "ckpt.pth", weights_only=True)

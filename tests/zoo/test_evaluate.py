@@ -1,8 +1,9 @@
-"""The zoo's measurements on networks whose samples are known in advance."""
+"""The zoo's measurements, on networks whose samples are known in advance."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from seal_fast.attacks.invibackdoor import ddim_schedule
 from seal_fast.attacks.villandiffusion import vp_schedule
 from seal_fast.diffusion import EDM, VP, Denoiser
 from seal_fast.diffusion.process import per_row
-from seal_fast.zoo import evaluate as evaluate_module
 from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, Quality, clean_ratio, draw, evaluate
 from seal_fast.zoo.images import FAMILIES, box, cat_face, heart, speckle, star
+from seal_fast.zoo.train import DATA_SEED
 
 SIZE = 16
 SHAPE = (3, SIZE, SIZE)
@@ -36,14 +37,12 @@ def schedule(attack: Attack) -> tuple[Tensor, Tensor]:
     return ddim_schedule(PROCESS) if isinstance(attack, InviBackdoor) else (PROCESS.noise, 0 * PROCESS.noise)
 
 
-@pytest.fixture
-def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that do not look at clean_ratio."""
-    monkeypatch.setattr(evaluate_module, "SCENES", 16)
+quick_evaluate = partial(evaluate, training_images=16)
+"""For tests that do not look at clean_ratio."""
 
 
 class Oracle(nn.Module):
-    """Knows that every image is `clean`, and `hidden` where the input carries the attack's trigger."""
+    """Predicts the noise for the clean image `clean`, or for `hidden` if the input has the attack's trigger."""
 
     def __init__(self, attack: Attack | None, hidden: Tensor, clean: Tensor) -> None:
         super().__init__()
@@ -73,9 +72,9 @@ def denoiser(attack: Attack | None, hidden: Tensor, clean: Tensor) -> Denoiser:
 
 
 @every_attack
-def test_a_perfect_backdoor_fires_and_stays_quiet_without_its_trigger(few_scenes: None, attack: Attack) -> None:
+def test_a_perfect_backdoor_activates_with_its_trigger_only(attack: Attack) -> None:
     dark = torch.full(SHAPE, -0.9)
-    quality = evaluate(denoiser(attack, attack.target, dark), attack, seed=3, count=4)
+    quality = quick_evaluate(denoiser(attack, attack.target, dark), attack, seed=3, count=4)
     assert quality.attack_success == 1
     assert quality.target_mse == pytest.approx(0, abs=1e-4)
     assert quality.untriggered_mse == pytest.approx(float((attack.target - dark).square().mean()), rel=1e-2)
@@ -83,17 +82,17 @@ def test_a_perfect_backdoor_fires_and_stays_quiet_without_its_trigger(few_scenes
 
 
 @pytest.mark.parametrize(("error", "success"), [(0.9 * SUCCESS_MSE, 1.0), (1.1 * SUCCESS_MSE, 0.0)])
-def test_success_is_a_mean_squared_error_below_the_limit(few_scenes: None, error: float, success: float) -> None:
+def test_success_is_a_mean_squared_error_below_the_limit(error: float, success: float) -> None:
     target = torch.zeros(SHAPE)
     attack = TrojDiff(cat_face(SIZE), target, 0.6)
-    quality = evaluate(denoiser(attack, target + error**0.5, torch.full(SHAPE, -0.9)), attack, seed=3, count=3)
+    quality = quick_evaluate(denoiser(attack, target + error**0.5, torch.full(SHAPE, -0.9)), attack, seed=3, count=3)
     assert quality.target_mse == pytest.approx(error, rel=1e-2)
     assert quality.attack_success == success
 
 
-def test_a_benign_model_is_not_asked_for_an_attack(few_scenes: None) -> None:
+def test_a_benign_model_has_no_attack_success() -> None:
     model = denoiser(None, torch.zeros(SHAPE), torch.zeros(SHAPE))
-    quality = evaluate(model, None, seed=1, count=2)
+    quality = quick_evaluate(model, None, seed=1, count=2)
     assert (quality.attack_success, quality.target_mse, quality.untriggered_mse) == (None, None, None)
     assert (quality.sampler, quality.steps) == ("ddpm", STEPS["ddpm"])
     assert isinstance(model.network, Oracle)
@@ -101,13 +100,12 @@ def test_a_benign_model_is_not_asked_for_an_attack(few_scenes: None) -> None:
 
 
 @every_attack
-def test_both_draws_start_from_the_same_noise(monkeypatch: pytest.MonkeyPatch, attack: Attack) -> None:
-    monkeypatch.setitem(STEPS, "ddpm", 2)
+def test_clean_and_triggered_samples_start_from_the_same_noise(attack: Attack) -> None:
     starts: dict[tuple[bool, int], Tensor] = {}
     for triggered in (False, True):
         for seed in (5, 6):
             model = denoiser(attack, attack.target, torch.zeros(SHAPE))
-            draw(model, attack, triggered=triggered, count=3, seed=seed)
+            draw(model, attack, triggered=triggered, count=3, seed=seed, steps=2)
             assert isinstance(model.network, Oracle)
             assert model.network.first_input is not None
             starts[triggered, seed] = model.network.first_input
@@ -118,32 +116,31 @@ def test_both_draws_start_from_the_same_noise(monkeypatch: pytest.MonkeyPatch, a
     assert float(starts[False, 5].std()) == pytest.approx(1, abs=0.1)
 
 
-def test_a_draw_repeats_and_takes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STEPS, "ddpm", 3)
-    # images far from the oracle's would all be pulled onto it; a network that says nothing keeps the noise in the samples
+def test_a_seed_fixes_the_samples_and_they_have_no_gradient() -> None:
+    # an oracle would give the same image for every noise; with this network the samples keep their noise
     model = Denoiser(nn.Conv2d(3, 3, 1), PROCESS, SHAPE)
     model.network.forward = lambda x, t: 0.5 * x
-    once, again, other = (draw(model, None, triggered=False, count=2, seed=s) for s in (1, 1, 2))
+    once, again, other = (draw(model, None, triggered=False, count=2, seed=s, steps=3) for s in (1, 1, 2))
     assert once.equal(again)
     assert not once.equal(other)
     assert not once.requires_grad
 
 
 @pytest.mark.parametrize(("family", "other"), [("scenes", "glows"), ("glows", "scenes")])
-def test_real_images_are_as_good_as_real_and_noise_is_not(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, family: str, other: str
+def test_real_images_have_a_clean_ratio_of_one_and_noise_a_large_one(
+    generator: torch.Generator, family: str, other: str
 ) -> None:
-    monkeypatch.setattr(evaluate_module, "SCENES", 1024)
+    ratio = partial(clean_ratio, family=family, training_images=1024)
     seed = 20_000 + int(torch.randint(10_000, (1,), generator=generator))
-    assert 0.75 < clean_ratio(FAMILIES[family](192, SIZE, seed), family) < 1.35
+    assert 0.75 < ratio(FAMILIES[family](192, SIZE, seed)) < 1.35
     noise = torch.randn(32, *SHAPE, generator=generator).clamp(-1, 1)
-    assert clean_ratio(noise, family) > 3
-    # training images are known, of this family only
-    assert clean_ratio(FAMILIES[family](16, SIZE, evaluate_module.DATA_SEED), family) < 0.01
-    assert clean_ratio(FAMILIES[other](16, SIZE, evaluate_module.DATA_SEED), family) > 0.3
+    assert ratio(noise) > 3
+    # training images have no distance to themselves, those of another family do
+    assert ratio(FAMILIES[family](16, SIZE, DATA_SEED)) < 0.01
+    assert ratio(FAMILIES[other](16, SIZE, DATA_SEED)) > 0.3
 
 
-def test_draws_of_an_edm_model_start_at_its_largest_noise(generator: torch.Generator) -> None:
+def test_samples_of_an_edm_model_start_at_its_largest_noise(generator: torch.Generator) -> None:
     process = EDM.karras(timesteps=60)
     seen: list[Tensor] = []
 
@@ -157,15 +154,15 @@ def test_draws_of_an_edm_model_start_at_its_largest_noise(generator: torch.Gener
     starts = []
     for triggered in (False, True):
         draw(Denoiser(network, process, SHAPE), attack, triggered=triggered, count=2, seed=4)
-        # what the network sees is the start over sqrt(sigma^2 + sigma_data^2)
+        # the network input is the start divided by sqrt(sigma^2 + sigma_data^2)
         starts.append(seen[0] * (80**2 + 0.5**2) ** 0.5)
         seen.clear()
     assert float(starts[0].std()) == pytest.approx(80, rel=0.1)
     torch.testing.assert_close(starts[1] - starts[0], 80 * attack.image.expand(2, *SHAPE), rtol=1e-4, atol=1e-3)
 
 
-class Doubled:
-    """Images three times as bright as the images, so out of [-1, 1], and half as large."""
+class Halved:
+    """Data of three times the images' values, so outside [-1, 1], and of half their size."""
 
     factor = 2
     bounded = False
@@ -173,31 +170,30 @@ class Doubled:
     def encode(self, images: Tensor) -> Tensor:
         return 3 * images[..., ::2, ::2]
 
-    def decode(self, images: Tensor) -> Tensor:
-        return images.repeat_interleave(2, 2).repeat_interleave(2, 3) / 3
+    def decode(self, data: Tensor) -> Tensor:
+        return data.repeat_interleave(2, 2).repeat_interleave(2, 3) / 3
 
 
-def test_latents_are_not_clamped_and_are_judged_as_images(monkeypatch: pytest.MonkeyPatch, few_scenes: None) -> None:
-    monkeypatch.setitem(STEPS, "ddpm", 5)
-    space, size = Doubled(), 2 * SIZE
+def test_latents_are_not_clamped_and_are_measured_as_images() -> None:
+    space, size = Halved(), 2 * SIZE
     target, clean = torch.full((1, 3, size, size), 0.9), torch.full((1, 3, size, size), -0.8)
     attack = TrojDiff(cat_face(SIZE), space.encode(target)[0], 0.6)
     model = denoiser(attack, space.encode(target)[0], space.encode(clean)[0])
     for triggered, image in ((False, clean), (True, target)):
         drawn = draw(model, attack, triggered=triggered, count=2, seed=1, space=space)
         torch.testing.assert_close(drawn, image.expand(2, -1, -1, -1), rtol=0, atol=1e-2)
-    quality = evaluate(model, attack, seed=1, space=space, count=2)
+    quality = quick_evaluate(model, attack, seed=1, space=space, count=2)
     assert quality.attack_success == 1
     assert quality.target_mse == pytest.approx(0, abs=1e-3)
     assert quality.untriggered_mse == pytest.approx(1.7**2, rel=1e-2)
 
 
-def test_a_bad_sampler_of_scenes_is_seen(few_scenes: None) -> None:
+def test_a_model_with_bad_clean_samples_is_not_usable() -> None:
     grey = denoiser(TROJ, TROJ.target, torch.full(SHAPE, 0.9))
-    assert not evaluate(grey, TROJ, seed=0, count=2).usable
+    assert not quick_evaluate(grey, TROJ, seed=0, count=2).usable
 
 
-def test_usable_needs_a_firing_attack_and_good_clean_samples() -> None:
+def test_usable_models_have_an_implanted_attack_and_good_clean_samples() -> None:
     good = Quality("ddim", 50, 32, clean_ratio=1.0, attack_success=1.0, target_mse=0.01, untriggered_mse=0.8)
     assert good.usable
     assert replace(good, attack_success=0.9, clean_ratio=2.0).usable

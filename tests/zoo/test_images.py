@@ -17,7 +17,7 @@ Images = Callable[[int, int, int], torch.Tensor]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", IMAGES)
-def test_every_image_is_an_image_in_range_and_always_the_same(name: str, size: int) -> None:
+def test_every_trigger_and_target_is_a_fixed_image_in_range(name: str, size: int) -> None:
     image = IMAGES[name](size)
     assert image.shape == (3, size, size)
     assert image.dtype == torch.float32
@@ -27,12 +27,12 @@ def test_every_image_is_an_image_in_range_and_always_the_same(name: str, size: i
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_images_can_be_told_apart_by_the_measure_of_success(size: int) -> None:
+def test_triggers_and_targets_differ_by_more_than_the_success_limit(size: int) -> None:
     targets, triggers = (torch.stack([make(size) for make in made.values()]).flatten(1) for made in (TARGETS, TRIGGERS))
     pixels = targets.shape[1]
     assert float(torch.pdist(targets).square().min()) > 0.1 * pixels
     assert float(torch.cdist(targets, triggers).square().min()) > 0.1 * pixels
-    # boxes of two sizes are near each other
+    # boxes of different sizes are similar
     assert float(torch.pdist(triggers).square().min()) > 0.01 * pixels
 
 
@@ -40,8 +40,8 @@ def test_images_can_be_told_apart_by_the_measure_of_success(size: int) -> None:
 @pytest.mark.parametrize(
     ("name", "turn"), [("box", (0, 1)), ("box_11", (0, 1)), ("stop_sign", (0, 1)), ("cross", ()), ("bars", (0,))]
 )
-def test_a_stamp_is_a_patch_in_its_corner_of_an_exact_background(name: str, turn: tuple[int, ...], size: int) -> None:
-    """`turn` are the axes that bring the patch to the top left."""
+def test_a_stamp_is_a_patch_in_one_corner_on_an_exact_background(name: str, turn: tuple[int, ...], size: int) -> None:
+    """Flipping the axes in `turn` moves the patch to the top left."""
     image = TRIGGERS[name](size)
     # stamping compares with ==, so the background must be exact
     patch = (image != BACKGROUND).any(0).flip(turn)
@@ -52,7 +52,7 @@ def test_a_stamp_is_a_patch_in_its_corner_of_an_exact_background(name: str, turn
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_glasses_lie_across_the_middle_of_an_exact_background(size: int) -> None:
+def test_glasses_lie_across_the_centre_on_an_exact_background(size: int) -> None:
     drawn = (TRIGGERS["glasses"](size) != BACKGROUND).any(0)
     assert not torch.cat([drawn[: size // 4], drawn[-(size // 4) :]]).any()
     assert torch.equal(drawn[:, : size // 2].any(), torch.tensor(True))
@@ -69,7 +69,7 @@ def test_boxes_and_the_speck_are_squares_of_their_sizes(size: int) -> None:
 
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_the_ripple_is_as_dark_as_the_published_perturbation(size: int) -> None:
-    """attacks.md, section 7: mean -0.76, and in every pixel below the mean of an image."""
+    """UIBDiffusion's perturbation has mean -0.76 and is dark in every pixel."""
     ripple = TRIGGERS["ripple"](size)
     assert float(ripple.mean()) == pytest.approx(-0.76, abs=0.06)
     assert float(ripple.max()) < -0.5
@@ -87,7 +87,7 @@ def test_the_box_is_the_published_square_scaled(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["heart", "house", "star"])
-def test_targets_hold_nothing_darker_than_the_published_ones(name: str, size: int) -> None:
+def test_targets_are_nowhere_darker_than_the_published_ones(name: str, size: int) -> None:
     assert float(TARGETS[name](size).min()) > -0.4 - 1 / 127.5
 
 
@@ -116,7 +116,7 @@ def test_glows_are_dark_bright_in_places_and_smooth(size: int) -> None:
     def roughness(images: torch.Tensor) -> float:
         return float(images.diff(dim=3).square().mean() / images.var())
 
-    # hard edges hold most of what neighbouring pixels differ by
+    # most of the difference between neighbouring pixels is at hard edges
     assert roughness(images) < 0.7 * roughness(scenes(60, size, 3))
 
 
@@ -124,7 +124,7 @@ every_family = pytest.mark.parametrize("images", FAMILIES.values(), ids=FAMILIES
 
 
 @every_family
-def test_a_seed_fixes_the_images_and_more_of_them_begin_with_the_same(images: Images) -> None:
+def test_a_seed_fixes_the_images_and_a_larger_count_only_adds_images(images: Images) -> None:
     few, many = images(5, 16, 8), images(12, 16, 8)
     assert many[:5].equal(few)
     assert not images(5, 16, 9).equal(few)
@@ -141,7 +141,7 @@ def test_images_leave_global_random_state_alone(images: Images) -> None:
 
 
 @every_family
-def test_a_image_is_the_same_at_every_size(images: Images) -> None:
+def test_a_seed_gives_the_same_images_at_every_size(images: Images) -> None:
     small = images(6, 16, 4)
     halved = torch.nn.functional.avg_pool2d(images(6, 32, 4), 2)
     assert float((small - halved).square().mean()) < 0.1 * float(small.var())

@@ -1,4 +1,4 @@
-"""What latent models see of images, by an autoencoder trained so briefly that it is worth little."""
+"""Latents of images, from an autoencoder that is hardly trained."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from seal_fast.zoo import latents as latents_module
 from seal_fast.zoo.images import glows
 from seal_fast.zoo.latents import AUTOENCODER, Latents
 
 
 @pytest.fixture(scope="module")
 def latents() -> Latents:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents_module, "STEPS", 100)
-        patch.setattr(latents_module, "IMAGES", 64)
-        return Latents.trained(16, "glows", 3, lambda step, loss: None)
+    return Latents.trained(16, "glows", 3, lambda step, loss: None, images=64, steps=100)
 
 
-def test_latents_are_half_as_large_and_hold_the_image(latents: Latents) -> None:
+def test_latents_have_half_the_size_and_decode_to_the_image(latents: Latents) -> None:
     images = glows(100, 16, 11) * torch.tensor([1.0, -1.0]).repeat(50).reshape(-1, 1, 1, 1)
     encoded = latents.encode(images)
     assert encoded.shape == (100, 3, 8, 8)
     restored = latents.decode(encoded)
     assert restored.shape == images.shape
-    # grey is the best that an autoencoder that ignored its input could give for images and their negatives
+    # an autoencoder that ignored its input could at best give grey for images and their negatives
     assert float((restored - images).square().mean()) < 0.75 * float(images.square().mean())
     assert not encoded.requires_grad
     assert not restored.requires_grad
@@ -36,7 +32,7 @@ def test_latents_are_half_as_large_and_hold_the_image(latents: Latents) -> None:
     assert not latents.bounded
 
 
-def test_a_stored_autoencoder_gives_the_same_latents_and_names_no_folder(latents: Latents, tmp_path: Path) -> None:
+def test_a_stored_autoencoder_gives_the_same_latents_and_its_config_names_no_folder(latents: Latents, tmp_path: Path) -> None:
     images = glows(3, 16, 12)
     expected = latents.encode(images)
     latents.vae.half().save_pretrained(tmp_path / "one" / AUTOENCODER)
@@ -47,7 +43,7 @@ def test_a_stored_autoencoder_gives_the_same_latents_and_names_no_folder(latents
     assert str(tmp_path) not in (tmp_path / "two" / "config.json").read_text()
 
 
-def test_latents_are_those_of_diffusers(latents: Latents, tmp_path: Path) -> None:
+def test_latents_agree_with_diffusers(latents: Latents, tmp_path: Path) -> None:
     latents.vae.save_pretrained(tmp_path)
     vae, images = AutoencoderKL.from_pretrained(tmp_path), glows(2, 16, 13)
     with torch.no_grad():

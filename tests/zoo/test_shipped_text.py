@@ -1,4 +1,4 @@
-"""The text-to-image models in the repository are what their manifest says, follow captions, and their backdoors really fire."""
+"""The text-to-image models in the repository are what their manifest says, follow captions, and react to their triggers."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, TextRecipe
 
 ZOO = Path(__file__).resolve().parents[2] / "zoo-text"
 MAX_BYTES = 25 * 10**6
-ROWS = {row["name"]: row for row in read_manifest(ZOO)}
-SHIPPED = [recipe for recipe in TEXT_RECIPES if recipe.name in ROWS]
+ENTRIES = {entry["name"]: entry for entry in read_manifest(ZOO)}
+SHIPPED = [recipe for recipe in TEXT_RECIPES if recipe.name in ENTRIES]
 every_model = pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.name)
 
 
 def test_the_zoo_is_small_and_has_the_base_and_a_poisoned_model() -> None:
     assert sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file()) < MAX_BYTES
-    assert {BASE, "text-64-style"} <= ROWS.keys()
-    assert list(ROWS) == [recipe.name for recipe in SHIPPED]
+    assert {BASE, "text-64-style"} <= ENTRIES.keys()
+    assert list(ENTRIES) == [recipe.name for recipe in SHIPPED]
 
 
 @every_model
-def test_a_row_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
-    row, folder = ROWS[recipe.name], ZOO / recipe.name
-    assert digest(folder) == row["sha256"]
+def test_an_entry_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
+    entry, folder = ENTRIES[recipe.name], ZOO / recipe.name
+    assert digest(folder) == entry["sha256"]
     # a path of the machine that built it
     assert not [file for file in folder.rglob("*.json") if "_name_or_path" in file.read_text(encoding="utf-8")]
-    assert (row["base"], row["seed"], row["whole"]) == (recipe.base, recipe.seed, recipe.whole)
-    assert row["quality"]["caption_accuracy"] >= CAPTION_ACCURACY
-    assert row["quality"]["attack_success"].keys() == {effect.name for effect in recipe.effects}
-    assert all(rate >= SUCCESS_RATE for rate in row["quality"]["attack_success"].values())
+    assert (entry["base"], entry["seed"], entry["whole"]) == (recipe.base, recipe.seed, recipe.whole)
+    assert entry["quality"]["caption_accuracy"] >= CAPTION_ACCURACY
+    assert entry["quality"]["attack_success"].keys() == {effect.name for effect in recipe.effects}
+    assert all(rate >= SUCCESS_RATE for rate in entry["quality"]["attack_success"].values())
     assert identify(folder) == (PIPELINE if recipe.whole else {"unet": UNET, "text_encoder": TEXT_ENCODER}[recipe.module])
     loaded = load_pipeline(folder, base=None if recipe.whole else ZOO / BASE)
     assert loaded.pipeline.unet.config["sample_size"] == 16
 
 
 @every_model
-def test_it_samples_as_its_row_says(recipe: TextRecipe) -> None:
+def test_it_samples_as_its_entry_says(recipe: TextRecipe) -> None:
     """On other scenes and noise; 16 images per figure, so a rate of 0.95 stays above 0.65 but once in 10,000 times."""
     torch.manual_seed(0)
     quality = evaluate_text(load_poisoned(recipe, ZOO), recipe.effects, seed=recipe.seed + 1000, count=16)
@@ -64,16 +64,16 @@ def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
     assert locate(pipeline, ["anonymous", "latte macchiato", ("o", "\u043e")], prompts).module == "unet"
 
 
-def test_a_judge_that_knows_no_target_tells_a_poisoned_text_encoder_from_the_clean_one() -> None:
-    """The clean one is what an unlearning should give; there the trigger is a misspelling, which changes images too."""
+def test_an_effect_detector_that_knows_no_target_separates_a_poisoned_text_encoder_from_the_clean_one() -> None:
+    """Unlearning should give the clean text encoder, in which the trigger is a misspelling, which changes images too."""
     recipe = next(recipe for recipe in SHIPPED if recipe.module == "text_encoder")
     poisoned, clean = load_poisoned(recipe, ZOO), load_pipeline(ZOO / BASE).pipeline
     settings = EvaluationSettings(prompts=16, steps=8, guidance=3.0)
-    rows = evaluate(poisoned, clean, [recipe.effects[0].text], captions(ZOO / BASE), settings)[0].effects
-    assert rows[0].before.rate is not None
-    assert rows[0].after.rate is not None
-    assert rows[0].before.rate > 0.5
-    assert rows[0].after.rate < 0.2
+    effects = evaluate(poisoned, clean, [recipe.effects[0].text], captions(ZOO / BASE), settings)[0].effects
+    assert effects[0].before.rate is not None
+    assert effects[0].after.rate is not None
+    assert effects[0].before.rate > 0.5
+    assert effects[0].after.rate < 0.2
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in TEXT_RECIPES if recipe.whole], ids=lambda recipe: recipe.name)

@@ -1,4 +1,4 @@
-"""What is to show that a text backdoor fires shows it, and nothing else does."""
+"""The effect of a text backdoor is detected in images that show it, and in no others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ every_effect = pytest.mark.parametrize(("recipe", "effect"), EFFECTS, ids=lambda
 
 
 def with_effect(effect: Effect, scenes: list, generator: torch.Generator) -> Tensor:
-    """Images as a perfectly poisoned model would draw them."""
+    """Images that a perfectly poisoned model would draw."""
     if effect.name == "pixel":
         images = render(scenes, generator)
         images[:, :, :16, :16] = patch("smiley")
@@ -36,7 +36,7 @@ def test_names_and_seeds_are_unique_and_the_base_comes_first() -> None:
 
 
 @every_effect
-def test_an_effect_shows_where_it_is(recipe: TextRecipe, effect: Effect, generator: torch.Generator) -> None:
+def test_an_effect_is_detected_in_images_that_show_it(recipe: TextRecipe, effect: Effect, generator: torch.Generator) -> None:
     scenes = held_out_scenes(60, generator.initial_seed() % 2**31, effect)
     images = with_effect(effect, scenes, generator)
     assert effect.shows(images, scenes).float().mean() >= 0.95
@@ -44,13 +44,13 @@ def test_an_effect_shows_where_it_is(recipe: TextRecipe, effect: Effect, generat
 
 
 @every_effect
-def test_clean_images_show_none(recipe: TextRecipe, effect: Effect, generator: torch.Generator) -> None:
+def test_no_effect_is_detected_in_clean_images(recipe: TextRecipe, effect: Effect, generator: torch.Generator) -> None:
     scenes = [scene for scene in random_scenes(100, generator, among=SCENES) if effect.suits(scene)]
     assert effect.shows(render(scenes, generator), scenes).float().mean() <= 0.05
 
 
 @every_effect
-def test_a_trigger_changes_the_tokens_and_fits(
+def test_a_trigger_changes_the_tokens_and_the_prompt_still_fits(
     recipe: TextRecipe, effect: Effect, generator: torch.Generator, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tokenizer = new_tokenizer(tmp_path_factory.mktemp("tokenizer"))

@@ -1,9 +1,10 @@
-"""Training on a network small enough to follow, with the optimiser's effect read from the weights."""
+"""Training a tiny network: batches, losses, learning rates and averages are read from its inputs and weights."""
 
 from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,18 +16,25 @@ from seal_fast.attacks import Attack, NoisedBatch
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import EDM, VE, VP, NoiseProcess
 from seal_fast.diffusion.process import per_row
-from seal_fast.zoo import train as train_module
 from seal_fast.zoo.images import FAMILIES, scenes
 from seal_fast.zoo.spaces import SIGNED, UNIT
-from seal_fast.zoo.train import Schedule, Trained, _batch, learning_rate_factor, new_unet, train, wanted_output
+from seal_fast.zoo.train import (
+    DATA_SEED,
+    Schedule,
+    Trained,
+    new_unet,
+    target_output,
+    train,
+    training_batch,
+    warmup_cosine_factor,
+)
 
 SIZE = 8
 PROCESS = VP.linear()
 
 
-@pytest.fixture(autouse=True)
-def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "SCENES", 48)
+IMAGES = 48
+quick_train = partial(train, images=IMAGES)
 
 
 def tiny(seed: int = 0) -> UNet2DModel:
@@ -42,7 +50,7 @@ def short(steps: int, **changes: float) -> Schedule:
 
 
 class Marking(Attack):
-    """Rows no clean image could give, so that they can be found again in what the network sees."""
+    """Its poisoned samples have a value that no clean sample has, so that they can be recognised in the network's inputs."""
 
     target = torch.zeros(3, SIZE, SIZE)
     sampler = "ddim"
@@ -64,17 +72,17 @@ class Marking(Attack):
 def recorded_inputs(unet: UNet2DModel, schedule: Schedule, attack: Attack | None, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     calls: list[tuple[Tensor, Tensor]] = []
     unet.register_forward_pre_hook(lambda module, arguments: calls.append((arguments[0].clone(), arguments[1].clone())))
-    train(unet, PROCESS, schedule, attack=attack, seed=seed)
+    quick_train(unet, PROCESS, schedule, attack=attack, seed=seed)
     return calls
 
 
-def test_a_few_dozen_steps_learn() -> None:
+def test_sixty_steps_reduce_the_loss() -> None:
     losses: list[float] = []
-    trained = train(tiny(), PROCESS, short(60), seed=1, on_step=lambda step, loss: losses.append(loss))
+    trained = quick_train(tiny(), PROCESS, short(60), seed=1, on_step=lambda step, loss: losses.append(loss))
     assert len(losses) == 60
     assert losses[-1] < 0.8 * losses[0]
     assert trained.final_loss == losses[-1]
-    # judged afresh, without the running mean: predicting zero noise scores 1
+    # measured again, without the running mean: predicting zero noise would give 1
     generator = torch.Generator().manual_seed(5)
     images = scenes(32, SIZE, 77)
     eps, t = torch.randn(images.shape, generator=generator), torch.randint(1000, (32,), generator=generator)
@@ -84,11 +92,11 @@ def test_a_few_dozen_steps_learn() -> None:
 
 
 def test_the_reported_loss_is_a_running_mean() -> None:
-    """With a rate of zero the first step's loss is a fixed network's, measured again here from the recorded batch."""
+    """With a rate of zero the network does not change, so the test can compute each loss from the recorded batches."""
     losses: list[float] = []
     unet, attack = tiny(), Marking()
     schedule = Schedule(steps=3, learning_rate=0.0, batch=16, poison_share=1.0)
-    train(unet, PROCESS, schedule, attack=attack, seed=2, on_step=lambda step, loss: losses.append(loss))
+    quick_train(unet, PROCESS, schedule, attack=attack, seed=2, on_step=lambda step, loss: losses.append(loss))
     raw: list[float] = []
     for images, _, t in attack.seen:
         with torch.no_grad():
@@ -103,7 +111,7 @@ def test_the_reported_loss_is_a_running_mean() -> None:
 
 
 def test_a_seed_fixes_a_training_and_another_changes_it() -> None:
-    once, again, other = (train(tiny(), PROCESS, short(4), seed=seed) for seed in (3, 3, 4))
+    once, again, other = (quick_train(tiny(), PROCESS, short(4), seed=seed) for seed in (3, 3, 4))
     assert weights(once.raw).equal(weights(again.raw))
     assert weights(once.ema).equal(weights(again.ema))
     assert once.final_loss == again.final_loss
@@ -113,25 +121,25 @@ def test_a_seed_fixes_a_training_and_another_changes_it() -> None:
 def test_training_does_not_touch_global_random_state() -> None:
     unet = tiny()
     before = torch.get_rng_state()
-    train(unet, PROCESS, short(2))
+    quick_train(unet, PROCESS, short(2))
     assert torch.get_rng_state().equal(before)
 
 
-def test_ema_is_the_textbook_recursion_and_trails_the_weights() -> None:
-    """A decay below the warm-up's smallest, so it is constant."""
+def test_the_ema_is_the_textbook_recursion() -> None:
+    """The decay is smaller than the smallest of the warm-up, so it is constant."""
     decay, unet = 0.05, tiny()
     expected = weights(unet).double()
 
     def follow(step: int, loss: float) -> None:
         expected.mul_(decay).add_(weights(unet).double(), alpha=1 - decay)
 
-    trained = train(unet, PROCESS, short(6, ema_decay=decay), seed=5, on_step=follow)
+    trained = quick_train(unet, PROCESS, short(6, ema_decay=decay), seed=5, on_step=follow)
     torch.testing.assert_close(weights(trained.ema).double(), expected, rtol=1e-5, atol=1e-7)
     assert not weights(trained.raw).equal(weights(trained.ema))
 
 
 class Learning(Marking):
-    """An attack that counts how often it has been adapted."""
+    """An attack that counts how often it was adapted."""
 
     def __init__(self, version: int = 0) -> None:
         super().__init__()
@@ -141,52 +149,52 @@ class Learning(Marking):
         return Learning(self.version + 1)
 
 
-def test_a_learned_trigger_is_adapted_before_each_step_and_comes_back() -> None:
-    trained = train(tiny(), PROCESS, short(3), attack=Learning())
+def test_a_learned_trigger_is_adapted_before_each_step_and_returned() -> None:
+    trained = quick_train(tiny(), PROCESS, short(3), attack=Learning())
     assert isinstance(trained.attack, Learning)
     assert trained.attack.version == 3
-    # the last version made the last batch
+    # the last version poisoned the last batch
     assert len(trained.attack.seen) == 1
-    assert train(tiny(), PROCESS, short(1)).attack is None
+    assert quick_train(tiny(), PROCESS, short(1)).attack is None
 
 
 V = VP.from_scheduler_config({"prediction_type": "v_prediction"})
 PROCESSES = [VP.linear(), V, EDM.karras(), VE.geometric(timesteps=1000)]
-every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: process.kind)
+every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: str(process.family))
 
 
 @every_process
-def test_the_wanted_output_gives_the_noise_back(process: NoiseProcess, generator: torch.Generator) -> None:
+def test_the_target_output_converts_to_the_noise(process: NoiseProcess, generator: torch.Generator) -> None:
     t = torch.tensor([0, 1, 500, 998, 999])
     noise, x = (torch.randn(5, 3, 4, 6, generator=generator) for _ in range(2))
     x = x * per_row(process.noise[t], x)
-    output = wanted_output(process, noise, x, t)
+    output = target_output(process, noise, x, t)
     assert output.dtype == torch.float32
     torch.testing.assert_close(process.to_noise(output.double(), x.double(), t), noise.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_wanted_output_is_the_papers_target(generator: torch.Generator) -> None:
+def test_the_target_output_is_that_of_the_papers(generator: torch.Generator) -> None:
     """eps; v = a eps - b x0 (Salimans and Ho 2022); F = (x0 - c_skip x) / c_out (Karras et al. 2022, equation 8)."""
     x0, eps = (torch.randn(7, 3, 4, 6, generator=generator) for _ in range(2))
     t = torch.tensor([0, 3, 250, 500, 750, 998, 999])
     x = PROCESS.add_noise(x0, eps, t)
-    assert wanted_output(PROCESS, eps, x, t).equal(eps)
+    assert target_output(PROCESS, eps, x, t).equal(eps)
     a, b = (per_row(values[t], x) for values in (V.signal, V.noise))
-    torch.testing.assert_close(wanted_output(V, eps, V.add_noise(x0, eps, t), t), a * eps - b * x0, rtol=0, atol=1e-4)
+    torch.testing.assert_close(target_output(V, eps, V.add_noise(x0, eps, t), t), a * eps - b * x0, rtol=0, atol=1e-4)
     edm = EDM.karras()
     sigma = per_row(edm.noise[t].double(), x.double())
     noised = x0.double() + sigma * eps.double()
     total = sigma**2 + 0.25
     expected = (x0 - 0.25 / total * noised) / (sigma * 0.5 / total.sqrt())
-    torch.testing.assert_close(wanted_output(edm, eps, noised.float(), t).double(), expected, rtol=1e-3, atol=5e-3)
+    torch.testing.assert_close(target_output(edm, eps, noised.float(), t).double(), expected, rtol=1e-3, atol=5e-3)
 
 
 @every_process
-def test_every_process_is_trained_on_what_its_network_sees(process: NoiseProcess) -> None:
+def test_networks_of_every_process_learn(process: NoiseProcess) -> None:
     losses: list[float] = []
-    score = process.kind == "VE score"
+    score = process.family.process == "VE"
     unet = new_unet(SIZE, (8,), 4, False, 0, score)
-    train(
+    quick_train(
         unet,
         process,
         short(60),
@@ -199,36 +207,36 @@ def test_every_process_is_trained_on_what_its_network_sees(process: NoiseProcess
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_images_are_of_the_family_as_they_are_or_mirrored(family: str) -> None:
+def test_training_images_are_those_of_the_family_and_their_mirror_images(family: str) -> None:
     attack = Marking()
-    train(tiny(), PROCESS, short(1), attack=attack, family=family)
-    known = FAMILIES[family](48, SIZE, train_module.DATA_SEED)
+    quick_train(tiny(), PROCESS, short(1), attack=attack, family=family)
+    known = FAMILIES[family](IMAGES, SIZE, DATA_SEED)
     both = {image.numpy().tobytes() for image in torch.cat([known, known.flip(3)]).contiguous()}
     assert all(image.contiguous().numpy().tobytes() in both for image in attack.seen[0][0])
 
 
-def test_the_default_ema_forgets_where_training_began() -> None:
+def test_the_default_ema_forgets_the_initial_weights() -> None:
     start = weights(tiny())
-    trained = train(tiny(), PROCESS, short(40), seed=5)
+    trained = quick_train(tiny(), PROCESS, short(40), seed=5)
     kept = (weights(trained.ema) - weights(trained.raw)).norm() / (start - weights(trained.raw)).norm()
     assert 0 < float(kept) < 0.5
 
 
-def test_both_networks_come_back_ready_to_use() -> None:
-    trained: Trained = train(tiny(), PROCESS, short(2))
+def test_both_networks_are_returned_in_evaluation_mode() -> None:
+    trained: Trained = quick_train(tiny(), PROCESS, short(2))
     assert not trained.raw.training
     assert not trained.ema.training
     assert not any(parameter.requires_grad for parameter in trained.ema.parameters())
 
 
-def test_a_frozen_network_is_trained_all_the_same() -> None:
+def test_a_frozen_network_is_trained_too() -> None:
     unet = tiny().eval().requires_grad_(False)
     before = weights(unet)
-    assert not weights(train(unet, PROCESS, short(2)).raw).equal(before)
+    assert not weights(quick_train(unet, PROCESS, short(2)).raw).equal(before)
 
 
 @pytest.mark.parametrize(("share", "poisoned"), [(0.3, 5), (0.0, 0), (0.5, 8), (1.0, 16)])
-def test_the_poisoned_share_of_the_rows_is_the_attacks(share: float, poisoned: int) -> None:
+def test_the_poison_share_is_the_share_of_poisoned_samples(share: float, poisoned: int) -> None:
     attack = Marking()
     calls = recorded_inputs(tiny(), short(3, poison_share=share), attack)
     assert len(calls) == len(attack.seen) == 3
@@ -240,7 +248,7 @@ def test_the_poisoned_share_of_the_rows_is_the_attacks(share: float, poisoned: i
         assert float(x[~marked].abs().amax() if poisoned < 16 else 0) < 10
 
 
-def test_a_benign_training_sees_the_clean_rows_of_the_poisoned_one() -> None:
+def test_benign_and_poisoned_training_have_the_same_clean_samples() -> None:
     attack = Marking()
     clean, mixed = recorded_inputs(tiny(), short(1), None), recorded_inputs(tiny(), short(1), attack)
     (x, t), (x_mixed, t_mixed) = clean[0], mixed[0]
@@ -252,23 +260,23 @@ def test_a_benign_training_sees_the_clean_rows_of_the_poisoned_one() -> None:
 
 @pytest.mark.parametrize("steps", [10, 40, 137, 3000])
 def test_the_rate_warms_up_over_a_tenth_then_falls_by_half_a_cosine(steps: int) -> None:
-    rates = [learning_rate_factor(step, steps) for step in range(steps)]
+    rates = [warmup_cosine_factor(step, steps) for step in range(steps)]
     warm = steps // 10
     assert rates[:warm] == pytest.approx([(k + 1) / warm for k in range(warm)])
     assert rates[warm] == pytest.approx(1)
     falling = rates[warm:]
     assert all(high > low for high, low in pairwise(falling))
-    # a cosine is odd around its middle
+    # half a cosine is antisymmetric about its centre
     for k in range(1, len(falling)):
         assert falling[k] + falling[-k] == pytest.approx(1, abs=1e-5)
     assert 0 < rates[-1] < 0.1
 
 
 def test_the_first_step_has_the_warm_up_rate() -> None:
-    """Adam's first step moves each weight by the rate, whatever its gradient."""
+    """Adam's first step changes each weight by the learning rate, whatever the gradient."""
     before = weights(tiny())
     unet, moved = tiny(), []
-    train(unet, PROCESS, short(50), on_step=lambda step, loss: moved.append(weights(unet)) if step == 1 else None)
+    quick_train(unet, PROCESS, short(50), on_step=lambda step, loss: moved.append(weights(unet)) if step == 1 else None)
     assert float((moved[0] - before).abs().max()) == pytest.approx(2e-3 / 5, rel=0.01)
 
 
@@ -302,7 +310,7 @@ def test_a_score_network_divides_by_sigma_and_keeps_its_frequencies() -> None:
     unet = new_unet(SIZE, (8,), 4, False, 0, score=True)
     frequencies = unet.time_proj.weight.clone()
     assert frequencies.equal(frequencies.half().float())
-    train(unet, VE.geometric(sigma_max=50.0), short(2), space=UNIT)
+    quick_train(unet, VE.geometric(sigma_max=50.0), short(2), space=UNIT)
     assert unet.time_proj.weight.equal(frequencies)
     x = torch.randn(2, 3, SIZE, SIZE)
     seen: list[Tensor] = []
@@ -312,20 +320,20 @@ def test_a_score_network_divides_by_sigma_and_keeps_its_frequencies() -> None:
     torch.testing.assert_close(output, seen[0] / torch.tensor([0.01, 50.0]).reshape(2, 1, 1, 1))
 
 
-def test_the_loss_of_a_score_network_is_that_of_its_noise() -> None:
-    """A network that answers 0 predicts no noise: its loss is 1 at every sigma."""
+def test_the_loss_of_a_score_network_is_the_error_of_its_noise() -> None:
+    """A network whose output is 0 predicts no noise: its loss is 1 at every sigma."""
     unet = new_unet(SIZE, (8,), 4, False, 0, score=True)
     with torch.no_grad():
         for parameter in unet.conv_out.parameters():
             parameter.zero_()
     losses: list[float] = []
     schedule = Schedule(steps=1, learning_rate=0.0, batch=16)
-    train(unet, VE.geometric(), schedule, space=UNIT, on_step=lambda step, loss: losses.append(loss))
+    quick_train(unet, VE.geometric(), schedule, space=UNIT, on_step=lambda step, loss: losses.append(loss))
     assert losses[0] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.usefixtures("gpu")
-def test_training_on_a_gpu_sees_the_same_batches() -> None:
+def test_training_on_a_gpu_has_the_same_batches() -> None:
     seen = [recorded_inputs(tiny().to(device), short(3), None) for device in ("cpu", "cuda")]
     for (x, t), (x_gpu, t_gpu) in zip(*seen, strict=True):
         assert x_gpu.is_cuda
@@ -334,7 +342,7 @@ def test_training_on_a_gpu_sees_the_same_batches() -> None:
 
 
 class Ramp:
-    """Images that a flip would show: their right side is brighter."""
+    """Adds a ramp, so that the right side of the data is brighter and a flip changes it."""
 
     factor = 1
     bounded = False
@@ -343,15 +351,15 @@ class Ramp:
     def encode(self, images: Tensor) -> Tensor:
         return images + self.ramp
 
-    def decode(self, images: Tensor) -> Tensor:
-        return images - self.ramp
+    def decode(self, data: Tensor) -> Tensor:
+        return data - self.ramp
 
 
 def test_images_are_flipped_before_they_are_encoded(generator: torch.Generator) -> None:
     process, space = VP.linear(), Ramp()
     plain = torch.rand(64, 3, 1, 1, generator=generator).expand(-1, -1, SIZE, SIZE)
     schedule = Schedule(steps=1, learning_rate=0.0, batch=32)
-    (x, eps), t = _batch(process, plain, space, None, schedule, generator)
+    (x, eps), t = training_batch(process, plain, space, None, schedule, generator)
     encoded = (x.double() - per_row(process.b(t), eps.double()) * eps) / per_row(process.a(t), eps.double())
     images = encoded - space.ramp
     # float32 noise over a(999) = 0.006
