@@ -50,7 +50,7 @@ def report_json(report: ScanReport) -> str:
 
 
 def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
-    """Input detection as JSON: one log ratio (nats) and one flag per input."""
+    """Input detection as JSON: the log ratio (nats) of every input, and whether it is triggered."""
     triggered = [value > 0 for value in log_ratios]
     summary = {"triggered": sum(triggered), "clean": len(triggered) - sum(triggered)}
     return to_json(

@@ -1,8 +1,7 @@
-"""Progress on stderr: one line per finished model, and where there is a terminal bars of those under way."""
+"""Progress on stderr: one line per finished model and, on a terminal, bars of the models under way."""
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -16,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class ProgressDisplay:
-    """Shows a scan as it goes; a context manager whose methods are the scan's callbacks.
+    """Shows the progress of a workflow. It is a context manager; its methods are the callbacks of the workflow.
 
     Attributes:
-        finished: models done so far.
-        total: models to do; 0 before the first event.
-        interrupted: set to stop at the next event with KeyboardInterrupt.
+        finished: number of finished models.
+        total: number of all models; 0 before the first event.
+        interrupted: if set, the next event raises KeyboardInterrupt.
     """
 
     def __init__(self, stream: IO[str], quiet: bool) -> None:
@@ -45,10 +44,11 @@ class ProgressDisplay:
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
     def on_progress(self, at: Progress) -> None:
+        """Update the bar of the current model."""
         if self.interrupted:
             raise KeyboardInterrupt
         self.total = at.total
@@ -60,7 +60,7 @@ class ProgressDisplay:
         self._show_whole()
 
     def done(self, name: str, finished: int, total: int, line: str) -> None:
-        """The model `name` is finished, as the `finished`-th; `line` says how it ended."""
+        """Remove the bar of the model `name` and print `line`, its result, after the number of finished models."""
         self.finished, self.total = finished, total
         if (task := self.running.pop(name, None)) is not None:
             self.bar.remove_task(task)
@@ -68,11 +68,12 @@ class ProgressDisplay:
         self.console.print(f"[{finished}/{total}] {safe(line)}", soft_wrap=True)
 
     def on_result(self, model: ModelResult, finished: int, total: int) -> None:
+        """`done` with the result of a scan."""
         how = "resumed" if model.resumed else f"{number(model.seconds, 1)} s"
         self.done(model.path, finished, total, f"{model.path}: {model.verdict.value}, {model.reason} ({how})")
 
     def _show_whole(self) -> None:
-        """The bar of all models; a single one has its own."""
+        """Update the bar of all models, which is hidden if there is only one model."""
         done = self.finished + sum(task.completed for task in self.bar.tasks if task.id in self.running.values())
         what = f"{self.finished}/{self.total} done"
         self.bar.update(self.whole, total=self.total, completed=done, description=what, visible=self.total > 1)

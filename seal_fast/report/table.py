@@ -39,23 +39,24 @@ def print_table(
     widths = [
         max(cell_len(str(cell)) for cell in cells) for cells in zip(columns, *(line.cells for line in lines), strict=True)
     ]
-    others = sum(widths) - widths[place] + len(GAP) * (len(columns) - 1)
+    gaps = len(GAP) * (len(columns) - 1)
+    others = sum(widths) - widths[place] + gaps
     widths[place] = min(widths[place], max(NARROWEST, console.width - others))
     indent = " " * (sum(widths[:place]) + len(GAP) * place)
 
-    def row(cells: Sequence[str | Text]) -> Text:
-        row = Text()
+    def aligned(cells: Sequence[str | Text]) -> Text:
+        text = Text()
         for column, cell, width in zip(columns, cells, widths, strict=True):
             padding = " " * (width - cell_len(str(cell)))
-            row.append(padding if column in numbers else "").append(cell).append("" if column in numbers else padding)
-            row.append(GAP)
-        row.rstrip()
-        return row
+            text.append(padding if column in numbers else "").append(cell).append("" if column in numbers else padding)
+            text.append(GAP)
+        text.rstrip()
+        return text
 
-    print_lines(console, [row(columns), "-" * (sum(widths) + len(GAP) * (len(columns) - 1))])
+    print_lines(console, [aligned(columns), "-" * (sum(widths) + gaps)])
     for line in lines:
         first, *rest = wrap(str(line.cells[place]), widths[place])
-        print_lines(console, [row([*line.cells[:place], first, *line.cells[place + 1 :]])])
+        print_lines(console, [aligned([*line.cells[:place], first, *line.cells[place + 1 :]])])
         print_lines(console, [indent + part for part in rest])
         if line.sentence:
             margin = indent + GAP
@@ -77,8 +78,8 @@ def print_sentence(console: Console, sentence: str) -> None:
 def wrap(text: str, width: int) -> list[str]:
     """Fold a text into lines of at most `width` cells, between words.
 
-    A word that is longer than a line, as paths are, is folded behind "/", "-" and "_". A part of it that is still too long
-    loses its middle.
+    A word that is longer than a line, such as a path, is folded behind "/", "-" and "_". A part of it that is still too long
+    keeps its two ends, with dots between them.
     """
     lines: list[str] = []
     for word in text.split(" "):
@@ -95,10 +96,10 @@ def _parts(word: str, width: int) -> list[str]:
     """What a word may be broken into; only a word that is longer than a line is broken."""
     if cell_len(word) <= width:
         return [word]
-    return [_without_middle(part, width) for part in re.findall(r"[^/_-]*[/_-]|[^/_-]+", word)]
+    return [_ends(part, width) for part in re.findall(r"[^/_-]*[/_-]|[^/_-]+", word)]
 
 
-def _without_middle(text: str, width: int) -> str:
+def _ends(text: str, width: int) -> str:
     """The text, or its two ends around dots where it is longer than `width`."""
     if cell_len(text) <= width:
         return text

@@ -17,7 +17,7 @@ from seal_fast.report.figures import draw_samples, draw_trigger
 TRIGGER_FILE = "trigger.safetensors"
 IMAGES = 4
 IMAGE_STEPS = 100
-"""Ancestral steps, as many as the search tests its candidates with."""
+"""Sampling steps, as many as the search tests its candidates with."""
 
 
 def save_trigger(reversion: Reversion, denoiser: Denoiser, sha256: str, folder: Path) -> None:

@@ -63,12 +63,18 @@ def files(folder: Path) -> set[str]:
     return {os.fspath(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_pipeline_with_its_report(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def unlearned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with a low-rank unlearning of two triggers, and the result."""
+    out = tmp_path_factory.mktemp("unlearned") / "out"
     # a trigger with $ is no formula in a figure, and one with | breaks no table
-    triggers = ["\u200b", "a$|$b"]
-    lora = replace(SETTINGS, trained="lora", alpha=0.25)
+    triggers, lora = ["\u200b", "a$|$b"], replace(SETTINGS, trained="lora", alpha=0.25)
     result = seal_fast.unlearn(model, triggers, out, prompts=PROMPTS, module="unet", settings=lora, evaluation=EVALUATION)
+    return out, result
+
+
+def test_a_pipeline_with_its_report(model: Path, unlearned: tuple[Path, Any]) -> None:
+    out, result = unlearned
     report = json.loads((out / "report.json").read_text())
     images = {f"{name}_{i}.png" for name in ("before_after", "attention") for i in (1, 2)}
     assert files(out) == files(model) | images | {"report.json", "README.md", PATCH}
@@ -85,20 +91,18 @@ def test_a_pipeline_with_its_report(model: Path, tmp_path: Path) -> None:
     assert report["peak_memory_bytes"] > 1 << 20
 
 
-def test_the_patch_is_the_change_of_the_model_beside_it(model: Path, tmp_path: Path) -> None:
-    lora = replace(SETTINGS, trained="lora")
-    seal_fast.unlearn(model, ["tin"], tmp_path / "out", prompts=PROMPTS, module="unet", settings=lora, evaluation=EVALUATION)
+def test_the_patch_is_the_change_of_the_model_beside_it(model: Path, unlearned: tuple[Path, Any]) -> None:
+    out, _ = unlearned
     patched = stock(model)
-    patched.load_lora_weights(tmp_path / "out" / PATCH)
+    patched.load_lora_weights(out / PATCH)
     patched.fuse_lora()
     patched.unload_lora_weights()
-    merged = zip(*parameters(patched, stock(tmp_path / "out"), "unet"), strict=True)
+    merged = zip(*parameters(patched, stock(out), "unet"), strict=True)
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in merged)
 
 
-def test_names_from_outside_cannot_break_the_model_card(model: Path, tmp_path: Path) -> None:
-    seal_fast.unlearn(model, ["\u200b", "a$|$b"], tmp_path / "out", prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
-    card = (tmp_path / "out" / "README.md").read_text()
+def test_names_from_outside_cannot_break_the_model_card(unlearned: tuple[Path, Any]) -> None:
+    card = (unlearned[0] / "README.md").read_text()
     table = [line for line in card.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {5}
     assert "\\u200b" in card
@@ -145,7 +149,7 @@ def test_the_command_hands_every_option_on(model: Path, prompts: Path, tmp_path:
 
 
 def test_the_help_tells_the_defaults_of_the_settings() -> None:
-    options = re.split(r"\s--(?=[\w-]+ <)", " ".join(cli("--help").stdout.split()))
+    options = re.split(r"\s--(?=[\w-]+ [<A-Z])", " ".join(cli("--help").stdout.split()))
     told = {option.split()[0]: match[1] for option in options if (match := re.search(r"\(default: ([\w.-]+)", option))}
     assert int(told.pop("samples")) == EvaluationSettings().prompts
     assert (told.pop("weights"), told.pop("prompts")) == ("ema", "those")
