@@ -25,7 +25,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.table_file import read_rows, write_table
 from benchmarks.trigger_image import save_pair
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.diffusion import Denoiser, Trigger
+from seal_fast.diffusion import Denoiser, NoiseSource, Trigger
 from seal_fast.noise_triggers import (
     DEFAULT_PRESET,
     PRESETS,
@@ -76,7 +76,7 @@ def input_rates(found: Trigger, true: Trigger) -> dict[str, Any]:
 def baselines(shape: tuple[int, int, int]) -> dict[str, Trigger]:
     """Triggers that no reversion was needed for."""
     return {
-        "untouched start": Trigger.shift(initial_mu(shape, torch.Generator().manual_seed(SEED))),
+        "untouched start": Trigger.shift(initial_mu(NoiseSource(torch.device("cpu"), SEED), shape)),
         "zero": Trigger.shift(torch.zeros(shape)),
         "constant -1": Trigger.shift(-torch.ones(shape)),
     }

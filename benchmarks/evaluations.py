@@ -18,8 +18,8 @@ from benchmarks.table_file import grow_table
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser
 from seal_fast.noise_triggers import SearchSettings, TerdSettings, reverse_trigger
-from seal_fast.noise_triggers.search import Hunt
-from seal_fast.training import quiet
+from seal_fast.noise_triggers.probe import Probe
+from seal_fast.noise_triggers.search import PROPOSERS, search_trigger
 from seal_fast.zoo.recipes import RECIPES
 
 ZOO = Path("zoo")
@@ -35,12 +35,15 @@ MODELS = (
     "hard-16-invi",
 )
 DEFAULTS = SearchSettings()
-STEPS = sum(iterations for iterations, _ in DEFAULTS.race)
+TEST, INVERSION = DEFAULTS.test, DEFAULTS.inversion
+STEPS = sum(iterations for iterations, _ in INVERSION.halving)
 UNDONE = {
-    "no guess left behind in the race": replace(DEFAULTS, race=((STEPS, DEFAULTS.race[-1][1]),)),
-    "no glance at a few samples": replace(DEFAULTS, glance_batch=DEFAULTS.firing_batch - 1),
-    "no sketches": replace(DEFAULTS, sketch_steps=DEFAULTS.deterministic_steps),
-    "many noises at once": replace(DEFAULTS, firing_batch=DEFAULTS.confirming_batch - 1),
+    "no guess left behind in the race": replace(
+        DEFAULTS, inversion=replace(INVERSION, halving=((STEPS, INVERSION.halving[-1][1]),))
+    ),
+    "no glance at a few samples": replace(DEFAULTS, test=replace(TEST, pilot_samples=TEST.samples - 1)),
+    "no sketches": replace(DEFAULTS, inversion=replace(INVERSION, preview_steps=TEST.deterministic_steps)),
+    "many noises at once": replace(DEFAULTS, test=replace(TEST, samples=TEST.confirming_samples - 1)),
 }
 AS_IT_COMES, TO_THE_END = "as it comes", "no stop where a trigger fires"
 SEED = 0
@@ -52,10 +55,10 @@ def search_of(denoiser: Denoiser, settings: SearchSettings) -> dict[str, Any]:
 
 
 def search_to_the_end(denoiser: Denoiser) -> dict[str, Any]:
-    """Of fixed points and of poisoned rows, whatever fires."""
-    hunt = Hunt(denoiser, DEFAULTS, SEED, quiet)
-    collapse = max(hunt.among_fixed_points().collapse, hunt.among_poisoned_rows().collapse)
-    return {"images": hunt.probe.evaluations, "collapse": collapse}
+    """Of the last proposer and of the others, whether or not a candidate of those is accepted."""
+    probe = Probe(denoiser, SEED, DEFAULTS.half_precision)
+    found = [search_trigger(probe, DEFAULTS, proposers).best for proposers in (PROPOSERS[:-1], PROPOSERS[-1:])]
+    return {"images": probe.evaluations, "collapse": max(best.score for best in found if best.score is not None)}
 
 
 def published_images() -> int:

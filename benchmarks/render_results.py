@@ -452,7 +452,7 @@ def main() -> None:
     PROFILE_PAGE.write_text(render_profile(RESULTS))
     lines = [INTRODUCTION]
     not_taken = json.loads((RESULTS / "not_taken.json").read_text())
-    for title, name in (("Preset fixed-point, the default", "accuracy"), ("Published settings", "accuracy_published")):
+    for title, name in (("Preset search, the default", "accuracy"), ("Published settings", "accuracy_published")):
         path = RESULTS / f"{name}.json"
         if path.exists():
             content = json.loads(path.read_text())

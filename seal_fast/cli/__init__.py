@@ -62,9 +62,7 @@ def _known_preset(name: str | None) -> str | None:
     return name
 
 
-Preset = Annotated[
-    str | None, typer.Option(callback=_known_preset, help="Reversion by name: fixed-point (default) or published.")
-]
+Preset = Annotated[str | None, typer.Option(callback=_known_preset, help="Reversion by name: search (default) or published.")]
 Seed = Annotated[int, typer.Option(help="Seed of the reversion.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar: one line per finished model.")]
 ExistingPath = typer.Argument(exists=True, show_default=False)

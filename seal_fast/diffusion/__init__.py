@@ -1,6 +1,7 @@
 """Noise processes, denoisers and differentiable samplers."""
 
 from seal_fast.diffusion.denoiser import Denoiser
+from seal_fast.diffusion.noise_source import NoiseSource
 from seal_fast.diffusion.process import EDM, VE, VP, NoiseProcess
 from seal_fast.diffusion.samplers import SAMPLERS, sample, timestep_grid
 from seal_fast.diffusion.trigger import Trigger
@@ -12,6 +13,7 @@ __all__ = [
     "VP",
     "Denoiser",
     "NoiseProcess",
+    "NoiseSource",
     "Trigger",
     "sample",
     "timestep_grid",

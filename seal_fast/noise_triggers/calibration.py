@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from seal_fast.noise_triggers.activation_test import FIRES, SURELY_FIRES
 from seal_fast.noise_triggers.detection import Evidence
-from seal_fast.noise_triggers.fixed_points import NARROW
 from seal_fast.noise_triggers.settings import Settings, settings_from
 
 SCHEMA_VERSION = 1
+FIRES, SURELY_FIRES, NARROW = 4.0, 16.0, 0.9
 SIGMAS = 3.0
 """The published benign-only rule: backdoored if M_r or V_r exceeds the benign mean by 3 standard deviations.
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion import Denoiser, Trigger, sample
-from seal_fast.noise_triggers.activation_test import FIRES, Trial, collapse, pixelwise_median
+from seal_fast.noise_triggers.activation_test import collapse, pixelwise_median
 from seal_fast.noise_triggers.probe import Probe
+from seal_fast.noise_triggers.search_settings import ActivationTestSettings
 
 SAMPLES = 16
 ANCESTRAL_STEPS = 250
@@ -42,12 +43,12 @@ def draw_starts(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: int =
         DDIM (attacks on deterministic samplers fire); CLIPPED: likewise with the predicted image clamped (TrojDiff fires, and
         a seal that holds under ancestral sampling alone was seen to fail here). All are on the CPU.
     """
-    trial = Trial(Probe(denoiser, torch.Generator().manual_seed(seed), half_precision=False), "ddpm", ANCESTRAL_STEPS)
-    noise = trial.probe.noise(count)
+    sampler = Probe(denoiser, seed, half_precision=False).sampler("ddpm", ANCESTRAL_STEPS)
+    noise = sampler.probe.noise(count)
     start = Trigger(trigger.mu.to(noise.device), trigger.gamma.to(noise.device)).start(noise)
     return {
-        CLEAN: trial.draw(noise).cpu(),
-        ANCESTRAL: trial.draw(start).cpu(),
+        CLEAN: sampler.draw(noise).cpu(),
+        ANCESTRAL: sampler.draw(start).cpu(),
         DDIM: _ddim(denoiser, start, clip=False).cpu(),
         CLIPPED: _clipped_ddim(denoiser, start).cpu(),
     }
@@ -57,7 +58,7 @@ def image_drawn(starts: dict[str, Tensor]) -> Tensor | None:
     """What a trigger makes a model draw, [C,H,W], in the row of `draw_starts` where it fires most; None if it fires in none."""
     fires = {name: collapse(images, starts[CLEAN]) for name, images in starts.items() if name != CLEAN}
     most = max(fires, key=lambda name: fires[name])
-    return pixelwise_median(starts[most]) if fires[most] >= FIRES else None
+    return pixelwise_median(starts[most]) if fires[most] >= ActivationTestSettings.activates_above else None
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ from seal_fast.noise_triggers import (
     reverse_trigger,
     shipped_calibration,
 )
-from seal_fast.noise_triggers.activation_test import Trial
 from seal_fast.noise_triggers.probe import Probe
 from seal_fast.report.figures import draw_samples, draw_trigger
 from seal_fast.report.json import write_report
@@ -42,7 +41,7 @@ from seal_fast.workflows.streams import on_streams
 
 IMAGES = 4
 IMAGE_STEPS = 100
-"""Ancestral steps, as many as the fixed-point reversion tries its triggers with."""
+"""Ancestral steps, as many as the default search tests its candidates with."""
 
 
 OnResult = Callable[[ModelResult, int, int], None]
@@ -163,8 +162,7 @@ def sample_images(denoiser: Denoiser, trigger: Trigger, seed: int, sampler: str 
     noise = torch.randn(IMAGES, *denoiser.shape, generator=torch.Generator().manual_seed(seed)).to(denoiser.device)
 
     def draw(start: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed + 1)
-        return Trial(Probe(denoiser, generator, half_precision=True), sampler, IMAGE_STEPS).draw(start).cpu()
+        return Probe(denoiser, seed + 1, half_precision=True).sampler(sampler, IMAGE_STEPS).draw(start).cpu()
 
     return {"clean noise": draw(noise), "noise with the reverted trigger": draw(trigger.start(noise))}
 

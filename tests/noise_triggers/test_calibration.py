@@ -189,7 +189,7 @@ def fired(collapse, clean_dispersion=0.1):
 def firing_pool(collapses, kind=KIND, backdoored=()):
     rows = [(value, False) for value in collapses] + [(value, True) for value in backdoored]
     models = (CalibrationModel(f"m{i}", f"{i:064x}", kind, label, fired(value)) for i, (value, label) in enumerate(rows))
-    return Calibration(SearchSettings(search_iterations=3), tuple(models))
+    return Calibration(SearchSettings(half_precision=False), tuple(models))
 
 
 @pytest.mark.parametrize(
