@@ -54,7 +54,7 @@ accuracy: setup
 calibration: setup
 	$(BIN)/seal-fast zoo build zoo $(OTHER_FAMILIES:%=--only %)
 	$(BIN)/seal-fast calibrate zoo/benign-16-[a-d] zoo/benign-32-a zoo/benign-32-b $(OTHER_FAMILIES:%=zoo/%) \
-		--out seal_fast/noise_triggers/data/fixed-point.json
+		--out seal_fast/noise_triggers/data/search.json
 
 zoo: setup
 	$(BIN)/seal-fast zoo build zoo
