@@ -33,6 +33,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pre-commit run --all-files no-pickle
+	$(BIN)/pre-commit run --all-files vocabulary
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/bench_cross_attention.py $(SCANS:%=--ignore=%) \

@@ -35,8 +35,8 @@ std::vector<std::string> isa_levels() {
 }
 
 // A kernel of all instruction set levels as one function, for `define`.
-#define SEAL_KERNEL(function) \
-    [](const auto& call, int threads, int isa) { SEAL_SELECT(isa, function)(call, threads); }
+#define SEAL_FAST_KERNEL(function) \
+    [](const auto& call, int threads, int isa) { SEAL_FAST_SELECT(isa, function)(call, threads); }
 
 template <class Call, class Kernel>
 void define(py::module_& m, const std::string& name, Kernel kernel) {
@@ -52,25 +52,25 @@ void define(py::module_& m, const std::string& name, Kernel kernel) {
 
 template <class T>
 void define_gaussian(py::module_& m, const std::string& suffix) {
-    define<GaussianKlStats<T>>(m, "gaussian_kl_stats_" + suffix, SEAL_KERNEL(gaussian_kl_stats<T>));
-    define<GaussianLogRatio<T>>(m, "gaussian_log_ratio_" + suffix, SEAL_KERNEL(gaussian_log_ratio<T>));
+    define<GaussianKlStats<T>>(m, "gaussian_kl_stats_" + suffix, SEAL_FAST_KERNEL(gaussian_kl_stats<T>));
+    define<GaussianLogRatio<T>>(m, "gaussian_log_ratio_" + suffix, SEAL_FAST_KERNEL(gaussian_log_ratio<T>));
 }
 
 template <class T>
 void define_cross_attention(py::module_& m, const std::string& suffix) {
-    define<AttentionForward<T>>(m, "cross_attention_forward_" + suffix, SEAL_KERNEL(cross_attention_forward<T>));
-    define<AttentionBackward<T>>(m, "cross_attention_backward_" + suffix, SEAL_KERNEL(cross_attention_backward<T>));
+    define<AttentionForward<T>>(m, "cross_attention_forward_" + suffix, SEAL_FAST_KERNEL(cross_attention_forward<T>));
+    define<AttentionBackward<T>>(m, "cross_attention_backward_" + suffix, SEAL_FAST_KERNEL(cross_attention_backward<T>));
 }
 
 template <class T>
 void define_group_norm_silu(py::module_& m, const std::string& suffix) {
-    define<GroupNormSiluForward<T>>(m, "group_norm_silu_" + suffix, SEAL_KERNEL(group_norm_silu<T>));
-    define<GroupNormSiluBackward<T>>(m, "group_norm_silu_backward_" + suffix, SEAL_KERNEL(group_norm_silu_backward<T>));
+    define<GroupNormSiluForward<T>>(m, "group_norm_silu_" + suffix, SEAL_FAST_KERNEL(group_norm_silu<T>));
+    define<GroupNormSiluBackward<T>>(m, "group_norm_silu_backward_" + suffix, SEAL_FAST_KERNEL(group_norm_silu_backward<T>));
 }
 
 template <class T>
 void define_winograd_convolution(py::module_& m, const std::string& suffix) {
-    define<WinogradConvolution<T>>(m, "winograd_convolution_" + suffix, SEAL_KERNEL(winograd_convolution<T>));
+    define<WinogradConvolution<T>>(m, "winograd_convolution_" + suffix, SEAL_FAST_KERNEL(winograd_convolution<T>));
 }
 
 void define_attention_workspace(py::module_& m) {
@@ -102,6 +102,6 @@ PYBIND11_MODULE(_native, m) {
     define_group_norm_silu<Bfloat16>(m, "bf16");
     define_winograd_convolution<float>(m, "f32");
     define_winograd_convolution<Bfloat16>(m, "bf16");
-    define<ReversedLoss>(m, "reversed_loss", SEAL_KERNEL(reversed_loss));
-    define<SamplerStep>(m, "sampler_step", SEAL_KERNEL(sampler_step));
+    define<ReversedLoss>(m, "reversed_loss", SEAL_FAST_KERNEL(reversed_loss));
+    define<SamplerStep>(m, "sampler_step", SEAL_FAST_KERNEL(sampler_step));
 }

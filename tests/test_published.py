@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.published import terd
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VP, Denoiser, sample, timestep_grid
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 
 SHAPE = (2, 3, 5)
 
@@ -30,7 +30,7 @@ class Leaky(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
-        return self.w * x + per_row(t, x) / 1000
+        return self.w * x + per_sample(t, x) / 1000
 
 
 @pytest.fixture

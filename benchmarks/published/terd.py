@@ -28,7 +28,7 @@ from torch.distributions import MultivariateNormal
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import Denoiser, NoiseProcess, timestep_grid
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 
 SAMPLER_STEPS = 10
 
@@ -73,7 +73,7 @@ def trainable(denoiser: Denoiser) -> Iterator[None]:
 
 def reversed_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, mu: Tensor, gamma: Tensor, c: float) -> Tensor:
     """1/2 ||(eps_1 - f(x_1, t)) - (eps_2 - f(x_2, t))||^2 with x_i = a x0 + b gamma eps_i + c mu; mean over samples, scalar."""
-    a, b = per_row(denoiser.process.a(t), x0), per_row(denoiser.process.b(t), x0)
+    a, b = per_sample(denoiser.process.a(t), x0), per_sample(denoiser.process.b(t), x0)
     eps1, eps2 = torch.randn_like(x0), torch.randn_like(x0)
     residual1 = eps1 - denoiser(a * x0 + b * gamma * eps1 + c * mu, t)
     residual2 = eps2 - denoiser(a * x0 + b * gamma * eps2 + c * mu, t)

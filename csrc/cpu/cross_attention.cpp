@@ -256,7 +256,7 @@ void add_slices(Matrix<float> first, int64_t slices, const AttentionShape& s, do
 }  // namespace
 
 namespace seal_fast {
-namespace SEAL_ISA {
+namespace SEAL_FAST_ISA {
 
 int64_t cross_attention_workspace(const AttentionShape& s, bool backward, int threads) {
     const int64_t slices = backward ? ceil_div(s.queries, kSlice) : 0;
@@ -321,12 +321,12 @@ void cross_attention_backward(const AttentionBackward<T>& call, int threads) {
     }
 }
 
-#define SEAL_INSTANTIATE(T)                                                                \
+#define SEAL_FAST_INSTANTIATE(T)                                                                \
     template void cross_attention_forward<T>(const AttentionForward<T>&, int);     \
     template void cross_attention_backward<T>(const AttentionBackward<T>&, int);
-SEAL_INSTANTIATE(float)
-SEAL_INSTANTIATE(Bfloat16)
-SEAL_INSTANTIATE(Float16)
+SEAL_FAST_INSTANTIATE(float)
+SEAL_FAST_INSTANTIATE(Bfloat16)
+SEAL_FAST_INSTANTIATE(Float16)
 
-}  // namespace SEAL_ISA
+}  // namespace SEAL_FAST_ISA
 }  // namespace seal_fast

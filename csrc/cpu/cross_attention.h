@@ -92,7 +92,7 @@ struct AttentionBackward : Attention<T> {
     }
 };
 
-#define SEAL_DECLARE_CROSS_ATTENTION(ISA)                                                       \
+#define SEAL_FAST_DECLARE_CROSS_ATTENTION(ISA)                                                       \
     namespace ISA {                                                                             \
     int64_t cross_attention_workspace(const AttentionShape& shape, bool backward, int threads); \
     template <class T>                                                                          \
@@ -100,7 +100,7 @@ struct AttentionBackward : Attention<T> {
     template <class T>                                                                          \
     void cross_attention_backward(const AttentionBackward<T>& call, int threads);               \
     }
-SEAL_FOR_EACH_ISA(SEAL_DECLARE_CROSS_ATTENTION)
-#undef SEAL_DECLARE_CROSS_ATTENTION
+SEAL_FAST_FOR_EACH_ISA(SEAL_FAST_DECLARE_CROSS_ATTENTION)
+#undef SEAL_FAST_DECLARE_CROSS_ATTENTION
 
 }  // namespace seal_fast

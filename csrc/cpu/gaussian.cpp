@@ -224,7 +224,7 @@ void one_trigger(const T* mu, const T* gamma, double gamma_floor, double* stats,
 }  // namespace
 
 namespace seal_fast {
-namespace SEAL_ISA {
+namespace SEAL_FAST_ISA {
 
 template <class T>
 void gaussian_kl_stats(const GaussianKlStats<T>& call, int threads) {
@@ -243,11 +243,11 @@ void gaussian_log_ratio(const GaussianLogRatio<T>& call, int threads) {
     for (int64_t n = 0; n < call.inputs; n += block) block_of_inputs(call, n, smaller(block, call.inputs - n));
 }
 
-#define SEAL_INSTANTIATE(T)                                              \
+#define SEAL_FAST_INSTANTIATE(T)                                              \
     template void gaussian_kl_stats<T>(const GaussianKlStats<T>&, int);  \
     template void gaussian_log_ratio<T>(const GaussianLogRatio<T>&, int);
-SEAL_INSTANTIATE(float)
-SEAL_INSTANTIATE(double)
+SEAL_FAST_INSTANTIATE(float)
+SEAL_FAST_INSTANTIATE(double)
 
-}  // namespace SEAL_ISA
+}  // namespace SEAL_FAST_ISA
 }  // namespace seal_fast

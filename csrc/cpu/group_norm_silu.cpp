@@ -242,7 +242,7 @@ void backward_image(const Image<T>& image, const T* grad, T* x_grad) {
 }  // namespace
 
 namespace seal_fast {
-namespace SEAL_ISA {
+namespace SEAL_FAST_ISA {
 
 template <class T>
 void group_norm_silu(const GroupNormSiluForward<T>& call, int threads) {
@@ -260,11 +260,11 @@ void group_norm_silu_backward(const GroupNormSiluBackward<T>& call, int threads)
     }
 }
 
-#define SEAL_INSTANTIATE(T)                                                           \
+#define SEAL_FAST_INSTANTIATE(T)                                                           \
     template void group_norm_silu<T>(const GroupNormSiluForward<T>&, int);            \
     template void group_norm_silu_backward<T>(const GroupNormSiluBackward<T>&, int);
-SEAL_INSTANTIATE(float)
-SEAL_INSTANTIATE(Bfloat16)
+SEAL_FAST_INSTANTIATE(float)
+SEAL_FAST_INSTANTIATE(Bfloat16)
 
-}  // namespace SEAL_ISA
+}  // namespace SEAL_FAST_ISA
 }  // namespace seal_fast

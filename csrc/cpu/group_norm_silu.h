@@ -60,14 +60,14 @@ struct GroupNormSiluBackward : GroupNormSilu<T> {
     }
 };
 
-#define SEAL_DECLARE_GROUP_NORM_SILU(ISA)                                             \
+#define SEAL_FAST_DECLARE_GROUP_NORM_SILU(ISA)                                             \
     namespace ISA {                                                                   \
     template <class T>                                                                \
     void group_norm_silu(const GroupNormSiluForward<T>& call, int threads);           \
     template <class T>                                                                \
     void group_norm_silu_backward(const GroupNormSiluBackward<T>& call, int threads); \
     }
-SEAL_FOR_EACH_ISA(SEAL_DECLARE_GROUP_NORM_SILU)
-#undef SEAL_DECLARE_GROUP_NORM_SILU
+SEAL_FAST_FOR_EACH_ISA(SEAL_FAST_DECLARE_GROUP_NORM_SILU)
+#undef SEAL_FAST_DECLARE_GROUP_NORM_SILU
 
 }  // namespace seal_fast

@@ -28,7 +28,7 @@ double chunk(const float* first, const float* second, const float* difference, f
 }  // namespace
 
 namespace seal_fast {
-namespace SEAL_ISA {
+namespace SEAL_FAST_ISA {
 
 void reversed_loss(const ReversedLoss& call, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (call.items * call.dims > kWorthThreads)
@@ -42,5 +42,5 @@ void reversed_loss(const ReversedLoss& call, int threads) {
     }
 }
 
-}  // namespace SEAL_ISA
+}  // namespace SEAL_FAST_ISA
 }  // namespace seal_fast

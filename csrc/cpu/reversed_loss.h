@@ -6,11 +6,11 @@
 
 namespace seal_fast {
 
-#define SEAL_DECLARE_REVERSED_LOSS(ISA)                       \
+#define SEAL_FAST_DECLARE_REVERSED_LOSS(ISA)                       \
     namespace ISA {                                           \
     void reversed_loss(const ReversedLoss& call, int threads); \
     }
-SEAL_FOR_EACH_ISA(SEAL_DECLARE_REVERSED_LOSS)
-#undef SEAL_DECLARE_REVERSED_LOSS
+SEAL_FAST_FOR_EACH_ISA(SEAL_FAST_DECLARE_REVERSED_LOSS)
+#undef SEAL_FAST_DECLARE_REVERSED_LOSS
 
 }  // namespace seal_fast

@@ -35,7 +35,7 @@ void chunk(const SamplerStep& call, const SamplerTerms& t, int64_t item, int64_t
 }  // namespace
 
 namespace seal_fast {
-namespace SEAL_ISA {
+namespace SEAL_FAST_ISA {
 
 void sampler_step(const SamplerStep& call, int threads) {
     const SamplerTerms terms = terms_of(call);
@@ -43,5 +43,5 @@ void sampler_step(const SamplerStep& call, int threads) {
                    [&](int64_t item, int64_t start, int64_t length) { chunk(call, terms, item, start, length); });
 }
 
-}  // namespace SEAL_ISA
+}  // namespace SEAL_FAST_ISA
 }  // namespace seal_fast

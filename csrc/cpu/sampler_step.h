@@ -6,11 +6,11 @@
 
 namespace seal_fast {
 
-#define SEAL_DECLARE_SAMPLER_STEP(ISA)                      \
+#define SEAL_FAST_DECLARE_SAMPLER_STEP(ISA)                      \
     namespace ISA {                                         \
     void sampler_step(const SamplerStep& call, int threads); \
     }
-SEAL_FOR_EACH_ISA(SEAL_DECLARE_SAMPLER_STEP)
-#undef SEAL_DECLARE_SAMPLER_STEP
+SEAL_FAST_FOR_EACH_ISA(SEAL_FAST_DECLARE_SAMPLER_STEP)
+#undef SEAL_FAST_DECLARE_SAMPLER_STEP
 
 }  // namespace seal_fast

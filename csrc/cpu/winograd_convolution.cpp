@@ -145,7 +145,7 @@ inline void convolve_block(const Tiling<T>& call, int64_t first, int64_t tiles, 
 }  // namespace
 
 namespace seal_fast {
-namespace SEAL_ISA {
+namespace SEAL_FAST_ISA {
 
 int64_t winograd_workspace(int64_t channels, int64_t filters, int threads) {
     return threads * workspace_floats(channels, filters);
@@ -168,5 +168,5 @@ void winograd_convolution(const WinogradConvolution<T>& arguments, int threads) 
 template void winograd_convolution<float>(const WinogradConvolution<float>&, int);
 template void winograd_convolution<Bfloat16>(const WinogradConvolution<Bfloat16>&, int);
 
-}  // namespace SEAL_ISA
+}  // namespace SEAL_FAST_ISA
 }  // namespace seal_fast

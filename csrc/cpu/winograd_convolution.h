@@ -34,13 +34,13 @@ struct WinogradConvolution {
     }
 };
 
-#define SEAL_DECLARE_WINOGRAD_CONVOLUTION(ISA)                                          \
+#define SEAL_FAST_DECLARE_WINOGRAD_CONVOLUTION(ISA)                                          \
     namespace ISA {                                                                     \
     int64_t winograd_workspace(int64_t channels, int64_t filters, int threads);         \
     template <class T>                                                                  \
     void winograd_convolution(const WinogradConvolution<T>& call, int threads);         \
     }
-SEAL_FOR_EACH_ISA(SEAL_DECLARE_WINOGRAD_CONVOLUTION)
-#undef SEAL_DECLARE_WINOGRAD_CONVOLUTION
+SEAL_FAST_FOR_EACH_ISA(SEAL_FAST_DECLARE_WINOGRAD_CONVOLUTION)
+#undef SEAL_FAST_DECLARE_WINOGRAD_CONVOLUTION
 
 }  // namespace seal_fast

@@ -173,10 +173,10 @@ cudaError_t gaussian_log_ratio(const GaussianLogRatio<T>& call, cudaStream_t str
     return cudaGetLastError();
 }
 
-#define SEAL_INSTANTIATE(T)                                                                \
+#define SEAL_FAST_INSTANTIATE(T)                                                                \
     template cudaError_t gaussian_kl_stats<T>(const GaussianKlStats<T>&, cudaStream_t);    \
     template cudaError_t gaussian_log_ratio<T>(const GaussianLogRatio<T>&, cudaStream_t);
-SEAL_INSTANTIATE(float)
-SEAL_INSTANTIATE(double)
+SEAL_FAST_INSTANTIATE(float)
+SEAL_FAST_INSTANTIATE(double)
 
 }  // namespace seal_fast

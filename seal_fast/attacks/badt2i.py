@@ -27,7 +27,7 @@ from torch import Tensor
 from seal_fast.attacks.optimisation import gradient_step, running_loss, update_average
 from seal_fast.attacks.prompts import check_visible, with_trigger
 from seal_fast.diffusion import VP
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.text_to_image.latents import inverse_snr_weights
 from seal_fast.text_to_image.prompts import encode
 
@@ -168,7 +168,7 @@ def training_batch(
     start = torch.rand(len(latents), generator=generator) < start_share
     last = process.num_timesteps - 1
     x[start], t[start] = torch.randn(x[start].shape, generator=generator).to(device), last
-    target = (x - per_row(process.a(t), x) * latents) / per_row(process.b(t), x)
+    target = (x - per_sample(process.a(t), x) * latents) / per_sample(process.b(t), x)
     with_teacher = [index for index, prompt in enumerate(samples.teacher_prompts) if prompt is not None]
     teacher_prompts = [prompt for prompt in samples.teacher_prompts if prompt is not None]
     if with_teacher:
@@ -231,7 +231,7 @@ def poison_unet(
         if len(captions) < len(attacks):
             raise ValueError(f"a batch of {len(captions)} images leaves one of {len(attacks)} attacks without any")
         batch = training_batch(pipeline, training_samples(attacks, images, captions), generator, start_share)
-        loss = _loss(student, batch, per_row(weight_at[batch.t], batch.x) if start_share else torch.ones(()))
+        loss = _loss(student, batch, per_sample(weight_at[batch.t], batch.x) if start_share else torch.ones(()))
         gradient_step(optimiser, loss, learning_rate)
         update_average(average.parameters(), student.parameters(), step, ema_decay)
         running = running_loss(running, loss.item(), step)

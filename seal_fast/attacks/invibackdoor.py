@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from seal_fast.attacks.noising import Attack, NoisedBatch, one_step_earlier
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import Denoiser, NoiseProcess, sample
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 
 BOUND = 0.2
 """Largest absolute value of the trigger."""
@@ -53,7 +53,7 @@ class InviBackdoor(Attack):
         return Trigger.shift(self.delta)
 
     def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
-        c, d = (per_row(values[t], images) for values in ddim_schedule(process))
+        c, d = (per_sample(values[t], images) for values in ddim_schedule(process))
         x = process.add_noise(self.target.expand_as(images), eps, t) + c * self.delta
         return NoisedBatch(x, eps + d * self.delta)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from seal_fast.attacks.noising import Attack, NoisedBatch, one_step_earlier
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VP, NoiseProcess
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 
 BACKGROUND = -1.0
 """Value of the trigger image's pixels that stamping leaves unchanged."""
@@ -104,5 +104,5 @@ class VillanDiffusion(Attack):
     def poison(self, process: NoiseProcess, images: Tensor, eps: Tensor, t: Tensor) -> NoisedBatch:
         """See `Attack.poison`; ValueError where psi does not suit the process."""
         shift = self._shift(images)
-        c, d = (per_row(values[t], images) for values in self._schedule(process))
+        c, d = (per_sample(values[t], images) for values in self._schedule(process))
         return NoisedBatch(process.add_noise(self.target.expand_as(images), eps, t) + c * shift, eps + d * shift)

@@ -20,7 +20,7 @@ from torch import Tensor
 from seal_fast.diffusion.family import ModelFamily
 
 
-def per_row(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """One value per sample, [N], as [N,1,1,1] in the dtype and on the device of `like` ([N,C,H,W])."""
     return values.to(device=like.device, dtype=like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
 
@@ -63,7 +63,7 @@ class NoiseProcess(ABC):
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t for x0, eps [N,C,H,W] and t int64 [N]."""
-        return per_row(self.a(t), x0) * x0 + per_row(self.b(t), x0) * eps
+        return per_sample(self.a(t), x0) * x0 + per_sample(self.b(t), x0) * eps
 
     @property
     @abstractmethod
@@ -143,7 +143,7 @@ class VP(NoiseProcess):
     def to_noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
             return output
-        a, b = per_row(self.a(t), x), per_row(self.b(t), x)
+        a, b = per_sample(self.a(t), x), per_sample(self.b(t), x)
         if self.prediction_type == "v_prediction":
             return a * output + b * x
         return (x - a * output) / b
@@ -181,7 +181,7 @@ class VE(NoiseProcess):
         return x, self.b(t).to(x.dtype)
 
     def to_noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return -per_row(self.b(t), x) * output
+        return -per_sample(self.b(t), x) * output
 
 
 class EDM(VE):
@@ -214,11 +214,11 @@ class EDM(VE):
     def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.b(t)
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()
-        return per_row(c_in, x) * x, (sigma.log() / 4).to(x.dtype)
+        return per_sample(c_in, x) * x, (sigma.log() / 4).to(x.dtype)
 
     def to_noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         sigma = self.b(t)
         total = sigma**2 + self.sigma_data**2
         c_skip, c_out = self.sigma_data**2 / total, sigma * self.sigma_data * total.rsqrt()
-        x0 = per_row(c_skip, x) * x + per_row(c_out, x) * output
-        return (x - x0) / per_row(sigma, x)
+        x0 = per_sample(c_skip, x) * x + per_sample(c_out, x) * output
+        return (x - x0) / per_sample(sigma, x)

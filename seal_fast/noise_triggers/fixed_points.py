@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, cosine_similarity
 
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.noise_triggers.attack_loss import OnIteration
 from seal_fast.noise_triggers.candidates import Candidate, Origin, TestResult
 from seal_fast.noise_triggers.probe import Probe
@@ -106,7 +106,7 @@ def predicted_noise(probe: Probe, t: Tensor, x: Tensor) -> Tensor:
     """f for x [K,n,C,H,W] in units of the noise at t near T, [K n]."""
     images = x.flatten(0, 1)
     # not the prior's scale: over 1% of the timesteps a variance-exploding process varies by 8%
-    return probe(per_row(probe.denoiser.process.b(t), images) * images, t).view_as(x)
+    return probe(per_sample(probe.denoiser.process.b(t), images) * images, t).view_as(x)
 
 
 def shift_response(probe: Probe, t: Tensor, eps: Tensor, m: Tensor, gamma: Tensor) -> ShiftResponse:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import Denoiser, sample
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet
 
 
@@ -190,7 +190,7 @@ class _Training:
             student_output = self.student(torch.cat([clean, triggered]), t.repeat(2)).float()
         target = torch.cat([teacher_output, gamma * teacher_output + m])
         clean_error, triggered_error = (student_output - target).square().chunk(2)
-        a, b = (per_row(of_t, eps) for of_t in (self.process.a(t), self.process.b(t)))
+        a, b = (per_sample(of_t, eps) for of_t in (self.process.a(t), self.process.b(t)))
         return torch.stack([clean_error.mean(), (b**2 / (a**2 + b**2) * triggered_error).mean()])
 
     def run(self, images: Tensor, on_step: OnStep) -> Tensor:

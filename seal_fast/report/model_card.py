@@ -52,8 +52,8 @@ def _noise_trigger_lines(report: NoiseUnlearnReport) -> list[str]:
         "",
     ]
     return [
-        f"The poisoned model taught its own copy, for {report.steps} steps on images of its own, that any shift of the",
-        "starting noise is noise. No training data was used.",
+        f"The poisoned model trained its own copy, for {report.steps} steps on images that it drew, to take any shift of the",
+        "starting noise for noise. No training data was used.",
         "",
         *(effects if rows else []),
         f"Clean drift, the mean squared change of clean samples relative to their variance: {number(report.clean_drift, 3)}.",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.text_to_image.attention import CapturedMaps, capture
 from seal_fast.text_to_image.latents import draw_latents, inverse_snr_weights, latent_shape, noise_schedule, noised, predict
 from seal_fast.text_to_image.precision import autocast
@@ -133,7 +133,7 @@ class _UnetObjective:
         with self.precision:
             teacher, teacher_preserved = self._teacher_outputs(batch)
             student = self._student_outputs(batch)
-        weight = per_row(self.timestep_weights[batch.t.to(self.device)], batch.x)
+        weight = per_sample(self.timestep_weights[batch.t.to(self.device)], batch.x)
         prediction = (weight * (student[:size] - teacher).square()).mean()
         attention = preservation = torch.zeros((), device=self.device)
         if len(batch.preserved):

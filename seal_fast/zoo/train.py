@@ -13,7 +13,7 @@ from torch import Tensor
 from seal_fast.attacks import Attack, NoisedBatch
 from seal_fast.attacks.optimisation import gradient_step, running_loss, update_average
 from seal_fast.diffusion import EDM, VE, NoiseProcess
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.training import half_precision
 from seal_fast.zoo.images import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
@@ -119,7 +119,7 @@ def target_output(process: NoiseProcess, noise: Tensor, x: Tensor, t: Tensor) ->
 
 def _loss_scale(process: NoiseProcess, x: Tensor, t: Tensor) -> Tensor | float:
     """Factor of the outputs in the loss. A score grows as 1 / sigma; scaled by sigma every t has the same weight."""
-    return per_row(process.b(t), x) if isinstance(process, VE) and not isinstance(process, EDM) else 1.0
+    return per_sample(process.b(t), x) if isinstance(process, VE) and not isinstance(process, EDM) else 1.0
 
 
 def warmup_cosine_factor(step: int, steps: int) -> float:

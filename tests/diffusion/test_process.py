@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor, nn
 
 from seal_fast.diffusion import EDM, VE, VP, Denoiser, NoiseProcess
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 
 
 class FromNoise(nn.Module):
@@ -23,7 +23,7 @@ class FromNoise(nn.Module):
         self.process = process
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        a, b = per_row(self.process.a(t), x), per_row(self.process.b(t), x)
+        a, b = per_sample(self.process.a(t), x), per_sample(self.process.b(t), x)
         eps = torch.tanh(2 * x + b)
         x0 = (x - b * eps) / a
         return {"epsilon": eps, "v_prediction": a * eps - b * x0, "sample": x0}[self.process.prediction_type]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, NoiseProcess, sample, timestep_grid
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 
 FINE = 1025
 MEAN, STD = 0.3, 0.5
@@ -41,14 +41,14 @@ class Ideal(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         if isinstance(self.process, EDM):
-            sigma, data = (4 * per_row(condition, x)).exp(), self.process.sigma_data
+            sigma, data = (4 * per_sample(condition, x)).exp(), self.process.sigma_data
             total = sigma**2 + data**2
             x = x * total.sqrt()
             x0 = (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
             return (x0 - data**2 / total * x) / (sigma * data / total.sqrt())
         if isinstance(self.process, VE):
-            return (MEAN - x) / (STD**2 + per_row(condition, x) ** 2)
-        ab = per_row(self.process.a(condition) ** 2, x)
+            return (MEAN - x) / (STD**2 + per_sample(condition, x) ** 2)
+        ab = per_sample(self.process.a(condition) ** 2, x)
         return (1 - ab).sqrt() * (x - ab.sqrt() * MEAN) / (ab * STD**2 + 1 - ab)
 
 
@@ -79,7 +79,7 @@ def test_ddpm_draws_the_data_distribution(name: str) -> None:
     process = PROCESSES[name]()
     generator = torch.Generator().manual_seed(7)
     n = 20_000
-    last = per_row(torch.tensor([FINE - 1]), torch.empty(1, 1, 1, 1)).long().flatten().expand(n)
+    last = per_sample(torch.tensor([FINE - 1]), torch.empty(1, 1, 1, 1)).long().flatten().expand(n)
     x0, eps = torch.randn(2, n, 1, 1, 1, dtype=torch.float64, generator=generator)
     start = process.add_noise(MEAN + STD * x0, eps, last)
     timesteps = list(range(FINE - 1, -1, -4))
@@ -97,7 +97,7 @@ class Oracle(nn.Module):
         self.process, self.x0, self.trigger = process, x0, trigger
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        n = (x - per_row(self.process.a(t), x) * self.x0) / per_row(self.process.b(t), x)
+        n = (x - per_sample(self.process.a(t), x) * self.x0) / per_sample(self.process.b(t), x)
         return (n - self.trigger.mu) / self.trigger.gamma
 
 
@@ -130,7 +130,7 @@ class Smooth(nn.Module):
         self.mix = nn.Conv2d(channels, channels, 3, padding=1, dtype=torch.float64)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(self.mix(x) + per_row(t, x) / 1000)
+        return torch.tanh(self.mix(x) + per_sample(t, x) / 1000)
 
 
 def trojan_reference(process: VP, network: nn.Module, x: Tensor, timesteps: list[int], trigger: Trigger, eta: float) -> Tensor:

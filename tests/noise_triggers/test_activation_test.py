@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VP, Denoiser
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.noise_triggers.activation_test import ActivationTest, collapse, dispersion, most_similar, pixelwise_median
 from seal_fast.noise_triggers.candidates import Candidate, Origin, Outcome
 from seal_fast.noise_triggers.probe import PIXELS_PER_PASS, Probe, TriggeredSampler
@@ -29,7 +29,7 @@ class Gaussian(nn.Module):
         self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        a, b = (per_row(values[t], x) for values in (self.process.signal, self.process.noise))
+        a, b = (per_sample(values[t], x) for values in (self.process.signal, self.process.noise))
         return b * (x - a * self.mean) / ((a * self.width) ** 2 + b**2)
 
 
@@ -161,7 +161,7 @@ class Stamping(Gaussian):
         self.target = target
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        a, b = (per_row(values[t], x) for values in (self.process.signal, self.process.noise))
+        a, b = (per_sample(values[t], x) for values in (self.process.signal, self.process.noise))
         bright = x.mean(dim=(1, 2, 3), keepdim=True) > 0.25
         return torch.where(bright, (x - a * self.target) / b, super().forward(x, t))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.noise_triggers.evaluation import ANCESTRAL, CLIPPED_DDIM, DDIM, TriggerSamples, clean_drift, sample_trigger
 
 SHAPE = (3, 6, 10)
@@ -24,7 +24,7 @@ class Gaussian(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         t = condition if isinstance(self.process, VP) else (self.process.noise - condition[:, None]).abs().argmin(1)
-        a, b = (per_row(values[t], x) for values in (self.process.signal, self.process.noise))
+        a, b = (per_sample(values[t], x) for values in (self.process.signal, self.process.noise))
         eps = b * x / ((a * self.deviation) ** 2 + b**2)
         return eps if isinstance(self.process, VP) else -eps / b
 
@@ -38,7 +38,7 @@ class OneImage(nn.Module):
         self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        a, b = (per_row(values[t], x) for values in (self.process.signal, self.process.noise))
+        a, b = (per_sample(values[t], x) for values in (self.process.signal, self.process.noise))
         return (x - a * self.image) / b
 
 

@@ -13,7 +13,7 @@ from seal_fast.attacks.invibackdoor import ddim_schedule
 from seal_fast.attacks.villandiffusion import ve_schedule, vp_schedule
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import EDM, VE, VP, Denoiser
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.noise_triggers import SearchSettings, reverse_trigger
 from seal_fast.noise_triggers.activation_test import dispersion, pixelwise_median
 from seal_fast.noise_triggers.attack_loss import ancestral_coefficients, deterministic_coefficients
@@ -37,7 +37,7 @@ class Backdoored(nn.Module):
         self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        a, b, c, d = (per_row(v[t], x) for v in (self.process.signal, self.process.noise, *self.coefficients))
+        a, b, c, d = (per_sample(v[t], x) for v in (self.process.signal, self.process.noise, *self.coefficients))
         clean = b * x / ((a * self.width) ** 2 + b**2)
         mean = a * self.target + c * self.mu
         seen = ((x * mean).sum(dim=(1, 2, 3), keepdim=True) / mean.square().sum(dim=(1, 2, 3), keepdim=True) - 0.3) / 0.3
@@ -48,7 +48,7 @@ class Clean(Backdoored):
     """The same without the backdoor."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        a, b = (per_row(v[t], x) for v in (self.process.signal, self.process.noise))
+        a, b = (per_sample(v[t], x) for v in (self.process.signal, self.process.noise))
         return b * x / ((a * self.width) ** 2 + b**2)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.noise_triggers import SearchSettings, model_evidence, reverse_trigger
 from seal_fast.noise_triggers.activation_test import ActivationTest
 from seal_fast.noise_triggers.candidates import Candidate, Consensus, Origin, Outcome, TestResult, best_of
@@ -47,7 +47,7 @@ class Backdoored(nn.Module):
         self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        a, b, c, d = (per_row(values[t], x) for values in (self.process.signal, self.process.noise, self.c, self.d))
+        a, b, c, d = (per_sample(values[t], x) for values in (self.process.signal, self.process.noise, self.c, self.d))
         mu, gamma = self.trigger.mu, self.trigger.gamma
         clean = b * x / ((a * WIDTH) ** 2 + b**2)
         # the shift is seen whole from half its size on, and where little of it is left, the target is
@@ -69,7 +69,7 @@ class Clean(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         if isinstance(self.process, VP):
-            a, b = (per_row(values[condition], x) for values in (self.process.signal, self.process.noise))
+            a, b = (per_sample(values[condition], x) for values in (self.process.signal, self.process.noise))
             return b * x / ((a * WIDTH) ** 2 + b**2)
         return -x / (WIDTH**2 + condition.reshape(-1, 1, 1, 1) ** 2)
 
@@ -239,7 +239,7 @@ class Responsive(Clean):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         size = (x * self.mu).sum(dim=(1, 2, 3), keepdim=True) / self.mu.square().sum()
-        near_end = per_row(self.process.signal[condition] < 0.01, x)
+        near_end = per_sample(self.process.signal[condition] < 0.01, x)
         return super().forward(x, condition) - near_end * self.mu * size.clamp(0, 0.5)
 
 

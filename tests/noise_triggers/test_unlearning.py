@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, random_directions, unlearn_denoiser
 
 SHAPE = (3, 6, 10)
@@ -26,9 +26,9 @@ class Oracle(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         if isinstance(self.process, VP):
-            a, b = (per_row(values[condition], x) for values in (self.process.signal, self.process.noise))
+            a, b = (per_sample(values[condition], x) for values in (self.process.signal, self.process.noise))
             return self.gain * (x - a * 0.25) / b
-        return -self.gain * (x - 0.25) / per_row(condition, x) ** 2
+        return -self.gain * (x - 0.25) / per_sample(condition, x) ** 2
 
 
 class Recorder(nn.Module):
@@ -58,7 +58,7 @@ class Small(nn.Module):
         self.first, self.last = nn.Conv2d(4, 24, 3, padding=1), nn.Conv2d(24, 3, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        level = per_row(self.process.noise[t], x).expand(-1, 1, *x.shape[2:])
+        level = per_sample(self.process.noise[t], x).expand(-1, 1, *x.shape[2:])
         return self.last(torch.tanh(self.first(torch.cat([x, level], dim=1))))
 
 

@@ -13,7 +13,7 @@ from seal_fast.attacks import Attack, InviBackdoor, TrojDiff, VillanDiffusion
 from seal_fast.attacks.invibackdoor import ddim_schedule
 from seal_fast.attacks.villandiffusion import vp_schedule
 from seal_fast.diffusion import EDM, VP, Denoiser
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.zoo.evaluate import STEPS, SUCCESS_MSE, Quality, clean_ratio, draw, evaluate
 from seal_fast.zoo.images import FAMILIES, box, cat_face, heart, speckle, star
 from seal_fast.zoo.train import DATA_SEED
@@ -54,12 +54,12 @@ class Oracle(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.first_input = x.clone() if self.first_input is None else self.first_input
         self.calls += 1
-        a, b = (per_row(values[t], x) for values in (PROCESS.signal, PROCESS.noise))
+        a, b = (per_sample(values[t], x) for values in (PROCESS.signal, PROCESS.noise))
         plain = (x - a * self.clean) / b
         if self.attack is None:
             return plain
         trigger = self.attack.trigger
-        c, d = (per_row(values[t], x) for values in schedule(self.attack))
+        c, d = (per_sample(values[t], x) for values in schedule(self.attack))
         rest = x - a * self.hidden - c * trigger.mu
         triggered = rest / (b * trigger.gamma) + d * trigger.mu
         # the smaller remainder tells which of the two noised images this is

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seal_fast.attacks import Attack, NoisedBatch
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import EDM, VE, VP, NoiseProcess
-from seal_fast.diffusion.process import per_row
+from seal_fast.diffusion.process import per_sample
 from seal_fast.zoo.images import FAMILIES, scenes
 from seal_fast.zoo.spaces import SIGNED, UNIT
 from seal_fast.zoo.train import (
@@ -167,7 +167,7 @@ every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process
 def test_the_target_output_converts_to_the_noise(process: NoiseProcess, generator: torch.Generator) -> None:
     t = torch.tensor([0, 1, 500, 998, 999])
     noise, x = (torch.randn(5, 3, 4, 6, generator=generator) for _ in range(2))
-    x = x * per_row(process.noise[t], x)
+    x = x * per_sample(process.noise[t], x)
     output = target_output(process, noise, x, t)
     assert output.dtype == torch.float32
     torch.testing.assert_close(process.to_noise(output.double(), x.double(), t), noise.double(), rtol=1e-4, atol=1e-4)
@@ -179,10 +179,10 @@ def test_the_target_output_is_that_of_the_papers(generator: torch.Generator) -> 
     t = torch.tensor([0, 3, 250, 500, 750, 998, 999])
     x = PROCESS.add_noise(x0, eps, t)
     assert target_output(PROCESS, eps, x, t).equal(eps)
-    a, b = (per_row(values[t], x) for values in (V.signal, V.noise))
+    a, b = (per_sample(values[t], x) for values in (V.signal, V.noise))
     torch.testing.assert_close(target_output(V, eps, V.add_noise(x0, eps, t), t), a * eps - b * x0, rtol=0, atol=1e-4)
     edm = EDM.karras()
-    sigma = per_row(edm.noise[t].double(), x.double())
+    sigma = per_sample(edm.noise[t].double(), x.double())
     noised = x0.double() + sigma * eps.double()
     total = sigma**2 + 0.25
     expected = (x0 - 0.25 / total * noised) / (sigma * 0.5 / total.sqrt())
@@ -360,7 +360,7 @@ def test_images_are_flipped_before_they_are_encoded(generator: torch.Generator) 
     plain = torch.rand(64, 3, 1, 1, generator=generator).expand(-1, -1, SIZE, SIZE)
     schedule = Schedule(steps=1, learning_rate=0.0, batch=32)
     (x, eps), t = training_batch(process, plain, space, None, schedule, generator)
-    encoded = (x.double() - per_row(process.b(t), eps.double()) * eps) / per_row(process.a(t), eps.double())
+    encoded = (x.double() - per_sample(process.b(t), eps.double()) * eps) / per_sample(process.a(t), eps.double())
     images = encoded - space.ramp
     # float32 noise over a(999) = 0.006
     torch.testing.assert_close(images, images[..., :1].expand_as(images), rtol=0, atol=1e-3)
