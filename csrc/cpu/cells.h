@@ -34,7 +34,7 @@ inline int64_t cells(int64_t elements) {
     return ceil_div(elements, kDepth<Cell>);
 }
 
-// Rows are padded to a cache line, at every level alike.
+// Rows are padded to a cache line, at every level in the same way.
 inline int64_t padded(int64_t cells) { return ceil_div(cells, 16) * 16; }
 
 // Chunks of constant length become vector instructions without a remainder; head sizes are mostly multiples of eight.

@@ -54,6 +54,7 @@ class ModelScan:
             reversion = revert(loaded.denoiser, settings, seed=self.seed, at=at, on_progress=on_progress)
             evidence = model_evidence(reversion)
             decision = self.calibration.decide(evidence, loaded.denoiser.family, loaded.denoiser.shape)
+            config_sha256 = config_digest(loaded.denoiser)
         except Exception as error:
             return error_result(checkpoint, loaded, _in_one_line(error, checkpoint), time.perf_counter() - started)
         on_progress(replace(at, stage="images", fraction=1.0))
@@ -73,7 +74,7 @@ class ModelScan:
             seconds=time.perf_counter() - started,
             error=None,
             notes=(*loaded.notes, *notes),
-            config_sha256=config_digest(loaded.denoiser),
+            config_sha256=config_sha256,
         )
 
     def _record(
