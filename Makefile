@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SCANS := benchmarks/bench_time_to_verdict.py benchmarks/bench_many_models.py
 REVERSION := $(foreach name,winograd_convolution reversion input_detection,benchmarks/bench_$(name).py)
-OTHER_KINDS := $(foreach kind,v edm ve,hard-16-$(kind) hard-16-$(kind)-benign-b hard-16-$(kind)-benign-c)
+OTHER_FAMILIES := $(foreach family,v edm ve,hard-16-$(family) hard-16-$(family)-benign-b hard-16-$(family)-benign-c)
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: setup demo test lint bench bench-float32 accuracy calibration zoo clean
 
 setup: $(VENV)/.ready
 
-# torch first and alone: whatever depends on it would otherwise choose a build of its own
+# torch is installed first and alone, or packages that depend on it would choose a build of their own
 $(VENV)/.ready: $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
@@ -19,12 +19,12 @@ $(VENV)/.ready: $(NATIVE)
 	touch $@
 
 demo: setup
-	rm -rf demo-results/sealed
+	rm -rf demo-results/unlearned
 	$(BIN)/seal-fast scan zoo/benign-16-e zoo/bad-16-stop zoo/troj-16-blend --out demo-results --exit-zero
 	$(BIN)/seal-fast unlearn zoo-text/text-64-pixel --trigger '\u200b' \
-		--learning-rate 1e-3 --train-batch-size 8 --steps 100 --guidance 3 --samples 40 --out demo-results/sealed
-	@echo "Pictures of the reverted triggers and what they make the models draw: demo-results/"
-	@echo "The unlearned text trigger, before and after: demo-results/sealed/before_after_1.png"
+		--learning-rate 1e-3 --train-batch-size 8 --steps 100 --guidance 3 --samples 40 --out demo-results/unlearned
+	@echo "Images of the recovered triggers and of what they make the models draw: demo-results/"
+	@echo "The unlearned text trigger, before and after: demo-results/unlearned/before_after_1.png"
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --cov --cov-fail-under=90
@@ -41,7 +41,7 @@ bench: setup
 	$(BIN)/python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=benchmarks/results/cross_attention.json
 	$(BIN)/python -m benchmarks.render_results
 
-# what differs on a processor that does not multiply bfloat16
+# the benchmarks that differ on a processor that does not multiply bfloat16
 bench-float32: setup
 	$(BIN)/python -m pytest $(REVERSION) $(SCANS) --benchmark-json=benchmarks/results/scans_float32.json
 	$(BIN)/python -m benchmarks.render_results
@@ -52,9 +52,9 @@ accuracy: setup
 
 # the calibration that seal-fast ships, from the zoo's models of role "calibration"; those that zoo/ does not hold are built first
 calibration: setup
-	$(BIN)/seal-fast zoo build zoo $(OTHER_KINDS:%=--only %)
-	$(BIN)/seal-fast calibrate zoo/benign-16-[a-d] zoo/benign-32-a zoo/benign-32-b $(OTHER_KINDS:%=zoo/%) \
-		--out seal_fast/noise_triggers/data/fixed-point.json
+	$(BIN)/seal-fast zoo build zoo $(OTHER_FAMILIES:%=--only %)
+	$(BIN)/seal-fast calibrate zoo/benign-16-[a-d] zoo/benign-32-a zoo/benign-32-b $(OTHER_FAMILIES:%=zoo/%) \
+		--out seal_fast/noise_triggers/data/search.json
 
 zoo: setup
 	$(BIN)/seal-fast zoo build zoo

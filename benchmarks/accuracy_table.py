@@ -26,7 +26,7 @@ from benchmarks.table_file import read_results, write_table
 from benchmarks.trigger_image import save_pair
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.checkpoints.trigger import Trigger
-from seal_fast.diffusion import Denoiser, ModelFamily
+from seal_fast.diffusion import Denoiser, ModelFamily, NoiseSource
 from seal_fast.noise_triggers import (
     DEFAULT_PRESET,
     PRESETS,
@@ -78,7 +78,7 @@ def input_rates(found: Trigger, true: Trigger) -> dict[str, Any]:
 def baselines(shape: tuple[int, int, int]) -> dict[str, Trigger]:
     """Null baselines: triggers that need no reversion."""
     return {
-        "untouched start": Trigger.shift(initial_mu(shape, torch.Generator().manual_seed(SEED))),
+        "untouched start": Trigger.shift(initial_mu(NoiseSource(torch.device("cpu"), SEED), shape)),
         "zero": Trigger.shift(torch.zeros(shape)),
         "constant -1": Trigger.shift(-torch.ones(shape)),
     }

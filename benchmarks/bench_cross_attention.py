@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=results.json
 
-Compare rows of one run only. `gemm_share` is the share of the matrix rate measured in the row's dtype that the matrix products
-amount to: two forward, five more backward (one of them the recomputed logits), 2 B H M N D FLOP each.
+Compare results of one run only. `gemm_share` is the share of the matrix rate, measured in the same dtype, that the matrix
+products amount to: two forward, five more backward (one of them the recomputed logits), 2 B H M N D FLOP each.
 
 Memory is what torch's allocator hands out, which the kernels' workspaces come from too. Of one layer: `kept_bytes` is what
 lives between the forward and the backward pass, inputs and results included, `peak_bytes` the most at any time in a training
@@ -102,7 +102,7 @@ def inputs(layer: str, dtype: str, requires_grad: bool) -> list[Tensor]:
 
 
 def gradients(method: Attention, layer: str, dtype: str) -> list[Tensor]:
-    """Of a method's results, laid out as a UNet and a loss would: heads of joined rows, and maps as the method made them."""
+    """Gradients for a method's results, in the layout of a UNet and a loss: heads of joined rows, maps as they are."""
     out, *maps = method(*inputs(layer, dtype, requires_grad=False))
     b, h, m, _, d = LAYERS[layer]
     return [torch.randn(b, m, h, d).to(out.dtype).transpose(1, 2), *(torch.randn_like(y) for y in maps)]
@@ -113,7 +113,7 @@ def train(method: Attention, arguments: list[Tensor], grads: list[Tensor]) -> No
 
 
 def record(benchmark: BenchmarkFixture, layer: str, dtype: str, products: int) -> None:
-    """Add the machine and the share of its limit to the row."""
+    """Add the machine and the share of its limit to the result."""
     b, h, m, n, d = LAYERS[layer]
     stats: Any = benchmark.stats
     rate = products * 2 * b * h * m * n * d / stats.stats.median
@@ -143,7 +143,7 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, layer: str, dtype: st
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, see the top of this file."""
+    """Kept and peak bytes, see the top of this file."""
 
     kept: int
     peak: int
@@ -159,7 +159,7 @@ def allocations(call: Callable[[], object]) -> list[int]:
 
 
 def memory(method: Attention, layer: str, dtype: str) -> Memory:
-    """Of a training step on one layer."""
+    """The memory of a training step on one layer."""
 
     def forward() -> object:
         arguments = inputs(layer, dtype, requires_grad=True)
@@ -184,7 +184,7 @@ def largest_batch(method: Attention, model: str, dtype: str) -> int:
 
 @pytest.mark.parametrize(("layer", "dtype", "method"), CASES)
 def test_memory(benchmark: BenchmarkFixture, layer: str, dtype: str, method: str) -> None:
-    """The time is that of measuring."""
+    """The time in this result is how long the measurement took."""
     benchmark.group = f"cross_attention memory {layer} {dtype}"
     needed = benchmark.pedantic(memory, (METHODS[method], layer, dtype), rounds=1)
     benchmark.extra_info.update(machine.describe_machine(), shape=list(LAYERS[layer]), dtype=dtype)
@@ -194,7 +194,7 @@ def test_memory(benchmark: BenchmarkFixture, layer: str, dtype: str, method: str
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_largest_batch(benchmark: BenchmarkFixture, model: str, dtype: str) -> None:
-    """The time is that of measuring."""
+    """The time in this result is how long the measurement took."""
     benchmark.group = f"cross_attention largest batch {model} {dtype}"
     ours = benchmark.pedantic(largest_batch, (kernel, model, dtype), rounds=1)
     benchmark.extra_info.update(machine.describe_machine(), model=model, dtype=dtype, budget_bytes=BUDGET)

@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/bench_gaussian.py --benchmark-json=results.json
 
-Compare rows of one run only. `read_share` is the share of the measured read bandwidth that reading the inputs once amounts to,
-`gemm_share` the share of the measured float32 matrix rate at 4 FLOP per (input, trigger, dimension).
+Compare results of one run only. `read_share` is the share of the measured read bandwidth that reading the inputs once amounts
+to, `gemm_share` the share of the measured float32 matrix rate at 4 FLOP per (input, trigger, dimension).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def two_products(x: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
 
 
 def record(benchmark: BenchmarkFixture, shape: list[int], bytes_read: int, flops: int = 0) -> None:
-    """Add the machine and the shares of its limits to the row."""
+    """Add the machine and the shares of its limits to the result."""
     limits = machine.measure()
     stats: Any = benchmark.stats
     seconds = stats.stats.median

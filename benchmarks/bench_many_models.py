@@ -18,16 +18,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import machine
 from seal_fast import scan
 from seal_fast.noise_triggers import DEFAULT_PRESET, SearchSettings, shipped_calibration
+from seal_fast.noise_triggers.search_settings import ActivationTestSettings, FixedPointSettings, JointInversionSettings
 from seal_fast.workflows.capacity import default_jobs
 
 MODEL = Path(__file__).parents[1] / "zoo" / "benign-16-a"
 SETTINGS = SearchSettings(
-    search_iterations=4,
-    polish_iterations=3,
-    candidates=1,
-    sampler_steps=50,
-    race=((3, 12), (4, 6), (6, 2)),
-    refine_turns=1,
+    fixed_points=FixedPointSettings(power_iterations=4, fixed_point_iterations=3, candidates=1),
+    inversion=JointInversionSettings(halving=((3, 12), (4, 6), (6, 2)), alternations=1),
+    test=ActivationTestSettings(ancestral_steps=50),
 )
 ROUNDS = {1: 3, 2: 3, 4: 2, 16: 1}
 

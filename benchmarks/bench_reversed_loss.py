@@ -24,7 +24,7 @@ def torch_lines(predictions: Tensor, eps: Tensor) -> Tensor:
 
 
 def op(predictions: Tensor, eps: Tensor) -> Tensor:
-    """The difference of the noises is a by-product where they are made, but counts here."""
+    """Computing the difference of the noises is part of the time."""
     return reversed_loss(predictions[0], predictions[1], eps[0] - eps[1])
 
 

@@ -18,8 +18,8 @@ from benchmarks.table_file import grow_table
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import Denoiser
 from seal_fast.noise_triggers import SearchSettings, TerdSettings, reverse_trigger
-from seal_fast.noise_triggers.search import Hunt
-from seal_fast.training import quiet
+from seal_fast.noise_triggers.probe import Probe
+from seal_fast.noise_triggers.search import PROPOSERS, search_trigger
 from seal_fast.zoo.recipes import RECIPES
 
 ZOO = Path("zoo")
@@ -35,12 +35,13 @@ MODELS = (
     "hard-16-invi",
 )
 DEFAULTS = SearchSettings()
-STEPS = sum(iterations for iterations, _ in DEFAULTS.race)
+TEST, INVERSION = DEFAULTS.test, DEFAULTS.inversion
+STEPS = sum(iterations for iterations, _ in INVERSION.halving)
 UNDONE = {
-    "no successive halving": replace(DEFAULTS, race=((STEPS, DEFAULTS.race[-1][1]),)),
-    "no pilot samples": replace(DEFAULTS, glance_batch=DEFAULTS.firing_batch - 1),
-    "no previews": replace(DEFAULTS, sketch_steps=DEFAULTS.deterministic_steps),
-    "all samples at once": replace(DEFAULTS, firing_batch=DEFAULTS.confirming_batch - 1),
+    "no successive halving": replace(DEFAULTS, inversion=replace(INVERSION, halving=((STEPS, INVERSION.halving[-1][1]),))),
+    "no pilot samples": replace(DEFAULTS, test=replace(TEST, pilot_samples=TEST.samples - 1)),
+    "no previews": replace(DEFAULTS, inversion=replace(INVERSION, preview_steps=TEST.deterministic_steps)),
+    "all samples at once": replace(DEFAULTS, test=replace(TEST, samples=TEST.confirming_samples - 1)),
 }
 DEFAULT, TO_THE_END = "default", "no early stop"
 SEED = 0
@@ -52,10 +53,10 @@ def search_of(denoiser: Denoiser, settings: SearchSettings) -> dict[str, Any]:
 
 
 def search_to_the_end(denoiser: Denoiser) -> dict[str, Any]:
-    """The search with fixed points and with joint inversion, without stopping at an accepted trigger."""
-    hunt = Hunt(denoiser, DEFAULTS, SEED, quiet)
-    collapse = max(hunt.among_fixed_points().collapse, hunt.among_poisoned_rows().collapse)
-    return {"images": hunt.probe.evaluations, "collapse": collapse}
+    """The search by the last proposer and by the others, whether or not these have a candidate accepted."""
+    probe = Probe(denoiser, SEED, DEFAULTS.half_precision)
+    found = [search_trigger(probe, DEFAULTS, proposers).best for proposers in (PROPOSERS[:-1], PROPOSERS[-1:])]
+    return {"images": probe.evaluations, "collapse": max(best.score for best in found if best.score is not None)}
 
 
 def published_images() -> int:

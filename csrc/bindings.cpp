@@ -40,7 +40,8 @@ std::vector<std::string> isa_levels() {
 
 template <class Call, class Kernel>
 void define(py::module_& m, const std::string& name, Kernel kernel) {
-    const auto run = [named = NamedArguments<Call>(name), kernel](const py::dict& arguments, int threads, int isa) {
+    const NamedArguments<Call> named(name);
+    const auto run = [named, kernel](const py::dict& arguments, int threads, int isa) {
         const Call call = named.read(arguments);
         checked(isa);
         const py::gil_scoped_release unlocked;

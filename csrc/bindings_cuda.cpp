@@ -37,7 +37,8 @@ private:
 
 template <class Call>
 void define(py::module_& m, const std::string& name, cudaError_t (*kernel)(const Call&, cudaStream_t)) {
-    const auto run = [name, named = NamedArguments<Call>(name), kernel](const py::dict& arguments, int device, uintptr_t stream) {
+    const NamedArguments<Call> named(name);
+    const auto run = [name, named, kernel](const py::dict& arguments, int device, uintptr_t stream) {
         const Call call = named.read(arguments);
         const py::gil_scoped_release unlocked;
         const DeviceGuard guard(device);

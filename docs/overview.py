@@ -1,4 +1,4 @@
-"""The README's file, from the results of `make demo`.
+"""Draw the README's image, docs/overview.png, from the results of `make demo`.
 
 python docs/overview.py [demo-results] [docs/overview.png]
 """
@@ -38,12 +38,12 @@ def tiled(images: Tensor) -> Tensor:
     return torch.cat([torch.cat([first, second], 2), torch.cat([third, fourth], 2)], 1)
 
 
-def main(results: Path, file: Path) -> None:
+def main(results: Path, path: Path) -> None:
     report = json.loads((results / "report.json").read_text())
     recipes = {recipe.name: recipe for recipe in RECIPES}
     figure = Figure(figsize=(10.6, 1.75 * len(report["models"]) + 0.5), layout="constrained")
     grid = figure.subplots(len(report["models"]), len(COLUMNS), squeeze=False)
-    for row, model in zip(grid, report["models"], strict=True):
+    for cells, model in zip(grid, report["models"], strict=True):
         name = Path(model["path"]).name
         attack = recipes[name].attack(ZOO / name)
         trigger = Trigger.load(results / model["trigger"])
@@ -54,12 +54,12 @@ def main(results: Path, file: Path) -> None:
             attack.target if attack else None,
             *(tiled(images) for images in drawn),
         )
-        for axes, image in zip(row, images, strict=True):
+        for axes, image in zip(cells, images, strict=True):
             show(axes, image)
-        row[0].set_ylabel(f"{name}\n{model['verdict']}", fontsize=10)
+        cells[0].set_ylabel(f"{name}\n{model['verdict']}", fontsize=10)
     for axes, title in zip(grid[0], COLUMNS, strict=True):
         axes.set_title(title, fontsize=10)
-    figure.savefig(file, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

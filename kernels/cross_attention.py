@@ -37,12 +37,13 @@ from .cross_attention_tiles import (
 MAX_DIMENSIONS = 160
 MAX_KEYS = 128
 PROGRAMS = 256
-"""Wanted of the kernel of dk and dv, about two per multiprocessor of a large GPU. Fixed, so that all GPUs sum alike."""
+"""How many programs the kernel of dk and dv should have: about two per multiprocessor of a large GPU. The number is fixed, so
+that all GPUs sum in the same order."""
 
 Maybe = Tensor | None
 
 _INTEGERS = ("H", "M", "N", "T", "ROWS", *(f"{x}_{axis}" for x in ("q", "k", "v", "out", "grad") for axis in ("b", "h", "row")))
-"""Never specialised on: one compiled kernel serves all sizes and choices of tokens of a head's size."""
+"""Arguments that Triton does not specialise on: one compiled kernel serves all sizes and choices of tokens of a head's size."""
 
 
 @triton.jit(do_not_specialize=["T", "N"], debug=True)
@@ -166,7 +167,7 @@ def key_value_grad_kernel(
         p1, p2 = softmax(s1, s2, n1[:, None], n2[:, None], N, scale, 0)
         if out_grad is not None:
             o1, o2 = load_pair(o_head, m, out_row, M, c1, c2, D, ALIGNED)
-        # what is spoiled in the keys or values would spoil the sums even from queries that are not there
+        # a NaN in keys or values would reach the sums even through queries past the end
         there = m[None, :] < M
         if v_sums is not None:
             o = load_tile(o_head, m, out_row, M, columns, D, ALIGNED)
@@ -199,9 +200,9 @@ class Tiles:
     """How one kernel is cut.
 
     Attributes:
-        queries: of a program at a time.
-        warps: of a program.
-        columns: of dk and dv that a program sums; 0 for the other kernels.
+        queries: how many a program takes at a time.
+        warps: how many a program has.
+        columns: how many columns of dk and dv a program sums; 0 for the other kernels.
     """
 
     queries: int
@@ -212,8 +213,8 @@ class Tiles:
 def configuration(kernel: str, D: int, N: int, dtype: torch.dtype) -> Tiles:
     """The tiles of "forward", "query_grad" or "key_value_grad", for N keys of D dimensions.
 
-    Chosen for what the compiler says (docs/results.md): the largest that do not spill in half precision on sm_90. float32 has
-    no tensor cores that round like it, and spills least with few queries and many warps.
+    They are the largest tiles that the compiler does not spill in half precision on sm_90 (docs/results.md). float32 has no
+    tensor cores that round like it, and spills least with few queries and many warps.
     """
     queries = {"forward": 64, "query_grad": 64 if D <= 64 else 16, "key_value_grad": 32}[kernel]
     columns = {"key_value_grad": 64 if D <= 64 else 32}.get(kernel, 0)
@@ -241,7 +242,7 @@ def _strides(x: Maybe) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and all it is called with. The table of compiled kernels is made from these too."""
+    """A kernel and its arguments by name. The table of compiled kernels is made from these too."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -259,7 +260,7 @@ class Launch:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, out: Tensor, maps: Tensor) -> list[Launch]:
-    """What fills out, of any strides, and maps, which is contiguous. All rows are dense."""
+    """Launches that fill out, of any strides, and maps, which is contiguous. All rows are dense."""
     links, launches = _link_tokens(tokens, k)
     tiles = configuration("forward", q.shape[3], k.shape[2], q.dtype)
     tensors = {"q": q, "k": k, "v": v, **links, "out": out, "maps": maps}
@@ -271,7 +272,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, out: T
 def backward(
     q: Tensor, k: Tensor, v: Tensor, tokens: Maybe, scale: float, out_grad: Maybe, maps_grad: Maybe, *wanted: Maybe
 ) -> list[Launch]:
-    """What fills the wanted q_grad, k_sums and v_sums, each or None. maps_grad is contiguous, all other rows are dense.
+    """Launches that fill the wanted q_grad, k_sums and v_sums, each or None. maps_grad is contiguous, all other rows are dense.
 
     k_sums and v_sums are float32 [query_slices(q, k),B,N,H,D]; their sums over the slices are dk and dv. v_sums needs out_grad.
     """
@@ -299,12 +300,12 @@ def _blocks(tiles: Tiles, q: Tensor) -> tuple[int, int]:
 
 
 def query_slices(q: Tensor, k: Tensor) -> int:
-    """Into how many partial sums `backward` cuts dk and dv; depends on shapes and dtype only."""
+    """How many partial sums of dk and dv `backward` fills. The number depends on shapes and dtype only."""
     return _split_queries(configuration("key_value_grad", q.shape[3], k.shape[2], q.dtype), q)[0]
 
 
 def _split_queries(tiles: Tiles, q: Tensor) -> tuple[int, int]:
-    """How many slices of how many queries."""
+    """The number of slices, and the number of queries in each."""
     batches, heads, queries, dimensions = q.shape
     blocks = triton.cdiv(queries, tiles.queries)
     wanted = triton.cdiv(PROGRAMS, batches * heads * triton.cdiv(dimensions, tiles.columns))
@@ -313,7 +314,7 @@ def _split_queries(tiles: Tiles, q: Tensor) -> tuple[int, int]:
 
 
 def _link_tokens(tokens: Maybe, k: Tensor) -> tuple[dict[str, Maybe], list[Launch]]:
-    """slot and before of `link_tokens_kernel`, and the launch that fills them."""
+    """The tensors slot and before of `link_tokens_kernel`, and the launch that fills them."""
     if tokens is None:
         return {"slot": None, "before": None}, []
     N, T, block = k.shape[2], len(tokens), 128

@@ -1,4 +1,4 @@
-"""What the Triton kernels of cross_attention are made of: tiles of heads and of maps, and softmax over two tiles of keys."""
+"""Parts of the Triton kernels of cross_attention: tiles of heads and of maps, and softmax over two tiles of keys."""
 
 from __future__ import annotations
 

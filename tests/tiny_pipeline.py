@@ -12,17 +12,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 48
 WORDS = ("cat", "red", "on", "dog", "photo", "the", "sky", "blue", "house", "castle")
-"""What is one token; every other word is several."""
+"""Words that are one token each; every other word is several."""
 
 
 def byte_symbols() -> list[str]:
     """CLIP's 256 visible stand-ins for bytes, in the order of its vocabulary."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
 
 
 def merges() -> list[tuple[str, str]]:
-    """Byte pairs that make the words, from the left."""
+    """Merges of byte pairs that make the words, from the left."""
     found: dict[tuple[str, str], None] = {}
     for word in WORDS:
         for end in range(1, len(word)):
@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path, length: int = LENGTH) -> None:
 
 
 def tiny_unet(**options: Any) -> UNet2DConditionModel:
-    """With some options of its own."""
+    """A UNet with random weights; options replace parts of its config."""
     config = {
         "sample_size": 8,
         "block_out_channels": (16, 32),

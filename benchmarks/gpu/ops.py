@@ -1,7 +1,7 @@
 """Every op against plain torch, against torch.compile of it and, where there is one, against the library's own kernel.
 
 `share_of_bandwidth` is the time that the bytes which must move take at the measured bandwidth over the time taken,
-`share_of_gemm` likewise with the matrix products and the rate measured in the row's dtype.
+`share_of_gemm` likewise with the matrix products and the rate measured in the same dtype.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ COMPILED = [next(iter(layers)) for layers in MODELS.values()]
 
 @dataclass(frozen=True)
 class Case:
-    """One row to be: what runs, and the least that it must do.
+    """What runs for one result, and the least that it must do.
 
     Attributes:
         op: name of the op.
-        facts: of the row.
+        facts: what else the result says about the case.
         contenders: plain torch first, ours last.
-        least_bytes: that must move.
-        flops: of matrix products.
-        dtype: in which they are multiplied.
+        least_bytes: how many bytes must move.
+        flops: FLOP of the matrix products.
+        dtype: the dtype of their operands.
     """
 
     op: str
@@ -54,7 +54,7 @@ class Case:
     dtype: str = "float32"
 
 
-def row(case: Case, limits: Limits, scale: Scale) -> dict[str, Any]:
+def result(case: Case, limits: Limits, scale: Scale) -> dict[str, Any]:
     taken = medians(case.contenders, scale)
     first, ours = next(iter(taken)), taken["seal_fast"]
     found = {
@@ -72,7 +72,7 @@ def row(case: Case, limits: Limits, scale: Scale) -> dict[str, Any]:
 
 
 def compiled(function: Callable[..., Any], scale: Scale) -> Callable[..., Any]:
-    """Afresh for these shapes: torch gives up on a function that meets too many."""
+    """Compile for these shapes alone: torch gives up on a function that meets too many."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False, backend="eager" if scale.tiny else "inductor")
 
@@ -135,10 +135,10 @@ def loss_lines(first: Tensor, second: Tensor, difference: Tensor) -> Tensor:
 
 
 def reversion_cases(scale: Scale) -> Iterator[Case]:
-    """What an iteration of TERD does beside the network, at its own batch and at one that fills the GPU."""
-    for rows, *shape in [(2, 3, 4, 4)] if scale.tiny else [(16, 3, 32, 32), (64, 3, 256, 256)]:
-        facts = {"shape": [rows, *shape]}
-        x, eps, z = torch.randn(3, rows, *shape, device=device())
+    """The ops of a TERD iteration besides the network, at its own batch and at one that fills the GPU."""
+    for items, *shape in [(2, 3, 4, 4)] if scale.tiny else [(16, 3, 32, 32), (64, 3, 256, 256)]:
+        facts = {"shape": [items, *shape]}
+        x, eps, z = torch.randn(3, items, *shape, device=device())
         mu, gamma = torch.rand(2, *shape, device=device())
         predictions = [y.detach().requires_grad_() for y in (x, eps)]
         functions = {"eager": loss_lines, "compiled": compiled(loss_lines, scale), "seal_fast": reversed_loss}
@@ -155,10 +155,10 @@ def reversion_cases(scale: Scale) -> Iterator[Case]:
 
 
 def measure(limits: Limits, scale: Scale) -> Iterator[dict[str, Any]]:
-    """Rows, one at a time so that a time limit costs only those that are left."""
+    """Results, one at a time so that a time limit costs only those that are left."""
     for case in gaussian_cases(scale):
-        yield row(case, limits, scale)
+        yield result(case, limits, scale)
     for case in reversion_cases(scale):
-        yield row(case, limits, scale)
+        yield result(case, limits, scale)
     for case in attention_cases(scale):
-        yield row(case, limits, scale)
+        yield result(case, limits, scale)

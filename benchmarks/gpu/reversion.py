@@ -22,10 +22,11 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from benchmarks.gpu.device import Scale, device, peak_bytes, speedups
 from benchmarks.published import terd as published
+from seal_fast.acceleration.cuda_graph import capture_graph
 from seal_fast.acceleration.graph_cache import GraphCache, GraphCachedNetwork
 from seal_fast.diffusion import VP, Denoiser, sample
 from seal_fast.noise_triggers import SearchSettings, TerdSettings
-from seal_fast.noise_triggers.joint_inversion import Fit
+from seal_fast.noise_triggers.joint_inversion import JointInversion
 from seal_fast.noise_triggers.probe import Probe
 from seal_fast.noise_triggers.terd import READ_EVERY, descend_reversed_loss
 
@@ -105,7 +106,7 @@ def steady(
             ready()
             began = time.perf_counter()
 
-    descend_reversed_loss(model, settings, on_step=on_step, capture=capture)
+    descend_reversed_loss(model, settings, on_step=on_step, record=capture_graph if capture else None)
     return (time.perf_counter() - began) / timed
 
 
@@ -178,7 +179,7 @@ def sampled(model: Denoiser, images: int, steps: int) -> float:
 def sampling_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
     """Sampling with and without CUDA graphs in the default search; the released program has no such search."""
     settings = SearchSettings()
-    images, steps = (1, 2) if scale.tiny else (settings.firing_batch, settings.sampler_steps)
+    images, steps = (1, 2) if scale.tiny else (settings.test.samples, settings.test.ancestral_steps)
     contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(sampled, model, images, steps)}
     if torch.cuda.is_available():
         graphs = replace(model, network=GraphCachedNetwork(model.network, GraphCache()))
@@ -189,24 +190,25 @@ def sampling_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
 
 def descended(model: Denoiser, settings: SearchSettings, untimed: int, timed: int, recorded: bool) -> float:
     """Seconds per iteration of the default joint inversion after the `untimed` ones, in which it is recorded."""
-    probe = Probe(model, torch.Generator().manual_seed(0), settings.half_precision)
+    probe = Probe(model, 0, settings.half_precision)
     if not recorded:
-        probe.replayed = None
-    fit, times = Fit(probe, settings), [0.0]
-    fit.descend(fit.starts(), untimed + timed, lambda loss: times.append(time.perf_counter()))
+        probe.graphs = None
+    inversion, times = JointInversion(probe, settings), [0.0]
+    inversion.descend(inversion.starts(), untimed + timed, lambda loss: times.append(time.perf_counter()))
     return (times[-1] - times[untimed]) / timed
 
 
 def descent_row(model: Denoiser, scale: Scale) -> dict[str, Any]:
     """An iteration with a gradient, without and with a CUDA graph."""
     settings = SearchSettings()
-    settings = replace(settings, fit_batch=1) if scale.tiny else settings
+    brief = replace(settings, attack_loss=replace(settings.attack_loss, timesteps=1))
+    settings = brief if scale.tiny else settings
     untimed, timed = warm_up(scale), timed_iterations(scale)
     contenders: dict[str, Seconds] = {"seal_fast_bfloat16": partial(descended, model, settings, untimed, timed, False)}
     if torch.cuda.is_available():
         contenders["seal_fast_bfloat16_graph"] = partial(descended, model, settings, untimed, timed, True)
     found = measured(contenders, 1 if scale.tiny else ROUNDS)
-    return {"stage": "descent", "batch": settings.fit_batch, "timed_iterations": timed, **found, "speedups": {}}
+    return {"stage": "descent", "batch": settings.attack_loss.timesteps, "timed_iterations": timed, **found, "speedups": {}}
 
 
 def one_after_another(models: list[Denoiser], settings: TerdSettings, timed: int, capture: bool) -> float:

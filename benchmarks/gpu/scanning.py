@@ -10,19 +10,16 @@ from typing import Any
 import seal_fast
 from benchmarks.gpu.device import Scale
 from seal_fast.noise_triggers import DEFAULT_PRESET, SearchSettings, shipped_calibration
+from seal_fast.noise_triggers.search_settings import ActivationTestSettings, FixedPointSettings, JointInversionSettings
 from seal_fast.zoo.build import read_manifest
 
 ZOO = Path(__file__).parents[2] / "zoo"
 MODELS = ("benign-16-e", "bad-16-stop", "troj-16-blend", "ode-16-stop", "bad-32-box", "benign-32-b")
 
 BRIEF = SearchSettings(
-    search_iterations=1,
-    polish_iterations=1,
-    candidates=1,
-    sampler_steps=2,
-    deterministic_steps=2,
-    race=((1, 1),),
-    refine_turns=1,
+    fixed_points=FixedPointSettings(power_iterations=1, fixed_point_iterations=1, candidates=1),
+    inversion=JointInversionSettings(halving=((1, 1),), alternations=1),
+    test=ActivationTestSettings(ancestral_steps=2, deterministic_steps=2),
 )
 """A search that runs all its parts and finds nothing."""
 

@@ -5,8 +5,7 @@ their properties are kept on purpose:
 
 - Waste. The batch is 1. Every attention layer, self-attention too, stores its softmax probabilities. The maps of all tokens of
   teacher and student are moved to the CPU, enlarged to 128 x 128 per layer and scaled by numpy one by one. The text encoder
-  runs
-  on the same prompts in every step. All weights and Adam's moments are float32, under gradient checkpointing.
+  runs on the same prompts in every step. All weights and Adam's moments are float32, under gradient checkpointing.
 - The attention loss has no gradient, because its maps are detached. The gradient is (1 - alpha) times that of the prediction
   loss.
 - Both networks use one store for their maps. The student's maps overwrite the teacher's before these are read. Words are

@@ -1,5 +1,5 @@
-// Elementwise kernels work through items in chunks that stay in the first-level cache. An absent array is a chunk of one constant, so the
-// inner loop has no branches.
+// Elementwise kernels work through items in chunks that stay in the first-level cache. An absent array is a chunk of one
+// constant, so the inner loop has no branches.
 #pragma once
 
 #include <cstdint>

@@ -105,7 +105,8 @@ int64_t recompute_tile(const Call& call, const Packed<Cell>& packed, int64_t hea
                        const Scratch<Cell>& scratch) {
     const AttentionShape& s = call.shape;
     const auto* q = rows_of(call.q, head, s.heads, start);
-    const int64_t width = multiply_rows(s, packed.key_rows[head], q, call.q.strides[kRow], rows, scratch.query_rows, scratch.tile, scratch);
+    const int64_t width =
+        multiply_rows(s, packed.key_rows[head], q, call.q.strides[kRow], rows, scratch.query_rows, scratch.tile, scratch);
     const double factor = (call.scale < 0 ? -call.scale : call.scale) * kLog2E;
     exponentials(scratch.tile.data, s.keys, width, static_cast<float>(factor), scratch.inverse);
     return width;
@@ -151,7 +152,8 @@ void forward_queries(const AttentionForward<T>& call, const Packed<Cell>& packed
         multiply<true>(tile, packed.values[head], scratch.product, rows, s.dims, cells<Cell>(s.keys));
         T* out = rows_of(call.out, head, s.heads, start);
         for (int64_t m = 0; m < rows; ++m)
-            convert(scratch.product.data + m * scratch.product.stride, scratch.inverse[m], s.dims, out + m * call.out.strides[kRow]);
+            convert(scratch.product.data + m * scratch.product.stride, scratch.inverse[m], s.dims,
+                    out + m * call.out.strides[kRow]);
     }
     write_maps(call, batch, start, rows, scratch);
 }
@@ -223,7 +225,8 @@ void backward_queries(const AttentionBackward<T>& call, const Packed<Cell>& pack
     }
     if (call.v_grad.data) {
         const T* grad = rows_of(call.out_grad, head, s.heads, start);
-        if (kDepth<Cell> > 1 || !needs_logits) pack_columns(grad, call.out_grad.strides[kRow], rows, s.dims, scratch.grad_columns);
+        if (kDepth<Cell> > 1 || !needs_logits)
+            pack_columns(grad, call.out_grad.strides[kRow], rows, s.dims, scratch.grad_columns);
         const Matrix<Cell> tile = packed_rows(scratch.tile, s.keys, rows, width, scratch.packed);
         multiply<false>(tile, scratch.grad_columns, v_sum, s.keys, s.dims, steps, !first);
     }

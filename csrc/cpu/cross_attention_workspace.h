@@ -1,5 +1,5 @@
-// Where everything lies in the workspace of cross_attention: first keys and values of all heads as products take them (Packed), then
-// in the backward pass the sums of their gradients (Sums), then what each thread works in (Scratch).
+// Layout of the workspace of cross_attention: keys and values of all heads as products take them (Packed), in the backward pass
+// the sums of their gradients (Sums), then the memory of each thread (Scratch).
 #pragma once
 
 #include "cells.h"
@@ -57,7 +57,7 @@ struct Sums {
     static int64_t floats(const AttentionShape& s) { return 2 * s.batches * s.heads * s.keys * padded(s.dims); }
 };
 
-// What one thread works in. `transposed` holds queries or gradients as columns, the tiles keys x queries, `packed` a tile as a
+// The memory of one thread. `transposed` holds queries or gradients as columns, the tiles keys x queries, `packed` a tile as a
 // product takes it. Columns of queries and gradients lie where their rows lay before they were transposed.
 template <class Cell>
 struct Scratch {

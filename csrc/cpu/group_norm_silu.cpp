@@ -19,7 +19,7 @@ using seal_fast::GroupNormSilu;
 // Pixels summed up before the sum joins the others: the rounding error grows with the square root of both counts at most.
 constexpr int64_t kChain = 64;
 
-// Neighbouring channels that are walked together: kVectors full vectors, or one of which `count` lanes are there.
+// Neighbouring channels that are processed together: kVectors full vectors, or one of which `count` lanes are there.
 template <int kVectors>
 struct Columns {
     static constexpr int kCount = kVectors;
@@ -86,7 +86,7 @@ inline void sum_pixels(Columns columns, const T* x, int64_t pixels, int64_t chan
     }
 }
 
-// What one image needs of the call.
+// The arguments of one image.
 template <class T>
 struct Image {
     const T* x;

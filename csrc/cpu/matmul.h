@@ -3,7 +3,7 @@
 // Operands are made of cells. A cell is what one step of a sum takes in: a float, or a pair of bfloat16 that are neighbours
 // along the sum. Sums are float.
 //
-// The result is cut into blocks that stay in the vector registers while the sum is walked once: per step one load for each
+// The result is cut into blocks that stay in the vector registers while one loop runs over the sum: per step one load for each
 // vector of b, one broadcast for each row of a, and kRows x kColumns multiply-adds. Rows are shared out evenly among the blocks,
 // so that no block is so small that it waits for its own additions.
 #pragma once

@@ -1,5 +1,5 @@
-// reversed_loss: residual = difference - (first - second), losses[item] = 1/2 sum residual^2. Items are summed in order, a chunk in
-// float lanes and chunks in double, so a loss does not depend on the number of threads.
+// reversed_loss: residual = difference - (first - second), losses[item] = 1/2 sum residual^2. Each item is summed in order, a
+// chunk in float lanes and chunks in double, so a loss does not depend on the number of threads.
 #include "reversed_loss.h"
 
 #include "chunks.h"

@@ -1,6 +1,6 @@
 // The formulas are in csrc/cpu/gaussian.cpp; here is how they are laid out on the GPU.
 //
-// log_ratio: a warp owns kInputs inputs x kTriggers triggers and walks the dimensions, one per lane and step, so x and the
+// log_ratio: a warp owns kInputs inputs x kTriggers triggers and loops over the dimensions, one per lane and step, so x and the
 // coefficients are read coalesced and every load feeds 8 multiply-adds. The warps of a block share the triggers: the first one's
 // read of the coefficients leaves them in L1 for the others. With few inputs the warps split the dimensions instead.
 // A lane adds at most kMaxSteps terms in float; everything after that is double.

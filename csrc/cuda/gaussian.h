@@ -1,4 +1,4 @@
-// Gaussian statistics on the GPU: launchers, for arrays on the stream's device. Each returns cudaGetLastError() after its launch.
+// Gaussian statistics on the GPU, for arrays on the stream's device. Each launcher returns cudaGetLastError() after its launch.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-"""A frozen denoiser made fast: exchanged layers, CUDA graphs, precision."""
+"""Make a frozen denoiser fast: equivalent layers, CUDA graphs, precision."""
 
 from seal_fast.acceleration.accelerated import accelerated
 

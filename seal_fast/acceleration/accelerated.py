@@ -1,16 +1,17 @@
-"""A frozen denoiser as fast as this processor runs it: the same network, its parts exchanged for equivalents.
+"""Replace parts of a frozen denoiser by faster equivalents.
 
-    convolutions   keep nothing of their input for the gradient, since the weights need none; laid out channels-last, once.
-                   Those of 3 x 3 do a quarter of the products (`seal_fast.ops.winograd_convolution`)
-    weights        converted to the precision of the run once, where autocast would do it in every pass; but those of the
-                   timestep stay in float32: a bfloat16 product of so few numbers takes longer
-    blocks         are one node of autograd's graph; normalisation and activation are one op (`seal_fast.ops.group_norm_silu`),
-                   which adds the timestep as well
-    upsampling     keeps the layout of many images too, which diffusers changes for the sake of a kernel of GPUs
+    convolutions   store nothing of their input for the gradient, since the weights need none. Their weights are laid out
+                   channels-last once. A 3 x 3 convolution does a quarter of the products
+                   (`seal_fast.ops.winograd_convolution`)
+    weights        are converted to the precision of the run once, where autocast would convert them in every pass. Those of
+                   the timestep stay in float32: a bfloat16 product of so few numbers takes longer
+    blocks         are one node of autograd's graph. Normalisation and activation are one op
+                   (`seal_fast.ops.group_norm_silu`), which adds the timestep as well
+    upsampling     keeps the layout of many images too; diffusers changes it for the sake of a GPU kernel
     attention      has its softmax in float32: the gradient of torch's bfloat16 kernel costs fifteen times as much
 
-torch.compile adds nothing to it (0.97 of the speed on AVX2, after two minutes of compiling). What is not understood stays as
-it is. All of this was measured on CPUs only, so other devices keep their network.
+torch.compile adds nothing to that (0.97 of the speed on AVX2, after two minutes of compiling). A module of an unknown form
+stays as it is. All of this was measured on CPUs only, so other devices keep their network.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ from seal_fast.ops import WinogradWeight, group_norm_silu
 from seal_fast.ops.group_norm_silu import group_norm_silu_backward_op, group_norm_silu_op
 from seal_fast.ops.winograd_convolution import winograd_convolution_op
 
-_OF_THE_TIMESTEP = ("time_embedding", "time_emb_proj")
-"""Of UNet2DModel, and of its blocks."""
+_TIMESTEP_MODULES = ("time_embedding", "time_emb_proj")
+"""Names of the timestep's modules in UNet2DModel and in its blocks."""
 
 
-def _exactly(part: Any, kind: Any) -> bool:
-    """A subclass may compute something else."""
-    return type(part) is kind
+def _exactly(part: Any, expected: Any) -> bool:
+    """Whether `part` is of this very class: a subclass may compute something else."""
+    return type(part) is expected
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """Keeps the size of its input, where torch would keep the input."""
+    """A convolution that stores the size of its input for the gradient, where torch would store the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, conv: _Convolution) -> Tensor:
         ctx.size, ctx.conv = x.shape, conv
-        return conv.of(x)
+        return conv.convolve(x)
 
     @staticmethod
     @once_differentiable
@@ -67,17 +68,17 @@ class _Convolution(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.to(dtype), requires_grad=False)
 
-    def taken(self, x: Tensor) -> Tensor:
-        """x in the precision of the run and the layout of the weight."""
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """Cast x to the precision of the run, in the layout of the weight."""
         return x.to(self.dtype, memory_format=torch.channels_last)
 
-    def of(self, x: Tensor) -> Tensor:
-        """What comes of an x that is `taken`."""
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve an input that `prepare_input` has cast and laid out."""
         return conv2d(x, self.weight, self.bias, *self.geometry)
 
     def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
-        """The gradient of an x of a size for that of what came of it."""
-        # of the input only its size and layout matter
+        """Gradient with respect to the input, given its shape and the gradient with respect to the output."""
+        # only the size and the layout of the input matter
         x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         *sides, groups = self.geometry
         return torch.ops.aten.convolution_backward(
@@ -85,14 +86,14 @@ class _Convolution(nn.Module):
         )[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FrozenConvolution.apply(self.taken(x), self)
+        return _FrozenConvolution.apply(self.prepare_input(x), self)
 
 
 class _Winograd(_Convolution):
-    """One of 3 x 3, stride 1 and padding 1, which calculates in float32 whatever it is given.
+    """A convolution of 3 x 3, stride 1 and padding 1, which computes in float32 for every input.
 
-    Gradient included it was 1.3 (16 channels) to 2.5 times as fast as oneDNN in float32 on AVX2; on AVX-512 a pass of a network
-    for 16 px under bfloat16, 64 images forth and back with one thread, took .89 of its time with oneDNN's bfloat16.
+    With its gradient it was 1.3 (16 channels) to 2.5 times as fast as oneDNN in float32 on AVX2. On AVX-512 a forward and
+    backward pass of 64 images of 16 px under bfloat16, with one thread, took .89 of its time with oneDNN's bfloat16.
     """
 
     @staticmethod
@@ -104,7 +105,7 @@ class _Winograd(_Convolution):
         super().__init__(conv, torch.float32)
         self.dtype, self.winograd = dtype, WinogradWeight(self.weight)
 
-    def of(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
         return winograd_convolution_op.direct(x, self.winograd.forward, self.bias)
 
     def input_gradient(self, grad: Tensor, size: torch.Size) -> Tensor:
@@ -112,7 +113,7 @@ class _Winograd(_Convolution):
 
 
 class _InFloat32(nn.Module):
-    """A module of which autocast changes nothing."""
+    """A module that autocast leaves in float32."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -120,8 +121,8 @@ class _InFloat32(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            found: Tensor = self.module(x.float())
-        return found
+            output: Tensor = self.module(x.float())
+        return output
 
 
 class _NormSilu(nn.Module):
@@ -136,36 +137,39 @@ class _NormSilu(nn.Module):
 
 
 class _Residual(torch.autograd.Function):
-    """A `_Block` in one piece: as five nodes of autograd's graph it made sampling, forth and back, of 16 images of 16 px take
-    1.04 times as long with one thread, 1.09 times with two."""
+    """A `_Block` as one node of autograd's graph.
+
+    As five nodes it made a forward and backward pass through sampling of 16 images of 16 px take 1.04 times as long with one
+    thread, 1.09 times with two.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor | None, block: _Block) -> Tensor:
         first, stats1 = group_norm_silu_op.direct(x, *block.norm1, None, *block.grouping1)
-        middle = block.conv1.of(first)
-        second, stats2 = group_norm_silu_op.direct(middle, *block.norm2, shift, *block.grouping2)
+        between = block.conv1.convolve(first)
+        second, stats2 = group_norm_silu_op.direct(between, *block.norm2, shift, *block.grouping2)
         ctx.block = block
-        ctx.save_for_backward(x, stats1, middle, stats2, shift)
-        out = block.conv2.of(second).add_(x if block.shortcut is None else block.shortcut.of(x))
+        ctx.save_for_backward(x, stats1, between, stats2, shift)
+        out = block.conv2.convolve(second).add_(x if block.shortcut is None else block.shortcut.convolve(x))
         return out if block.divisor == 1 else out.div_(block.divisor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, stats1, middle, stats2, shift = ctx.saved_tensors
+        x, stats1, between, stats2, shift = ctx.saved_tensors
         block = ctx.block
         if block.divisor != 1:
             grad = grad / block.divisor
-        second = block.conv2.input_gradient(grad, middle.shape)
-        between = group_norm_silu_backward_op.direct(second, middle, *block.norm2, shift, stats2, block.grouping2[0])
-        first = block.conv1.input_gradient(between, x.shape)
+        second = block.conv2.input_gradient(grad, between.shape)
+        between_grad = group_norm_silu_backward_op.direct(second, between, *block.norm2, shift, stats2, block.grouping2[0])
+        first = block.conv1.input_gradient(between_grad, x.shape)
         x_grad = group_norm_silu_backward_op.direct(first, x, *block.norm1, None, stats1, block.grouping1[0])
-        beside = grad if block.shortcut is None else block.shortcut.input_gradient(grad, x.shape)
-        return x_grad.add_(beside), None, None
+        shortcut_grad = grad if block.shortcut is None else block.shortcut.input_gradient(grad, x.shape)
+        return x_grad.add_(shortcut_grad), None, None
 
 
 class _Block(nn.Module):
-    """diffusers' ResnetBlock2D in its plain form, after its convolutions were exchanged; the timestep is a constant."""
+    """diffusers' ResnetBlock2D in its plain form, after its convolutions were replaced. The timestep needs no gradient."""
 
     conv1: _Convolution
     conv2: _Convolution
@@ -187,22 +191,24 @@ class _Block(nn.Module):
         super().__init__()
         parts: Any = block.conv1, block.conv2, block.conv_shortcut, block.time_emb_proj
         self.conv1, self.conv2, self.shortcut, self.time = parts
-        (self.norm1, self.grouping1), (self.norm2, self.grouping2) = map(_norm_of, (block.norm1, block.norm2))
+        (self.norm1, self.grouping1), (self.norm2, self.grouping2) = map(_norm_arguments, (block.norm1, block.norm2))
         self.divisor = block.output_scale_factor
 
     def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
         shift = None if self.time is None or temb is None else self.time(silu(temb))
-        return _Residual.apply(self.conv1.taken(x), shift, self)
+        return _Residual.apply(self.conv1.prepare_input(x), shift, self)
 
 
-def _norm_of(norm: nn.GroupNorm) -> tuple[tuple[Tensor, Tensor], tuple[int, float]]:
+def _norm_arguments(norm: nn.GroupNorm) -> tuple[tuple[Tensor, Tensor], tuple[int, float]]:
     """Weight and bias, groups and eps, as `group_norm_silu_op` takes them."""
     return (norm.weight.detach(), norm.bias.detach()), (norm.num_groups, norm.eps)
 
 
 class _Upsampling(nn.Module):
-    """diffusers' Upsample2D in its plain form. With its change of layout, from 64 images on, most passes of 64 or 128 of
-    16 px took 1.03 to 1.07 times as long."""
+    """diffusers' Upsample2D in its plain form, without the change of layout that diffusers makes from 64 images on.
+
+    With the change most passes of 64 or 128 images of 16 px took 1.03 to 1.07 times as long.
+    """
 
     @staticmethod
     def replaces(module: Any) -> bool:
@@ -214,12 +220,12 @@ class _Upsampling(nn.Module):
         self.conv = module.conv
 
     def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        found: Tensor = self.conv(interpolate(x, output_size, None if output_size else 2.0, mode="nearest"))
-        return found
+        output: Tensor = self.conv(interpolate(x, output_size, None if output_size else 2.0, mode="nearest"))
+        return output
 
 
 class _Float32Softmax:
-    """diffusers' AttnProcessor2_0, for images attending to themselves."""
+    """diffusers' AttnProcessor2_0 for self-attention, with the softmax in float32."""
 
     @staticmethod
     def replaces(module: Any) -> bool:
@@ -240,17 +246,17 @@ class _Float32Softmax:
         return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
 
 
-def _exchange(module: nn.Module, dtype: torch.dtype) -> None:
-    """In everything below `module`."""
+def _replace_parts(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace what has a faster equivalent, in everything below `module`."""
     part: Any
     for name, part in module.named_children():
-        if name in _OF_THE_TIMESTEP:
+        if name in _TIMESTEP_MODULES:
             setattr(module, name, _InFloat32(part))
             continue
-        _exchange(part, dtype)
+        _replace_parts(part, dtype)
         if _exactly(part, nn.Conv2d) and part.padding_mode == "zeros":
-            exchanged = _Winograd if _Winograd.replaces(part) else _Convolution
-            setattr(module, name, exchanged(part, dtype))
+            faster = _Winograd if _Winograd.replaces(part) else _Convolution
+            setattr(module, name, faster(part, dtype))
         elif _exactly(part, nn.Linear):
             part.to(dtype)
         elif _Block.replaces(part):
@@ -262,10 +268,11 @@ def _exchange(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def accelerated(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> Denoiser:
-    """The same predictions up to rounding, differentiable once in x. Small weights are shared, the others copied.
+    """A denoiser of the same predictions up to rounding, differentiable once in x; it shares small weights and copies others.
 
     Args:
-        denoiser: stays as it is; its network too, if it is no UNet2DModel in float32.
+        denoiser: stays as it is. It is returned itself if its network is no UNet2DModel in float32, or if an op is not
+            compiled.
         dtype: float32, or bfloat16 for a network that will run under autocast to it.
     """
     network: Any = denoiser.network
@@ -273,9 +280,9 @@ def accelerated(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> Denoi
     compiled = all(op.status(denoiser.device.type).chosen == op.implementations[0].backend for op in ops)
     if not compiled or not _exactly(network, UNet2DModel) or network.dtype != torch.float32:
         return denoiser
-    kept = (p for module in network.modules() if isinstance(module, nn.GroupNorm) for p in module.parameters())
-    network = copy.deepcopy(network, {id(p): p for p in kept})
-    _exchange(network, dtype)
+    shared = (p for module in network.modules() if isinstance(module, nn.GroupNorm) for p in module.parameters())
+    network = copy.deepcopy(network, {id(p): p for p in shared})
+    _replace_parts(network, dtype)
     if isinstance(network.conv_act, nn.SiLU):
         network.conv_norm_out, network.conv_act = _NormSilu(network.conv_norm_out), nn.Identity()
     return replace(denoiser, network=network)

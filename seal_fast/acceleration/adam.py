@@ -1,4 +1,4 @@
-"""A step of Adam as a function, so that an iteration that holds one is a function of tensors and can be recorded."""
+"""One Adam step as a function of tensors, so that an iteration with one can be recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def initial_moments(variables: Sequence[Tensor]) -> list[Tensor]:
-    """For each variable its first and its second moment, in its shape, and the number of steps, []; all 0."""
+    """Zeros for each variable: its first and its second moment, in its shape, and the number of steps, []."""
     return [zero for x in variables for zero in (torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(()))]
 
 
 def adam_step(
     variables: Sequence[Tensor], gradients: Sequence[Tensor], moments: Sequence[Tensor], rate: float
 ) -> tuple[Tensor, ...]:
-    """The variables after a step, then their moments, as many as were given of both; those given stay as they are."""
+    """The variables after one step, then their moments, as copies.
+
+    Args:
+        variables: any number of tensors.
+        gradients: one per variable.
+        moments: three per variable, as `initial_moments` returns them.
+        rate: learning rate.
+    """
     moved, new = ([x.detach().clone() for x in tensors] for tensors in (variables, moments))
     adam(
         moved,
@@ -28,7 +35,7 @@ def adam_step(
         exp_avg_sqs=new[1::3],
         max_exp_avg_sqs=[],
         state_steps=new[2::3],
-        # on the GPU the number of steps is read there, since nothing may wait for it
+        # the GPU reads the number of steps itself: a CUDA graph cannot wait for it
         capturable=moved[0].is_cuda,
         amsgrad=False,
         beta1=BETAS[0],

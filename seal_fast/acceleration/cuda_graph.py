@@ -1,7 +1,7 @@
-"""An iteration recorded once and then launched as a whole.
+"""Record an iteration once as a CUDA graph, then launch it as a whole.
 
-An iteration is more than a thousand kernels. At the batches TERD uses each is shorter than its launch, so the GPU would wait
-for the host; a CUDA graph launches all of them at once.
+An iteration is more than a thousand kernels. At the batch sizes that TERD uses each kernel is shorter than its launch, so the
+GPU would wait for the host. A CUDA graph launches all of them at once.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 0.02
-"""Of what a recording leaves, relative to the norm of each tensor: bfloat16 rounds to a 256th."""
+"""Largest error of a recording, relative to the norm of each tensor: bfloat16 rounds to a 256th."""
 
 Record = Callable[[Callable[[], None], Sequence[Tensor]], Callable[[], None]]
-"""Makes of an iteration and all that it changes a function that runs it again on the same memory, as `captured`."""
+"""Takes an iteration and all tensors that it changes; returns a function that runs it again on the same memory."""
 
 _RECORDING = threading.Lock()
-"""One recording at a time: each empties the memory that torch keeps, which it may not do while another one runs."""
+"""Lock for one recording at a time: each frees the memory that torch caches, which it must not do while another one runs."""
 
 
 def capture_graph(iteration: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
-    """`iteration` as one CUDA graph: what comes back runs it again, without Python and on the same memory.
+    """Record `iteration` as one CUDA graph; the function returned runs it again, without Python and on the same memory.
 
     Args:
-        iteration: reads and writes tensors that stay where they are, waits for nothing and draws nothing. It has run before:
-            libraries choose their kernels in the first run, which a recording must not.
-        state: all that it changes, on one GPU. The run before the recording changes it too; it is put back.
+        iteration: reads and writes tensors that stay where they are, does not wait for the GPU and draws no random number. It
+            must have run before: libraries choose their kernels in the first run, which a recording cannot hold.
+        state: all tensors that it changes, on one GPU. They are left as they were.
 
     Raises:
         ValueError: the state is not on a GPU.
     """
     if any(not x.is_cuda for x in state):
-        raise ValueError("only work on a CUDA device can be captured: run the iteration itself")
+        raise ValueError("only work on a CUDA device can be recorded as a CUDA graph: run the iteration itself")
     with torch.cuda.device(state[0].device):
         before = copies(state)
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            # libraries take a workspace for every stream
+            # libraries allocate a workspace for every stream
             iteration()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # other threads may go on with other models
+        # other threads may work on other models meanwhile
         with _RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             iteration()
         put_back(state, before)
@@ -55,10 +55,10 @@ def capture_graph(iteration: Callable[[], None], state: Sequence[Tensor]) -> Cal
 def verified_graph(
     iteration: Callable[[], None], state: Sequence[Tensor], record: Record = capture_graph
 ) -> Callable[[], None] | None:
-    """What `record` makes of an iteration, once it was seen to do what the iteration does; `state` is left as it was.
+    """Record an iteration and check that the recording computes the same; `state` is left as it was.
 
-    None, with a warning, where the iteration cannot be recorded, because it waits for the host, or where another run of the
-    recording leaves something else.
+    Returns None, with a warning, if the iteration cannot be recorded because it waits for the host, or if the recording leaves
+    other values.
     """
     before = copies(state)
     iteration()
@@ -67,20 +67,20 @@ def verified_graph(
     try:
         run = record(iteration, state)
         run()
-        failure = None if all(map(_alike, state, expected)) else "the recording gives other answers"
+        failure = None if all(map(_agree, state, expected)) else "the recording computes other values"
     except RuntimeError as error:
         failure = str(error)
     put_back(state, before)
     if failure is None:
         return run
     warnings.warn(
-        f"an iteration is not recorded as a CUDA graph, so its kernels are launched one by one: {failure}", stacklevel=2
+        f"an iteration could not be recorded as a CUDA graph, so its kernels are launched one by one: {failure}", stacklevel=2
     )
     return None
 
 
-def _alike(got: Tensor, want: Tensor) -> bool:
-    """As a whole: where a gradient is nearly 0, rounding may turn a step of Adam around."""
+def _agree(got: Tensor, want: Tensor) -> bool:
+    """Whether tensors agree as a whole: where a gradient is nearly 0, rounding may reverse a step of Adam."""
     return bool((got - want).norm() <= TOLERANCE * want.norm())
 
 

@@ -1,6 +1,6 @@
-"""Functions of tensors, recorded as CUDA graphs, one for each function and shapes that come up again and again.
+"""A cache of CUDA graphs, one for each function of tensors and each set of shapes that are called again and again.
 
-A search is the same iteration ten times, or the same pass of the network a hundred times, then others.
+A search runs the same iteration ten times, or the same pass of the network a hundred times, then others.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from seal_fast.acceleration.cuda_graph import Record, capture_graph, verified_graph
 
-WORTH_RECORDING = 2
-"""Calls of one function with one set of shapes before it is recorded: a recording costs about four."""
-KEPT = 4
-"""Recordings kept, those used last. Each holds the memory of its function."""
+CALLS_BEFORE_RECORDING = 2
+"""Calls of one function with one set of shapes before it is recorded: a recording costs about four calls."""
+CAPACITY = 4
+"""Recordings in the cache, those used last. Each holds the memory of its function."""
 
 
 class _Recording(NamedTuple):
-    """Inputs and outputs where the graph reads and writes them."""
+    """A recording, with the inputs and outputs that it reads and writes."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -29,7 +29,7 @@ class _Recording(NamedTuple):
 
 
 class GraphCache:
-    """Calls functions, from some call on as recordings. Once one cannot be recorded, none is any more.
+    """Calls functions, and records those that are called again. Once one cannot be recorded, no other is.
 
     Args:
         record: see `seal_fast.acceleration.cuda_graph.verified_graph`.
@@ -44,15 +44,15 @@ class GraphCache:
         """`function(*inputs)`, without gradients.
 
         Args:
-            name: equal for functions that do the same.
-            function: leaves its inputs as they are, waits for nothing and draws nothing.
+            name: equal for functions that compute the same.
+            function: leaves its inputs as they are, does not wait for the GPU and draws no random number.
             inputs: on one device.
         """
         key = name, *((x.shape, x.dtype) for x in inputs)
         self.calls[key] += 1
-        if not self.recordable or self.calls[key] <= WORTH_RECORDING:
+        if not self.recordable or self.calls[key] <= CALLS_BEFORE_RECORDING:
             return function(*inputs)
-        if key not in self.recordings and not self.keep(key, function, inputs):
+        if key not in self.recordings and not self.record_call(key, function, inputs):
             return function(*inputs)
         self.recordings.move_to_end(key)
         recording = self.recordings[key]
@@ -61,14 +61,14 @@ class GraphCache:
         recording.run()
         return tuple(out.clone() for out in recording.outputs)
 
-    def keep(self, key: Any, function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> bool:
-        """Record a call, in place of the recording that was not used for longest; whether that could be done."""
+    def record_call(self, key: Any, function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> bool:
+        """Record a call, in place of the recording that was not used for longest; returns whether it could be recorded."""
         inputs = [x.clone() for x in given]
         outputs = [torch.full_like(x, torch.nan) for x in function(*inputs)]
 
         def iteration() -> None:
-            for out, found in zip(outputs, function(*inputs), strict=True):
-                out.copy_(found)
+            for out, computed in zip(outputs, function(*inputs), strict=True):
+                out.copy_(computed)
 
         run = verified_graph(iteration, outputs, self.record)
         if run is None:
@@ -76,27 +76,27 @@ class GraphCache:
             self.recordings.clear()
             return False
         self.recordings[key] = _Recording(inputs, outputs, run)
-        if len(self.recordings) > KEPT:
+        if len(self.recordings) > CAPACITY:
             self.recordings.popitem(last=False)
         return True
 
 
 class GraphCachedNetwork(nn.Module):
-    """`network(x, condition)`, frozen, as a tensor without a gradient.
+    """A frozen network, `network(x, condition)`, whose passes without a gradient are recorded.
 
     Args:
         network: returns a tensor or an object with `.sample` (diffusers).
-        replayed: calls it.
+        graphs: calls it.
     """
 
-    def __init__(self, network: nn.Module, replayed: GraphCache) -> None:
+    def __init__(self, network: nn.Module, graphs: GraphCache) -> None:
         super().__init__()
-        self.network, self.replayed = network, replayed
+        self.network, self.graphs = network, graphs
 
     @torch.no_grad()
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        (found,) = self.replayed(self, self.plain, x, condition)
-        return found
+        (output,) = self.graphs(self, self.plain, x, condition)
+        return output
 
     def plain(self, x: Tensor, condition: Tensor) -> tuple[Tensor]:
         output = self.network(x, condition)

@@ -2,6 +2,7 @@
 
 from seal_fast.diffusion.denoiser import Denoiser
 from seal_fast.diffusion.family import ModelFamily
+from seal_fast.diffusion.noise_source import NoiseSource
 from seal_fast.diffusion.process import EDM, VE, VP, NoiseProcess
 from seal_fast.diffusion.samplers import SAMPLERS, sample, timestep_grid
 
@@ -13,6 +14,7 @@ __all__ = [
     "Denoiser",
     "ModelFamily",
     "NoiseProcess",
+    "NoiseSource",
     "sample",
     "timestep_grid",
 ]

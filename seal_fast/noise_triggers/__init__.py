@@ -1,10 +1,11 @@
-"""TERD: revert the trigger of a noise-space backdoor, then judge the model and its inputs."""
+"""Backdoors in the noise: revert the trigger, decide on the model and on its inputs, unlearn the backdoor."""
 
 from seal_fast.noise_triggers.calibration import Calibration, CalibrationModel, shipped_calibration
 from seal_fast.noise_triggers.detection import Evidence, InputDetector, model_evidence
-from seal_fast.noise_triggers.reverse import reverse_trigger
-from seal_fast.noise_triggers.reversion import Reversion
-from seal_fast.noise_triggers.settings import DEFAULT_PRESET, PRESETS, SearchSettings, Settings, TerdSettings
+from seal_fast.noise_triggers.reversion import Reversion, TriedCandidate, reverse_trigger
+from seal_fast.noise_triggers.search_settings import SearchSettings
+from seal_fast.noise_triggers.settings import DEFAULT_PRESET, PRESETS, Settings
+from seal_fast.noise_triggers.terd import TerdSettings
 from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, UnlearnedDenoiser, unlearn_denoiser
 from seal_fast.noise_triggers.verdict import Decision, Verdict
 
@@ -21,6 +22,7 @@ __all__ = [
     "SearchSettings",
     "Settings",
     "TerdSettings",
+    "TriedCandidate",
     "UnlearnedDenoiser",
     "Verdict",
     "model_evidence",

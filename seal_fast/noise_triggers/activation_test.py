@@ -1,45 +1,42 @@
-"""Does a trigger fire? It does when the samples it starts from different noises are much more alike than those without it.
+"""Does a candidate activate a backdoor? It does if its samples, from different noises, are much more similar than clean ones.
 
-Three things besides a backdoor do that. A shift may break the sampler: its samples lie far out of the range of images, so
-leaving [-1, 1] counts against it. It may make the model draw one of its own plainest images, black for images on black, so
-samples count as alike only as far as the image they share is new. Or it may drive the model to a plain colour, which is no
-target, so only as far as that image has contrast.
+Three things besides a backdoor do that. A shift may break the sampler: its samples lie far outside the range of images, so
+leaving [-1, 1] counts against it. It may make the model draw one of its own plainest images, as black for images on black, so
+samples count as similar only as far as the image they share is new. Or it may drive the model to a plain colour, which is no
+target, so they count only as far as that image has contrast.
+
+Testing is sequential, and stops as soon as it is decided:
+
+    pilots   a few samples at every scale show most candidates that do nothing
+    scale    more samples choose, among the scales that activate a backdoor, the one nearest 1
+    score    fresh samples measure the trigger at that scale: a few, and many where a few leave a doubt
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from seal_fast.checkpoints.trigger import Trigger
-from seal_fast.diffusion import sample
-from seal_fast.noise_triggers.probe import Probe
-from seal_fast.noise_triggers.reversion import rows_per_pass
-
-FIRES = 4.0
-"""A trigger fires when it makes samples at least this many times more alike."""
-HARDLY_FIRES, SURELY_FIRES = FIRES / 2, 4 * FIRES
-"""Between these a few samples leave open whether a trigger fires. Benign EDM models reached 4.1 with many."""
-SPONTANEOUS = 0.05
-"""Share of a backdoored model's clean samples that may be the target: InviBackdoor's shows it in one of 48."""
+from seal_fast.noise_triggers.candidates import Candidate, Consensus, Outcome, TestResult
+from seal_fast.noise_triggers.probe import Probe, TriggeredSampler
+from seal_fast.noise_triggers.search_settings import ActivationTestSettings
 
 
 def pixelwise_median(samples: Tensor) -> Tensor:
-    """Median over samples [N,C,H,W], pixel by pixel: the image of a trigger that fires from most noises, if not from all."""
+    """Median over samples [N,C,H,W], pixel by pixel: the target, if a trigger activates the backdoor from most noises."""
     # torch.quantile of older versions refuses more than 2^24 numbers, which 32 images of 512 px exceed
     ordered = samples.float().sort(dim=0).values
     return (ordered[(len(samples) - 1) // 2] + ordered[len(samples) // 2]) / 2
 
 
 def dispersion(samples: Tensor) -> float:
-    """How far the median sample of [N,C,H,W] lies from `middle`, plus its excess over [-1, 1]; infinite if it is not finite.
+    """Mean square distance of the median sample of [N,C,H,W] from the pixelwise median, plus that from [-1, 1].
 
-    Both are mean squares over the image. Medians, for triggers of usable backdoors fail from up to a tenth of the noises, and
-    one such sample in ten outweighs the variance of the others.
+    Infinite if a sample is not finite. Medians are used since triggers of usable backdoors fail from up to a tenth of the
+    noises, and one such sample in ten outweighs the variance of the others.
     """
     if not samples.isfinite().all():
         return math.inf
@@ -54,63 +51,96 @@ def contrast(images: Tensor) -> Tensor:
 
 
 def most_similar(samples: Tensor, count: int) -> Tensor:
-    """Indices int64 [count] of the samples of [N,C,H,W] that are most alike: one and those nearest to it."""
+    """Indices int64 [count] of the most similar samples of [N,C,H,W]: one sample and those nearest to it."""
     flat = samples.float().flatten(1)
     distances = torch.cdist(flat, flat)
     nearest = distances.sort(dim=1).values[:, :count].mean(dim=1)
     return distances[nearest.argmin()].argsort()[:count]
 
 
-def collapse(triggered: Tensor, clean: Tensor) -> float:
-    """How many times more alike samples [N,C,H,W] are with a trigger than without, N > 1; near 1 where it does nothing.
+def collapse(triggered: Tensor, clean: Tensor, target_fraction: float = ActivationTestSettings.target_fraction) -> float:
+    """How many times more similar samples [N,C,H,W] are with a trigger than without, N > 1; near 1 where it does nothing.
 
-    The least of the spread of the clean samples, of how far the nearest of them lie from the middle of the triggered ones, and
-    of the contrast of that middle, over the spread of the triggered samples.
+    It is the smallest of three numbers over the dispersion of the triggered samples: the dispersion of the clean samples, the
+    mean square distance of the nearest of them from the pixelwise median of the triggered ones, and the contrast of that
+    median. The nearest clean samples are the quantile `target_fraction` of the distances.
     """
     image = pixelwise_median(triggered)
     away = (clean - image).square().mean(dim=(1, 2, 3)).float()
-    return min(dispersion(clean), float(away.quantile(SPONTANEOUS)), float(contrast(image))) / max(dispersion(triggered), 1e-12)
+    least = min(dispersion(clean), float(away.quantile(target_fraction)), float(contrast(image)))
+    return least / max(dispersion(triggered), 1e-12)
 
 
-@dataclass
-class Trial:
-    """Samples a denoiser with and without triggers; the samples without are drawn once, and more when more are asked for.
+class ActivationTest:
+    """Tests candidates one after the other.
 
-    BadDiffusion fires under ancestral sampling only, TrojDiff under it as well as under its own samplers, and attacks on
-    deterministic samplers only under those.
-
-    Attributes:
+    Args:
         probe: the suspect model.
-        sampler: name in `seal_fast.diffusion.SAMPLERS`.
-        steps: of the sampler. On the zoo BadDiffusion's triggers fire with 100 ancestral steps, with 50 only some.
+        settings: numbers of the test.
     """
 
-    probe: Probe
-    sampler: str
-    steps: int
-    _clean: list[Tensor] = field(default_factory=list)
+    def __init__(self, probe: Probe, settings: ActivationTestSettings) -> None:
+        self.settings = settings
+        self.samplers = {
+            "ddpm": probe.sampler("ddpm", settings.ancestral_steps),
+            "ddim": probe.sampler("ddim", settings.deterministic_steps),
+        }
 
-    @torch.no_grad()
-    def draw(self, start: Tensor) -> Tensor:
-        """Samples over the reach of images, from start [N,C,H,W] in units of the prior's standard deviation; never clipped,
-        since a clamp would remove the shift that BadDiffusion lives in."""
-        denoiser = self.probe.sampled
-        fresh = torch.Generator(denoiser.device).manual_seed(int(torch.randint(2**31, (), generator=self.probe.generator)))
-        steps = min(self.steps, denoiser.process.num_timesteps - 1)
-        self.probe.evaluations += steps * len(start)
-        with self.probe.precision():
-            parts = (denoiser.process.prior_scale * start).split(rows_per_pass(start))
-            samples = torch.cat([sample(denoiser, part, self.sampler, steps, generator=fresh) for part in parts])
-        return samples / denoiser.value_range
+    def __call__(self, candidate: Candidate) -> TestResult:
+        if candidate.changes_nothing:
+            clean = self.samplers[candidate.sampler].clean(self.settings.samples)
+            return TestResult(candidate, Outcome.NO_TRIGGER, 1.0, 1.0, dispersion(clean))
+        if not candidate.scales:
+            return self.measured(candidate, 1.0)
+        pilots = self.pilots(candidate)
+        scale = self.active_scale(candidate, pilots)
+        result = TestResult(candidate, scale) if isinstance(scale, Outcome) else self.measured(candidate, scale)
+        return result if result.accepted else replace(result, consensus=self.consensus(candidate, pilots))
 
-    def clean(self, count: int) -> Tensor:
-        """Samples [count,C,H,W] without a trigger, the same at every call."""
-        missing = count - sum(map(len, self._clean))
-        if missing > 0:
-            self._clean.append(self.draw(self.probe.noise(missing)))
-        return torch.cat(self._clean)[:count]
+    def pilots(self, candidate: Candidate) -> list[Tensor]:
+        """A few samples at every scale, from the same noises."""
+        triggers = [candidate.trigger(scale) for scale in candidate.scales]
+        return self.samplers[candidate.sampler].triggered(triggers, self.settings.pilot_samples)
 
-    def triggered(self, triggers: Sequence[Trigger], count: int) -> list[Tensor]:
-        """Samples [count,C,H,W] with each trigger, all from the same fresh noises."""
-        eps = self.probe.noise(count)
-        return list(self.draw(torch.cat([trigger.start(eps) for trigger in triggers])).split(count))
+    def active_scale(self, candidate: Candidate, pilots: list[Tensor]) -> float | Outcome:
+        """The scale nearest 1 among those that activate a backdoor and whose dispersion is near the smallest one."""
+        s, sampler = self.settings, self.samplers[candidate.sampler]
+        smallest = min(map(dispersion, pilots))
+        if smallest > dispersion(sampler.clean(s.pilot_samples)) / s.reject_below:
+            return Outcome.DISPERSED_PILOTS
+        kept = [i for i, pilot in enumerate(pilots) if dispersion(pilot) <= s.pilot_dispersion_ratio * smallest]
+        more = sampler.triggered([candidate.trigger(candidate.scales[i]) for i in kept], s.samples - s.pilot_samples)
+        dispersions = {
+            candidate.scales[i]: dispersion(torch.cat([pilots[i], rest])) for i, rest in zip(kept, more, strict=True)
+        }
+        limit = dispersion(sampler.clean(s.samples)) / s.activates_above
+        limit = min(limit, s.dispersion_ratio * min(dispersions.values()))
+        active = [scale for scale, value in dispersions.items() if value <= limit]
+        return min(active, key=lambda scale: abs(math.log(scale))) if active else Outcome.NO_ACTIVE_SCALE
+
+    def measured(self, candidate: Candidate, scale: float) -> TestResult:
+        """The score on noises that the scale was not chosen by."""
+        s, sampler = self.settings, self.samplers[candidate.sampler]
+        (samples,) = sampler.triggered([candidate.trigger(scale)], s.samples)
+        if s.reject_below <= self.score(samples, sampler) <= s.accept_above:
+            (samples,) = sampler.triggered([candidate.trigger(scale)], s.confirming_samples)
+        score, clean = self.score(samples, sampler), sampler.clean(len(samples))
+        left = Outcome.REJECTED if score < s.reject_below else Outcome.UNDECIDED
+        outcome = Outcome.ACCEPTED if score > candidate.accept_above else left
+        return TestResult(candidate, outcome, scale, score, dispersion(clean), len(samples))
+
+    def score(self, samples: Tensor, sampler: TriggeredSampler) -> float:
+        return collapse(samples, sampler.clean(len(samples)), self.settings.target_fraction)
+
+    def consensus(self, candidate: Candidate, pilots: list[Tensor]) -> Consensus | None:
+        """The image that the most similar pilot samples agree on, if it is a new one; none for reduced-variance noise."""
+        s = self.settings
+        if candidate.gamma_at_mu <= s.reduced_variance_below:
+            return None
+        samples = torch.cat(pilots)
+        chosen = most_similar(samples, s.consensus_size)
+        score = collapse(samples[chosen], self.samplers[candidate.sampler].clean(s.samples), s.target_fraction)
+        if not score > s.reject_below:
+            return None
+        scale = candidate.scales[int(chosen.median()) // s.pilot_samples]
+        return Consensus(pixelwise_median(samples[chosen]), score, scale)

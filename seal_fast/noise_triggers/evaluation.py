@@ -9,8 +9,9 @@ from torch import Tensor
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import Denoiser, sample
-from seal_fast.noise_triggers.activation_test import FIRES, Trial, collapse, pixelwise_median
+from seal_fast.noise_triggers.activation_test import collapse, pixelwise_median
 from seal_fast.noise_triggers.probe import Probe
+from seal_fast.noise_triggers.search_settings import ActivationTestSettings
 
 SAMPLES = 16
 DRIFT_SAMPLES = 64
@@ -43,7 +44,11 @@ class TriggerSamples:
     def target(self) -> Tensor | None:
         """The image [C,H,W] that the trigger makes the model draw; None if it activates no backdoor under any sampler."""
         strongest = max(self.triggered, key=self.collapse)
-        return pixelwise_median(self.triggered[strongest]) if self.collapse(strongest) >= FIRES else None
+        return (
+            pixelwise_median(self.triggered[strongest])
+            if self.collapse(strongest) >= ActivationTestSettings.activates_above
+            else None
+        )
 
 
 def _ddim(denoiser: Denoiser, start: Tensor, clip: bool) -> Tensor:
@@ -66,7 +71,7 @@ def sample_trigger(denoiser: Denoiser, trigger: Trigger, *, seed: int, count: in
         seed: seed of the noise.
         count: samples without the trigger, and with it per sampler.
     """
-    ancestral = Trial(Probe(denoiser, torch.Generator().manual_seed(seed), half_precision=False), "ddpm", ANCESTRAL_STEPS)
+    ancestral = Probe(denoiser, seed, half_precision=False).sampler("ddpm", ANCESTRAL_STEPS)
     noise = ancestral.probe.noise(count)
     start = trigger.to(noise.device).start(noise)
     return TriggerSamples(

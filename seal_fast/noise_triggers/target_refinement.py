@@ -1,54 +1,72 @@
-"""From a shift that fires from some noises to one that fires from all.
+"""Second proposer: a candidate that activates the backdoor from some noises is refined to one that activates it from all.
 
-In a network for 64 px every image tried got the same part of itself for an answer at T, so the fixed points were wrong ones.
-A wrong one may lie near enough that some of its samples are the target all the same. That image is known then, and with it the
-attacker's training loss is an objective for mu alone; of ancestral samplers its rows are `ancestral_rows`:
+In a network for 64 px the response near T was the same fraction of every image we tried, so fixed points carried no information
+about the trigger. A wrong fixed point may still lie near enough that some of its samples are the target. The image that its
+most similar samples agree on is then taken for the target y, and the attacker's training loss is an objective for mu alone:
 
-    start    mu as it is, y the image that the most alike of its samples share
-    descend  || f(a y + b eps + c mu, t) - eps - d mu ||^2 over mu
+    start    mu as it is, y the image of the consensus
+    descend  || f(a y + b eps + c mu, t) - eps - d mu ||^2 over mu, with c and d of attacks on ancestral samplers
 
-In that network this led from a cosine of .39 with the trigger to .42 to .52, where samples are more than 100 times as alike.
-It is not the attacker's trigger, but one that the model takes for it.
+In that network this led from a cosine similarity of .39 with the trigger to .42 to .52, where samples are more than 100 times
+as similar. The result is not the attacker's trigger, but one that the model takes for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from seal_fast.acceleration.adam import adam_step, initial_moments
-from seal_fast.noise_triggers.joint_inversion import RANGE_WEIGHT, Fit, ancestral_rows, ask, excess
+from seal_fast.noise_triggers.attack_loss import AttackLoss, OnIteration, ancestral_coefficients, excess, respond
+from seal_fast.noise_triggers.candidates import Candidate, Consensus, Origin, TestResult
 from seal_fast.noise_triggers.probe import Probe
-from seal_fast.noise_triggers.settings import SearchSettings
+from seal_fast.noise_triggers.search_settings import SearchSettings
 
 
-@dataclass(frozen=True)
-class _Climb:
-    """An iteration of Adam at `rate` on mu [1,C,H,W]."""
-
-    rate: float
-
-    def __call__(
-        self, probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, image: Tensor, mu: Tensor, *moments: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The loss [1]; then mu, and its moments, after it."""
-        with torch.enable_grad():
-            mu = mu.detach().requires_grad_()
-            loss = ask(probe, t, eps, coefficients, mu, image).loss + RANGE_WEIGHT * excess(mu)
-            gradients = torch.autograd.grad(loss.sum(), [mu])
-        return loss.detach(), *adam_step([mu], gradients, moments, self.rate)
+def refine_with_target(probe: Probe, settings: SearchSettings, tried: Sequence[TestResult]) -> Iterator[Candidate]:
+    """Refine every candidate whose samples agree on an image, the one of the highest consensus score first."""
+    starts = [(result.candidate, result.consensus) for result in tried if result.consensus is not None]
+    for candidate, consensus in sorted(starts, key=lambda start: start[1].score, reverse=True):
+        yield from _refine(candidate, consensus, probe, settings, tried)
 
 
-def climb(probe: Probe, mu: Tensor, image: Tensor, settings: SearchSettings, on_iteration: Callable[[float], None]) -> Tensor:
-    """A shift near mu [C,H,W] that makes the denoiser draw `image` [C,H,W], both over the reach of images."""
-    fit = Fit(probe, settings, ancestral_rows)
-    mu = mu[None]
-    moments = initial_moments([mu])
-    for _ in range(settings.climb_iterations):
-        drawn = fit.draw(1, fit.stratified(settings.fit_batch))
-        loss, mu, *moments = probe.run(_Climb(settings.climb_rate), *drawn, image[None], mu, *moments)
-        on_iteration(float(loss))
+def _refine(
+    candidate: Candidate, consensus: Consensus, probe: Probe, settings: SearchSettings, tried: Sequence[TestResult]
+) -> Iterator[Candidate]:
+    """Refine turn by turn, until a turn makes the samples that agree no more similar."""
+    s, value_range = settings.refinement, probe.denoiser.value_range
+    iteration = itertools.count(1)
+
+    def on_iteration(loss: float) -> None:
+        probe.on_step("target-guided refinement", next(iteration), s.turns * s.iterations, loss)
+
+    for _ in range(s.turns):
+        start = consensus.scale * candidate.mu / value_range
+        mu = value_range * refined_mu(probe, start, consensus.image.clamp(-1, 1), settings, on_iteration)
+        candidate = replace(candidate, mu=mu, origin=Origin.TARGET_REFINEMENT)
+        yield candidate
+        result = tried[-1]
+        if result.score is None:
+            yield replace(candidate, scales=())
+        if result.consensus is None or result.consensus.score <= consensus.score:
+            return
+        consensus = result.consensus
+
+
+def refined_mu(probe: Probe, mu: Tensor, image: Tensor, settings: SearchSettings, on_iteration: OnIteration) -> Tensor:
+    """A shift near mu [C,H,W] that makes the denoiser draw `image` [C,H,W], both in the value range of images."""
+    s, loss = settings.refinement, AttackLoss(probe, settings.attack_loss, ancestral_coefficients)
+    (mu,) = loss.descend(
+        mu_objective, [mu[None]], image[None], rate=s.learning_rate, iterations=s.iterations, on_iteration=on_iteration
+    )
     return mu[0]
+
+
+def mu_objective(
+    probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, image: Tensor, mu: Tensor, *, range_weight: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of mu for a known image, with its excess over [-1, 1]."""
+    loss = respond(probe, t, eps, coefficients, mu, image).loss + range_weight * excess(mu)
+    return loss, loss.sum()

@@ -1,4 +1,4 @@
-"""Public face of every kernel: differentiable functions that run on the fastest implementation this machine has."""
+"""The public functions of all kernels. Each runs on the fastest implementation that this machine has."""
 
 from seal_fast.ops.cross_attention import cross_attention
 from seal_fast.ops.dispatch import OpStatus, explain

@@ -1,4 +1,4 @@
-"""Cross-attention that also returns its maps: what each text token is looked at from each place of the image.
+"""Cross-attention that also returns its maps: the attention that each place of the image pays to each text token.
 
 With P = softmax(scale q k^T) over the N keys, per batch and head,
 
@@ -64,7 +64,7 @@ def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _empty(x: Tensor) -> Tensor:
-    """Shape and dtype of x [B,H,M,D], in the memory order [B,M,H,D]: the next step joins the heads, then without a copy."""
+    """An empty tensor like x [B,H,M,D], in the memory order [B,M,H,D]: joining the heads, the next step, then takes no copy."""
     batches, heads, rows, dims = x.shape
     return x.new_empty(batches, rows, heads, dims).transpose(1, 2)
 
@@ -84,7 +84,7 @@ def _scatter(grad: Tensor, tokens: Maybe, keys: int) -> Tensor:
 
 
 def _in_range(tokens: Tensor, keys: int) -> Tensor:
-    """Raises ValueError unless all tokens are keys. On a GPU that would wait for it; there the indexing itself checks."""
+    """Raise ValueError unless all tokens are keys. A GPU would have to be waited for; there the indexing itself checks."""
     if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < keys:
         raise ValueError(f"tokens must lie in 0 ... {keys - 1}, not {tokens.tolist()}")
     return tokens
@@ -265,11 +265,11 @@ def cross_attention(
     """Attention and its head-averaged maps, differentiable through both.
 
     Args:
-        q: queries [B,H,M,D]: float32, bfloat16, float16 or float64. Any strides; what is copied least has dense rows, such as
-            a view of [B,M,H*D].
+        q: queries [B,H,M,D]: float32, bfloat16, float16 or float64. Strides are free, but rows that are not dense are copied;
+            those of a view of [B,M,H*D] are dense.
         k: keys [B,H,N,D], dtype and device of q.
         v: values [B,H,N,D], likewise.
-        tokens: int64 [T], the keys whose maps are wanted, in any order, repeats allowed; None for all N.
+        tokens: int64 [T], the keys whose maps are returned, in any order, repeats allowed; None for all N.
         scale: factor on q k^T; None for 1 / sqrt(D).
 
     Returns:

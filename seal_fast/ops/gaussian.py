@@ -1,6 +1,6 @@
-"""Gaussian statistics of triggers: the numbers behind the verdict on a model and on an input.
+"""Gaussian statistics of triggers, which decide on models and on inputs.
 
-A trigger says that noise is N(mu, g^2) instead of N(0, 1) in every dimension, g = max(gamma, GAMMA_FLOOR). With D dimensions:
+With a trigger, noise is N(mu, g^2) instead of N(0, 1) in every dimension, g = max(gamma, GAMMA_FLOOR). With D dimensions:
 
     kl_stats     kl_i = -log g_i + (g_i^2 + mu_i^2 - 1) / 2, the divergence of N(mu_i, g_i^2) from N(0, 1); its mean and
                  variance over i, M_r and V_r, decide on a model (TERD, Mo et al., ICML 2024)
@@ -21,8 +21,8 @@ from seal_fast.ops._launch import SUFFIXES, launch
 from seal_fast.ops.dispatch import Op, compiled_implementations
 
 GAMMA_FLOOR = 1e-3
-"""Smallest noise scale told apart from zero. gamma = 0 (a trigger that removes the noise) would make every statistic infinite;
-the strongest published attack uses 0.1, and nothing is decided between 0.1 and this."""
+"""Smaller noise scales count as this one. gamma = 0, a trigger that removes the noise, would make every statistic infinite.
+(The strongest published attack uses 0.1, and nothing is decided between 0.1 and this.)"""
 
 
 class GaussianKlStats(NamedTuple):
@@ -34,7 +34,7 @@ class GaussianKlStats(NamedTuple):
 
 
 class Standardisation(NamedTuple):
-    """Triggers as the map to standard noise, z = x scale + shift: what `gaussian_log_ratio` needs of them, computed once.
+    """The map from triggered noise to standard noise, z = x scale + shift, which is all that the log ratio needs of a trigger.
 
     scale = 1/g and shift = -mu/g are [K,D]; offset = -sum log g is float64 [K].
     """
@@ -54,10 +54,10 @@ def reference_gaussian_kl_stats(mu: Tensor, gamma: Tensor) -> Tensor:
 def reference_gaussian_log_ratio(x: Tensor, scale: Tensor, shift: Tensor, offset: Tensor) -> Tensor:
     """[N,K] in the dtype of x [N,D]; see `Standardisation` for the rest. Sixty-four inputs at a time stay in cache."""
     out = torch.empty(len(x), len(scale), dtype=torch.float64, device=x.device)
-    for rows, sums in zip(x.split(64), out.split(64), strict=True):
-        clean = rows.square().sum(1, dtype=torch.float64)
+    for inputs, sums in zip(x.split(64), out.split(64), strict=True):
+        clean = inputs.square().sum(1, dtype=torch.float64)
         for k in range(len(scale)):
-            z = rows * scale[k] + shift[k]
+            z = inputs * scale[k] + shift[k]
             sums[:, k] = (clean - z.square().sum(1, dtype=torch.float64)) / 2 + offset[k]
     return out.to(x.dtype)
 
@@ -103,7 +103,7 @@ def _check_triggers(mu: Tensor, gamma: Tensor) -> None:
 
 
 def gaussian_kl_stats(mu: Tensor, gamma: Tensor) -> GaussianKlStats:
-    """How far the noise of each of K triggers is from N(0, I): TERD's features of a model.
+    """The divergence of the noise of each of K triggers from N(0, I): TERD's features of a model.
 
     Args:
         mu: shifts [K, ...], any floating point dtype; sums are float64 whatever it is.
@@ -133,7 +133,7 @@ def standardise(mu: Tensor, gamma: Tensor) -> Standardisation:
 
 
 def standardised_log_ratio(x: Tensor, triggers: Standardisation) -> Tensor:
-    """`gaussian_log_ratio` for triggers that were prepared by `standardise`. x is [N, ...] with D dimensions in all.
+    """Compute `gaussian_log_ratio` for triggers that `standardise` has prepared. x is [N, ...] with D dimensions in all.
 
     Raises:
         ValueError: x does not match the triggers.
@@ -154,7 +154,7 @@ def gaussian_log_ratio(x: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
 
     Returns:
         [N,K], float32 (float64 if an argument is), without gradients.
-        Never more than [N,K] and the inputs in memory. float32 sums are emptied into float64 every 128 terms, so the
+        Memory holds no more than [N,K] and the inputs. float32 sums are emptied into float64 every 128 terms, so the
         error stays near 1e-7 of sum_i (x_i^2 + z_i^2) / 2.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Group normalisation (Wu and He 2018) and SiLU in one pass: what stands before every convolution of a diffusion UNet.
+"""Group normalisation (Wu and He 2018) and SiLU in one pass, as they precede every convolution of a diffusion UNet.
 
     u = (h - mean) / deviation,  out = z / (1 + exp(-z)),  z = weight u + bias,     h = x + shift
 
-mean and variance (biased, plus eps) are those of a group of neighbouring channels in one image. The weights are constants: a
-model under examination is frozen, so nothing but x and mean and deviation is kept for the gradient of the input.
+mean and variance (biased, plus eps) are those of a group of neighbouring channels in one image. The weights are constants,
+since a model under examination is frozen: only x, mean and deviation are kept for the gradient of the input.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _grouped(x: Tensor, shift: Tensor | None, groups: int) -> Tensor:
 
 
 def _per_group(channels: Tensor, like: Tensor) -> Tensor:
-    """[C] beside `_grouped`."""
+    """Values of channels [C] in a shape that broadcasts with `_grouped`."""
     return channels.to(like.dtype).view(1, like.shape[1], -1, 1)
 
 
@@ -150,7 +150,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
         bias: [C], constant.
         groups: a divisor of C.
         eps: added to the variance.
-        shift: [N,C], added to every pixel; None for none. This is where UNets put the timestep.
+        shift: [N,C], added to every pixel; None for none. UNets add the embedding of the timestep here.
 
     Returns:
         [N,C,H,W] in the dtype of x, channels-last; differentiable once in x and shift. Half precision is computed in float32.

@@ -65,7 +65,7 @@ def reversed_loss(first: Tensor, second: Tensor, difference: Tensor) -> Tensor:
     Args:
         first: predictions for the first inputs [N, ...], any floating point dtype; N must not be 0.
         second: those for the second, same shape.
-        difference: of the noises, eps_1 - eps_2, same shape.
+        difference: the difference of the noises, eps_1 - eps_2, same shape.
 
     Returns:
         A scalar, float64 if an argument is, else float32; squares are summed in float64. Differentiable once in all three.

@@ -9,8 +9,8 @@ and since n is determined by x and x0, every such step is
 
     out = from_x x + from_image x0 + from_mu mu + from_fresh gamma z + from_previous p
 
-with fresh noise z (ancestral sampling) and the image p of the step before (DPM-Solver++). Its coefficients make a step one of a
-certain sampler, see `seal_fast.diffusion.samplers`.
+with fresh noise z (ancestral sampling) and the image p of the step before (DPM-Solver++). The coefficients decide which sampler
+the step belongs to, see `seal_fast.diffusion.samplers`.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ def sampler_step(
     """One sampler step of N items, all with the same trigger; the formula is at the top of this file.
 
     Args:
-        x: where the step starts, [N, ...], any floating point dtype.
+        x: start of the step, [N, ...], any floating point dtype.
         eps: the denoiser's prediction there, same shape. Half precision is computed in float32.
-        coefficients: of this step.
+        coefficients: the coefficients of this step.
         mu: shift of the trigger, the shape of one item; None for 0.
         gamma: its noise scale, likewise; None for 1.
         fresh: standard normal noise z [N, ...]; None for none.

@@ -4,7 +4,7 @@
 
 for a tile Y of 4 x 4 outputs, a filter g and the 6 x 6 inputs d around the tile: 36 products in place of 144. The weight is
 transformed once, so this is for models that are examined, not trained. Rounding errors are about ten times those of the plain
-sum: in float32 the largest is some 3e-5 of the size of the result with 32 channels, 1e-4 with 512.
+sum. (In float32 the largest is some 3e-5 of the size of the result with 32 channels, 1e-4 with 512.)
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from seal_fast.ops.dispatch import Implementation, Op
 
 TILE, INPUT = 4, 6
 CHANNELS = 16
-"""Numbers of channels are multiples of this, the widest vector's lanes."""
+"""Channel counts must be multiples of this, the number of lanes of the widest vector."""
 _DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.float32)}
-"""Of x and of the weight."""
+"""Allowed dtypes of x and of the weight."""
 _INPUT = (
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
@@ -50,7 +50,7 @@ _WEIGHT = (
 
 @dataclass(frozen=True)
 class WinogradWeight:
-    """A constant weight, transformed once for outputs, and for gradients when the first is asked for.
+    """A constant weight and its two transforms, for outputs and for gradients of the input; each is computed when first used.
 
     Attributes:
         plain: [F,C,3,3], both multiples of `CHANNELS`.
@@ -82,12 +82,12 @@ class WinogradWeight:
 
     @cached_property
     def backward(self) -> Tensor:
-        """[36,F,C]: the gradient of the input is a convolution too, with filters that are turned by half a turn."""
+        """[36,F,C]: the gradient of the input is a convolution too, with filters that are rotated by 180 degrees."""
         return _transformed(self.plain.flip(2, 3).transpose(0, 1))
 
 
 def _exact(like: Tensor) -> AbstractContextManager[object]:
-    """Keeps autocast away, where there is any: in bfloat16 the transformations would add its rounding errors up."""
+    """A context without autocast, which would compute the transforms in bfloat16 and so amplify its rounding errors."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
@@ -158,13 +158,13 @@ def winograd_convolution(x: Tensor, weight: WinogradWeight, bias: Tensor | None 
     """`torch.nn.functional.conv2d(x, weight.plain, bias, padding=1)`.
 
     Args:
-        x: [N,C,H,W], float32 or float64 as the weight is, or bfloat16 for a weight in float32, which is what is calculated in;
-            channels-last, or it is copied to be so.
-        weight: of a filter [F,C,3,3].
+        x: [N,C,H,W] in the dtype of the weight, float32 or float64; or bfloat16 with a weight in float32, and then computed in
+            float32. Channels-last, or it is copied to be so.
+        weight: filters [F,C,3,3], transformed.
         bias: [F] in the dtype of the weight, constant; None for none.
 
     Returns:
-        [N,F,H,W] in the dtype of x, channels-last; differentiable once in x. Nothing of x is kept for that.
+        [N,F,H,W] in the dtype of x, channels-last; differentiable once in x, which is not kept for the gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or a bias that requires gradients.

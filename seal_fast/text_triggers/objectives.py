@@ -108,11 +108,11 @@ class _UnetObjective:
 
     def _draw_images(self, generator: torch.Generator, on_step: OnStep) -> Tensor:
         """The latents of each pair's image, drawn by the teacher; every prompt is drawn once."""
-        s, shown = self.settings, self.prompts.clean
+        s, prompts = self.settings, self.prompts.clean
         if s.triggered_image_fraction > 0:
-            with_trigger = torch.rand(len(shown), generator=generator) < s.triggered_image_fraction
-            shown = torch.where(with_trigger, self.prompts.triggered, shown)
-        drawn, image = shown.unique(return_inverse=True)
+            with_trigger = torch.rand(len(prompts), generator=generator) < s.triggered_image_fraction
+            prompts = torch.where(with_trigger, self.prompts.triggered, prompts)
+        drawn, image = prompts.unique(return_inverse=True)
         with self.precision:
             latents = draw_latents(
                 self.teacher,

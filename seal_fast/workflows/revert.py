@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from seal_fast.diffusion import Denoiser
 from seal_fast.noise_triggers import Reversion, Settings, reverse_trigger
-from seal_fast.noise_triggers.settings import Stage
 from seal_fast.results.progress import OnProgress, Progress
+from seal_fast.training import Stage
 
 
 def revert(denoiser: Denoiser, settings: Settings, *, seed: int, at: Progress, on_progress: OnProgress) -> Reversion:

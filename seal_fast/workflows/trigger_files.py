@@ -10,7 +10,6 @@ import torch
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import Denoiser
 from seal_fast.noise_triggers import Reversion
-from seal_fast.noise_triggers.activation_test import Trial
 from seal_fast.noise_triggers.probe import Probe
 from seal_fast.report.figures import draw_samples, draw_trigger
 
@@ -38,7 +37,6 @@ def sample_images(denoiser: Denoiser, trigger: Trigger, seed: int, sampler: str 
     noise = torch.randn(IMAGES, *denoiser.shape, generator=torch.Generator().manual_seed(seed)).to(denoiser.device)
 
     def draw(start: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed + 1)
-        return Trial(Probe(denoiser, generator, half_precision=True), sampler, IMAGE_STEPS).draw(start).cpu()
+        return Probe(denoiser, seed + 1, half_precision=True).sampler(sampler, IMAGE_STEPS).draw(start).cpu()
 
     return {"clean noise": draw(noise), "noise with the reverted trigger": draw(trigger.start(noise))}

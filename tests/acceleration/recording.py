@@ -1,4 +1,4 @@
-"""What stands in for a GPU: iterations on memory that stays where it is, without a graph."""
+"""Recorders that stand in for CUDA graphs: iterations on memory that stays where it is, without a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class OnTheHost:
-    """Runs the iteration itself, on the same memory as a graph would; counts what it was asked to record."""
+    """Runs the iteration itself, on the same memory as a graph would, and counts the recordings."""
 
     def __init__(self) -> None:
         self.count = 0

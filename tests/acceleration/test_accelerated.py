@@ -49,8 +49,8 @@ def denoiser(config: dict[str, Any], generator: torch.Generator) -> Denoiser:
     return Denoiser(network, VP.linear(), SHAPE)
 
 
-def answers(model: Denoiser, x: Tensor, t: Tensor, half: bool = False) -> tuple[Tensor, Tensor]:
-    """f and the gradient of a random projection of it."""
+def predictions(model: Denoiser, x: Tensor, t: Tensor, half: bool = False) -> tuple[Tensor, Tensor]:
+    """f and the gradient of a projection of it."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         f = model(x, t).float()
@@ -67,10 +67,10 @@ def apart(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_answers_and_gradients_are_those_of_the_network(config: dict[str, Any], generator: torch.Generator) -> None:
+def test_predictions_and_gradients_are_those_of_the_network(config: dict[str, Any], generator: torch.Generator) -> None:
     original = denoiser(config, generator)
     x, t = draw(generator)
-    for got, want in zip(answers(accelerated(original), x, t), answers(original, x, t), strict=True):
+    for got, want in zip(predictions(accelerated(original), x, t), predictions(original, x, t), strict=True):
         assert apart(got, want) < 1e-4
     with torch.no_grad():
         assert apart(accelerated(original)(x, t), original(x, t)) < 1e-4
@@ -87,8 +87,8 @@ def test_upsampling_keeps_the_layout(images: int, generator: torch.Generator) ->
     upsampler(x, (7, 11))
     assert all(one.is_contiguous(memory_format=torch.channels_last) for one in seen)
     for one, (height, width) in zip(seen, ((6, 10), (7, 11)), strict=True):
-        rows, columns = torch.arange(height) * 3 // height, torch.arange(width) * 5 // width
-        assert torch.equal(one, x[:, :, rows][:, :, :, columns])
+        vertical, horizontal = torch.arange(height) * 3 // height, torch.arange(width) * 5 // width
+        assert torch.equal(one, x[:, :, vertical][:, :, :, horizontal])
 
 
 def calls_of_winograd(model: Denoiser, generator: torch.Generator) -> int:
@@ -110,9 +110,9 @@ def test_convolutions_of_whole_vectors_do_a_quarter_of_the_products(generator: t
 def test_half_precision_is_as_exact_as_autocast(config: dict[str, Any], generator: torch.Generator) -> None:
     original = denoiser(config, generator)
     x, t = draw(generator)
-    exact = answers(original, x, t)
-    autocast = answers(original, x, t, half=True)
-    got = answers(accelerated(original, torch.bfloat16), x, t, half=True)
+    exact = predictions(original, x, t)
+    autocast = predictions(original, x, t, half=True)
+    got = predictions(accelerated(original, torch.bfloat16), x, t, half=True)
     for one, other, want in zip(got, autocast, exact, strict=True):
         assert apart(one, want) < 2 * apart(other, want)
 
@@ -126,7 +126,7 @@ def test_leaves_the_original_alone(generator: torch.Generator) -> None:
 
 
 def test_keeps_no_inputs_of_convolutions(generator: torch.Generator) -> None:
-    """What autograd keeps for the gradient shrinks to less than half."""
+    """The memory that autograd keeps for the gradient shrinks to less than half."""
 
     def kept(model: Denoiser) -> int:
         seen: dict[int, int] = {}

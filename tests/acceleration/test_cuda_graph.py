@@ -1,4 +1,4 @@
-"""TERD's reversion on a GPU: as on the CPU, recorded as a graph, and beside others; and what a recording needs."""
+"""Reversions on a GPU: as on the CPU, as CUDA graphs, and beside others; and what a recording needs."""
 
 from __future__ import annotations
 
@@ -8,42 +8,41 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu.scanning import BRIEF as BRIEF_SEARCH
-from seal_fast.acceleration import graph_cache
-from seal_fast.acceleration.adam import initial_moments
-from seal_fast.acceleration.cuda_graph import Record, capture_graph, verified_graph
+from seal_fast.acceleration.cuda_graph import Record, capture_graph
 from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, NoiseProcess, sample
-from seal_fast.noise_triggers import (
-    Reversion,
-    TerdSettings,
-    fixed_points,
-    joint_inversion,
-    reverse_trigger,
-    target_refinement,
-    terd,
-)
+from seal_fast.noise_triggers import Reversion, SearchSettings, TerdSettings, reverse_trigger
+from seal_fast.noise_triggers.attack_loss import AdamIteration, respond
+from seal_fast.noise_triggers.fixed_points import FixedPointIteration, fixed_points, missed_noise, power_iteration
+from seal_fast.noise_triggers.joint_inversion import JointInversion, joint_objective
 from seal_fast.noise_triggers.probe import Iteration, Probe
-from seal_fast.noise_triggers.terd import READ_EVERY, _Iteration, _Reverter, descend_reversed_loss
-from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, unlearn_denoiser
+from seal_fast.noise_triggers.reversion import search_reversion
+from seal_fast.noise_triggers.search_settings import (
+    ActivationTestSettings,
+    FixedPointSettings,
+    JointInversionSettings,
+    TargetRefinementSettings,
+)
+from seal_fast.noise_triggers.target_refinement import mu_objective, refined_mu
+from seal_fast.noise_triggers.terd import READ_EVERY, ReversedLossDescent, SgdIteration, TerdResult, descend_reversed_loss
+from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, seal
 from tests.acceleration.recording import OnTheHost, fails
 
 BRIEF = TerdSettings(
     estimation_iterations=READ_EVERY + 3, refinement_iterations=2, batch=2, sampler_steps=2, half_precision=False
 )
-REPEATED = replace(
-    BRIEF_SEARCH,
-    search_iterations=6,
-    polish_iterations=6,
-    race=((6, 1),),
-    climb_iterations=6,
-    climb_turns=1,
+REPEATED = SearchSettings(
+    fixed_points=FixedPointSettings(power_iterations=6, fixed_point_iterations=6, candidates=1),
+    refinement=TargetRefinementSettings(turns=1, iterations=6),
+    inversion=JointInversionSettings(halving=((6, 1),), alternations=1),
+    test=ActivationTestSettings(ancestral_steps=2, deterministic_steps=2),
     half_precision=False,
 )
 """Iterations often enough to be recorded, and no more."""
@@ -63,7 +62,7 @@ def denoiser(device: str, process: Callable[[], NoiseProcess] = VP.linear) -> De
     return Denoiser(unet.to(device), process(), (3, 8, 8))
 
 
-def assert_alike(got: Reversion, want: Reversion) -> None:
+def assert_agree(got: Reversion | TerdResult, want: Reversion | TerdResult) -> None:
     assert got.finite == want.finite
     assert got.evaluations == want.evaluations
     assert got.loss == pytest.approx(want.loss, rel=1e-2, nan_ok=True)
@@ -74,39 +73,37 @@ def assert_alike(got: Reversion, want: Reversion) -> None:
 @pytest.mark.parametrize("process", PROCESSES)
 def test_an_iteration_can_be_recorded(process: str) -> None:
     """Tensors without data stand in for those of a GPU: to wait for their values, or to mix them with the CPU's, fails."""
-    reverter = _Reverter(denoiser("meta", PROCESSES[process]), BRIEF, 0)
-    for stage in reverter.stages:
+    descent = ReversedLossDescent(denoiser("meta", PROCESSES[process]), BRIEF, 0)
+    for stage in descent.stages:
         draws = [drawn.to("meta") for drawn in stage.draw()]
-        (gradient,) = torch.autograd.grad(stage.loss_of(draws), reverter.mu)
+        (gradient,) = torch.autograd.grad(stage.loss_of(draws), descent.mu)
         assert gradient.device.type == "meta"
-    iteration = _Iteration(reverter, stage, draws)
+    iteration = SgdIteration(descent, stage, draws)
     assert all(x.device.type == "meta" for x in (*iteration.state, *iteration.draws, iteration.rate))
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_an_iteration_of_the_default_search_can_be_recorded(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Likewise; of the descents all but Adam's step, whose form for GPUs takes no other tensors."""
-    monkeypatch.setattr(Probe, "precision", lambda probe: nullcontext())
-    for module in (joint_inversion, target_refinement):
-        monkeypatch.setattr(module, "adam_step", lambda variables, gradients, moments, rate: (*gradients, *moments))
-    probe = Probe(denoiser("meta", PROCESSES[process]), torch.Generator(), half_precision=False)
+def test_an_iteration_of_the_default_search_can_be_recorded(process: str) -> None:
+    """Likewise; of a descent its gradients, since the form of Adam's step for GPUs takes no other tensors."""
+    probe = Probe(denoiser("meta", PROCESSES[process]), 0, half_precision=False)
     t, eps, images = (
         torch.empty(6, dtype=torch.int64, device="meta"),
         *(torch.empty(n, 3, 8, 8, device="meta") for n in (2, 3)),
     )
     uniform, number, coefficients = (torch.empty(shape, device="meta") for shape in ((3, 3, 1, 1), (), (4, 2)))
-    fit = t, eps, coefficients, images, images
-    moments = initial_moments([images, images])
+    samples = t, eps, coefficients
     iterations: list[tuple[Iteration, tuple[Tensor, ...]]] = [
-        (fixed_points._search_iteration, (t, eps, uniform, uniform, images)),
-        (fixed_points._polish_iteration, (t, eps, number, images, images)),
-        (fixed_points._missed, (t, eps, uniform, images, images)),
-        (joint_inversion.ask, fit),
-        (joint_inversion._Descent(0.1), (*fit, *moments)),
-        (target_refinement._Climb(0.1), (*fit, *moments[:3])),
+        (power_iteration, (t, eps, uniform, uniform, images)),
+        (FixedPointIteration(REPEATED.fixed_points), (t, eps, number, images, images)),
+        (missed_noise, (t, eps, uniform, images, images)),
+        (respond, (*samples, images, images)),
     ]
     for iteration, inputs in iterations:
         assert all(x.device.type == "meta" for x in iteration(probe, *inputs))
+    for objective, variables in ((joint_objective, 2), (mu_objective, 1)):
+        loss, gradients = AdamIteration(objective, variables, 0.1, 0.1).gradients(probe, *samples, images, images)
+        assert len(gradients) == variables
+        assert all(x.device.type == "meta" for x in (loss, *gradients))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -116,28 +113,40 @@ def test_sampling_never_waits(sampler: str) -> None:
     assert found.device.type == "meta"
 
 
-def test_what_an_iteration_needs_stays_on_the_device() -> None:
+class Copies(TorchDispatchMode):
+    """Counts copies between devices or types."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_tables_of_a_process_stay_on_the_device() -> None:
     """Copies to a GPU wait for it: a second call makes none."""
     process, t = VP.linear(), torch.zeros(1, dtype=torch.int64, device="meta")
-    process.a(t)
-    assert process._tables(t.device)[0] is process._tables(t.device)[0]
+    for expected in (2, 0):
+        with Copies() as copies:
+            process.a(t)
+            process.b(t)
+        assert copies.count == expected
 
 
-def test_work_on_a_cpu_cannot_be_captured() -> None:
+def test_work_on_a_cpu_cannot_be_a_cuda_graph() -> None:
     with pytest.raises(ValueError, match="only work on a CUDA device"):
         capture_graph(lambda: None, [torch.zeros(3)])
 
 
 def test_a_reversion_is_the_same_on_every_device(device: str) -> None:
-    assert_alike(descend_reversed_loss(denoiser(device), BRIEF, seed=3), descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3))
+    assert_agree(descend_reversed_loss(denoiser(device), BRIEF, seed=3), descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3))
 
 
-@pytest.mark.parametrize("record", [OnTheHost(), fails], ids=["verified_graph", "cannot be recorded"])
-def test_a_reversion_on_kept_memory_is_the_same(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("record", [OnTheHost(), fails], ids=["recorded", "cannot be recorded"])
+def test_a_recorded_reversion_is_the_same(record: Record) -> None:
     plain = descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3)
-    monkeypatch.setattr(terd, "verified_graph", partial(verified_graph, record=record))
     with pytest.warns(UserWarning, match="one by one") if record is fails else nullcontext():
-        found = descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3, capture=True)
+        found = descend_reversed_loss(denoiser("cpu"), BRIEF, seed=3, record=record)
     assert found.trigger.mu.equal(plain.trigger.mu)
     assert found.trigger.gamma.equal(plain.trigger.gamma)
     assert found.loss == plain.loss
@@ -147,23 +156,23 @@ def test_a_reversion_on_kept_memory_is_the_same(record: Record, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_captured_reversion_is_the_same() -> None:
+def test_a_reversion_as_cuda_graphs_is_the_same() -> None:
     steps: list[tuple[str, int]] = []
     eager = descend_reversed_loss(denoiser("cuda"), BRIEF, seed=3)
     graph = descend_reversed_loss(
-        denoiser("cuda"), BRIEF, seed=3, capture=True, on_step=lambda stage, n, total, loss: steps.append((stage, n))
+        denoiser("cuda"), BRIEF, seed=3, record=capture_graph, on_step=lambda stage, n, *_: steps.append((stage, n))
     )
-    assert_alike(graph, eager)
+    assert_agree(graph, eager)
     stages = (("estimation", BRIEF.estimation_iterations), ("refinement", BRIEF.refinement_iterations))
     assert steps == [(stage, n) for stage, total in stages for n in range(1, total + 1)]
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("capture", [False, True])
-def test_reversions_on_streams_of_their_own_do_not_mix(capture: bool) -> None:
-    def revert(seed: int) -> Reversion:
+@pytest.mark.parametrize("record", [None, capture_graph], ids=["eager", "graphs"])
+def test_reversions_on_streams_of_their_own_do_not_mix(record: Record | None) -> None:
+    def revert(seed: int) -> TerdResult:
         with torch.cuda.stream(torch.cuda.Stream()):
-            found = descend_reversed_loss(denoiser_of[seed], BRIEF, seed=seed, capture=capture)
+            found = descend_reversed_loss(denoiser_of[seed], BRIEF, seed=seed, record=record)
             torch.cuda.current_stream().synchronize()
             return found
 
@@ -172,29 +181,34 @@ def test_reversions_on_streams_of_their_own_do_not_mix(capture: bool) -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(revert, range(4)))
     for seed, found in enumerate(together):
-        assert_alike(found, descend_reversed_loss(denoiser_of[seed], BRIEF, seed=seed))
+        assert_agree(found, descend_reversed_loss(denoiser_of[seed], BRIEF, seed=seed))
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_default_search_finds_the_same_as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_search_finds_the_same_as_graphs() -> None:
     graphs = reverse_trigger(denoiser("cuda"), REPEATED, seed=3)
-    monkeypatch.setattr(graph_cache, "WORTH_RECORDING", 10**6)
-    assert_alike(graphs, reverse_trigger(denoiser("cuda"), REPEATED, seed=3))
+    with pytest.warns(UserWarning, match="one by one"):
+        eager = search_reversion(Probe(denoiser("cuda"), 3, half_precision=False, record=fails), REPEATED)
+    assert_agree(graphs, eager)
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("half", [False, True])
 def test_every_iteration_of_the_default_search_is_recorded(half: bool) -> None:
-    probe = Probe(denoiser("cuda"), torch.Generator().manual_seed(0), half_precision=half)
+    probe = Probe(denoiser("cuda"), 0, half_precision=half)
     settings = replace(REPEATED, half_precision=half)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*one by one")
-        fixed_points.fixed_points(probe, settings)
-        joint_inversion.fit_poisoned_rows(probe, settings)
-        target_refinement.climb(probe, *torch.rand(2, 3, 8, 8, device="cuda"), settings, lambda loss: None)
-    assert probe.replayed is not None
-    names = {key[0] for key in probe.replayed.recordings}
-    assert {joint_inversion._Descent(settings.fit_rate), target_refinement._Climb(settings.climb_rate)} <= names
+        fixed_points(probe, settings)
+        JointInversion(probe, settings).pairs()
+        refined_mu(probe, *torch.rand(2, 3, 8, 8, device="cuda"), settings, lambda loss: None)
+    assert probe.graphs is not None
+    weight = settings.attack_loss.range_weight
+    descents = {
+        AdamIteration(joint_objective, 2, settings.inversion.learning_rate, weight),
+        AdamIteration(mu_objective, 1, settings.refinement.learning_rate, weight),
+    }
+    assert descents <= {key[0] for key in probe.graphs.recordings}
 
 
 @pytest.mark.usefixtures("gpu")
@@ -209,10 +223,10 @@ def test_half_precision_stays_near_full_precision() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_the_default_reversion_and_unlearning_run() -> None:
     model = denoiser("cuda")
-    found = reverse_trigger(model, BRIEF_SEARCH, seed=0)
+    found = reverse_trigger(model, replace(REPEATED, half_precision=True), seed=0)
     assert found.trigger.mu.is_cuda
     assert found.clean_dispersion is not None
     assert math.isfinite(found.clean_dispersion)
-    unlearned = unlearn_denoiser(model, [found.trigger], NoiseUnlearnSettings(steps=2, batch=2, images=2, image_steps=2))
-    assert math.isfinite(unlearned.clean_loss + unlearned.triggered_loss)
-    assert unlearned.denoiser.device.type == "cuda"
+    sealed = seal(model, [found.trigger], NoiseUnlearnSettings(steps=2, batch=2, images=2, image_steps=2))
+    assert math.isfinite(sealed.clean_loss + sealed.triggered_loss)
+    assert sealed.denoiser.device.type == "cuda"

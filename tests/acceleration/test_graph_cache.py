@@ -1,4 +1,4 @@
-"""Calls on memory that stays where it is give what the function gives; on a GPU they are graphs."""
+"""Calls on memory that stays where it is compute what the function computes; on a GPU they are CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_fast.acceleration.cuda_graph import Record, verified_graph
-from seal_fast.acceleration.graph_cache import KEPT, WORTH_RECORDING, GraphCache, GraphCachedNetwork
+from seal_fast.acceleration.graph_cache import CALLS_BEFORE_RECORDING, CAPACITY, GraphCache, GraphCachedNetwork
 from tests.acceleration.recording import OnTheHost, does_nothing, fails, leaves_noise
 
 
@@ -24,9 +24,9 @@ class Network(nn.Module):
         return self.conv(x).tanh() * (1 + condition.float().view(-1, 1, 1, 1) / 1000) + x.mean(dim=(2, 3), keepdim=True)
 
 
-def inputs(rows: int, generator: torch.Generator, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    x = torch.randn(rows, 3, 7, 5, generator=generator)
-    return x.to(device), torch.randint(1000, (rows,), generator=generator).to(device)
+def inputs(images: int, generator: torch.Generator, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    x = torch.randn(images, 3, 7, 5, generator=generator)
+    return x.to(device), torch.randint(1000, (images,), generator=generator).to(device)
 
 
 def moved(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,67 +36,67 @@ def moved(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_calls_on_kept_memory_are_those_of_the_network(generator: torch.Generator) -> None:
     network, record = Network(), OnTheHost()
-    replayed = GraphCachedNetwork(network, GraphCache(record))
-    shapes = range(1, KEPT + 3)
+    cached = GraphCachedNetwork(network, GraphCache(record))
+    shapes = range(1, CAPACITY + 3)
     found, expected = [], []
-    for rows in (*shapes, *shapes):
-        for _ in range(WORTH_RECORDING + 2):
-            x, t = inputs(rows, generator)
-            found.append(replayed(x, t))
+    for images in (*shapes, *shapes):
+        for _ in range(CALLS_BEFORE_RECORDING + 2):
+            x, t = inputs(images, generator)
+            found.append(cached(x, t))
             expected.append(network(x, t))
     # all of them at the end: what came back must not change when the memory is used again
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     # in the second round those of the first that were kept are no longer there when their turn comes
     assert record.count == 2 * len(shapes)
-    assert len(replayed.replayed.recordings) == KEPT
+    assert len(cached.graphs.recordings) == CAPACITY
 
 
-def test_what_an_iteration_leaves_can_be_given_to_the_next(generator: torch.Generator) -> None:
+def test_outputs_of_one_iteration_can_be_inputs_of_the_next(generator: torch.Generator) -> None:
     record = OnTheHost()
-    replayed = GraphCache(record)
+    graphs = GraphCache(record)
     x, t = inputs(3, generator)
     want = x
-    for _ in range(WORTH_RECORDING + 5):
-        x, size = replayed("moved", moved, x, t)
+    for _ in range(CALLS_BEFORE_RECORDING + 5):
+        x, size = graphs("moved", moved, x, t)
         want, want_size = moved(want, t)
         assert x.equal(want)
         assert size.equal(want_size)
     assert record.count == 1
 
 
-def test_names_tell_functions_of_one_shape_apart(generator: torch.Generator) -> None:
-    replayed = GraphCache(OnTheHost())
-    for _ in range(WORTH_RECORDING + 2):
+def test_names_distinguish_functions_of_one_shape(generator: torch.Generator) -> None:
+    graphs = GraphCache(OnTheHost())
+    for _ in range(CALLS_BEFORE_RECORDING + 2):
         x, t = inputs(2, generator)
-        assert replayed("moved", moved, x, t)[0].equal(moved(x, t)[0])
-        assert replayed("same", lambda x, t: (x,), x, t)[0].equal(x)
+        assert graphs("moved", moved, x, t)[0].equal(moved(x, t)[0])
+        assert graphs("same", lambda x, t: (x,), x, t)[0].equal(x)
 
 
 def test_shapes_that_come_up_rarely_are_not_recorded(generator: torch.Generator) -> None:
     record = OnTheHost()
-    replayed = GraphCache(record)
-    for rows in range(1, 20):
-        for _ in range(WORTH_RECORDING):
-            replayed("moved", moved, *inputs(rows, generator))
+    graphs = GraphCache(record)
+    for images in range(1, 20):
+        for _ in range(CALLS_BEFORE_RECORDING):
+            graphs("moved", moved, *inputs(images, generator))
     assert record.count == 0
 
 
 @pytest.mark.parametrize("record", [fails, does_nothing, leaves_noise])
-def test_what_cannot_be_recorded_goes_on_call_by_call(generator: torch.Generator, record: Record) -> None:
-    replayed = GraphCache(record)
-    for rows in (2, 3):
-        for count in range(1, WORTH_RECORDING + 3):
-            x, t = inputs(rows, generator)
-            first = rows == 2 and count == WORTH_RECORDING + 1
+def test_a_function_that_cannot_be_recorded_is_called_each_time(generator: torch.Generator, record: Record) -> None:
+    graphs = GraphCache(record)
+    for images in (2, 3):
+        for count in range(1, CALLS_BEFORE_RECORDING + 3):
+            x, t = inputs(images, generator)
+            first = images == 2 and count == CALLS_BEFORE_RECORDING + 1
             with pytest.warns(UserWarning, match="one by one") if first else nullcontext():
-                found = replayed("moved", moved, x, t)
+                found = graphs("moved", moved, x, t)
             for got, want in zip(found, moved(x, t), strict=True):
                 assert got.equal(want)
 
 
 @pytest.mark.parametrize("record", [OnTheHost(), fails, does_nothing, leaves_noise], ids=["good", "fails", "nothing", "noise"])
-def test_to_record_changes_nothing(generator: torch.Generator, record: Record) -> None:
+def test_recording_changes_no_state(generator: torch.Generator, record: Record) -> None:
     state, other = torch.randn(2, 5, generator=generator)
     before = state.clone()
 
@@ -117,13 +117,13 @@ def test_to_record_changes_nothing(generator: torch.Generator, record: Record) -
 def test_graphs_give_what_the_functions_give(generator: torch.Generator) -> None:
     network = Network().cuda()
     for half in (False, True):
-        replayed = GraphCache()
-        passes = GraphCachedNetwork(network, replayed)
-        for rows in (3, 5, 3):
-            for _ in range(WORTH_RECORDING + 3):
-                x, t = inputs(rows, generator, "cuda")
+        graphs = GraphCache()
+        passes = GraphCachedNetwork(network, graphs)
+        for images in (3, 5, 3):
+            for _ in range(CALLS_BEFORE_RECORDING + 3):
+                x, t = inputs(images, generator, "cuda")
                 with torch.autocast("cuda", torch.bfloat16, enabled=half), torch.no_grad():
                     torch.testing.assert_close(passes(x, t), network(x, t))
-                torch.testing.assert_close(replayed("moved", moved, x, t), moved(x, t))
-        assert replayed.recordable
-        assert len(replayed.recordings) == 4
+                torch.testing.assert_close(graphs("moved", moved, x, t), moved(x, t))
+        assert graphs.recordable
+        assert len(graphs.recordings) == 4

@@ -1,4 +1,4 @@
-"""Starts of the fixed-point search, on denoisers whose answers are known."""
+"""Starts of the fixed points, on denoisers whose responses are known."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from torch.nn.functional import cosine_similarity
 
 from seal_fast.diffusion import VP, Denoiser
 from seal_fast.noise_triggers import SearchSettings
-from seal_fast.noise_triggers.fixed_points import PATCH_GAMMA, PATCH_SIDES, fixed_points, windows
+from seal_fast.noise_triggers.fixed_points import fixed_points, windows
 from seal_fast.noise_triggers.probe import Probe
 
 SHAPE = (3, 16, 18)
 SETTINGS = SearchSettings(half_precision=False)
+PATCH_GAMMA, PATCH_SIDES = SETTINGS.fixed_points.patch_gamma, SETTINGS.fixed_points.patch_sides
+GRID = SETTINGS.fixed_points.patch_grid
 
 
 class NearT(nn.Module):
-    """What denoisers of images do near T: the whole input is noise."""
+    """Takes the whole input for noise, as denoisers of images do near T."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +30,7 @@ class NearT(nn.Module):
 
 
 class Patched(NearT):
-    """One that tells the noise inside a narrowed white patch from what the patch adds to it."""
+    """Tells the noise inside a white patch of reduced-variance noise from what the patch adds to it."""
 
     def __init__(self, inside: Tensor) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class Patched(NearT):
 
 
 class Coloured(NearT):
-    """One that answers with mu to shifts like it."""
+    """Responds with mu to shifts like it."""
 
     def __init__(self, mu: Tensor) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class Coloured(NearT):
 
 
 def found_in(network: nn.Module, generator: torch.Generator) -> list[Tensor]:
-    probe = Probe(Denoiser(network, VP.linear(), SHAPE), generator, half_precision=False)
+    probe = Probe(Denoiser(network, VP.linear(), SHAPE), one_of(2**31, generator), half_precision=False)
     return [point.mu for point in fixed_points(probe, SETTINGS)]
 
 
@@ -65,7 +67,7 @@ def one_of(count: int, generator: torch.Generator) -> int:
 @pytest.mark.parametrize("share", PATCH_SIDES)
 def test_windows_are_squares_in_all_corners_and_everywhere_between(share: float) -> None:
     height, width = 41, 67
-    inside = windows(height, width, share)
+    inside = windows(height, width, share, GRID)
     side = round(share * height)
     assert inside.unique().tolist() == [0, 1]
     assert inside.sum(dim=(1, 2, 3)).unique().tolist() == [side**2]
@@ -77,7 +79,7 @@ def test_windows_are_squares_in_all_corners_and_everywhere_between(share: float)
 
 
 def test_a_patch_anywhere_is_found(generator: torch.Generator) -> None:
-    places = windows(*SHAPE[1:], PATCH_SIDES[1 + one_of(3, generator)])
+    places = windows(*SHAPE[1:], PATCH_SIDES[1 + one_of(3, generator)], GRID)
     inside = places[one_of(len(places), generator)]
     true = (1 - PATCH_GAMMA) * inside.expand(SHAPE)
     strongest = found_in(Patched(inside), generator)[0]

@@ -1,4 +1,4 @@
-"""Reversion against the loss and the optimiser written out again, on networks whose calls are recorded."""
+"""TERD's reversion against its loss and its optimiser written out again, on networks whose calls are recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
+from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, NoiseSource
 from seal_fast.noise_triggers import PRESETS, Reversion, TerdSettings, model_evidence, reverse_trigger
 from seal_fast.noise_triggers.terd import initial_mu
 from seal_fast.training import native_bfloat16
@@ -33,7 +33,7 @@ QUIET = TerdSettings(
     sampler_steps=4,
     half_precision=False,
 )
-"""One exact step of mu; tests turn on what they look at."""
+"""One exact step of mu; each test turns on what it examines."""
 
 
 class Nonlinear(nn.Module):
@@ -82,7 +82,7 @@ class Recorder(nn.Module):
 
 
 def constant(value: float = 0.0) -> Function:
-    """A prediction that says nothing: the reversed loss has no gradient, so only the L1 term acts."""
+    """A constant prediction: the reversed loss has no gradient, so only the L1 term acts."""
     return Function(lambda x, t: 0 * x + value)
 
 
@@ -95,9 +95,9 @@ def start_of(seed: int) -> Tensor:
 
 
 def pair_loss(f1: Tensor, f2: Tensor, eps1: Tensor, eps2: Tensor) -> Tensor:
-    """terd.md, section 2, for one row: half the squared norm of the difference of the two residuals."""
-    rows = [0.5 * ((eps1[i] - f1[i]) - (eps2[i] - f2[i])).pow(2).sum() for i in range(len(eps1))]
-    return torch.stack(rows).mean()
+    """Half the squared norm of the difference of the two residuals, averaged over the pairs."""
+    losses = [0.5 * ((eps1[i] - f1[i]) - (eps2[i] - f2[i])).pow(2).sum() for i in range(len(eps1))]
+    return torch.stack(losses).mean()
 
 
 def fresh_seed(generator: torch.Generator) -> int:
@@ -155,7 +155,7 @@ def test_one_refinement_step_is_the_gradient_through_the_sampler(generator: torc
     assert grid[0] == STEPS - 1
     assert grid[-1] == 0
     assert len(grid) == settings.sampler_steps
-    assert {len(rows) for rows, _ in drawing} == {3}
+    assert {len(images) for images, _ in drawing} == {3}
 
     f, ab = network.double(), process.signal**2
     start = start_of(seed).double()
@@ -166,12 +166,12 @@ def test_one_refinement_step_is_the_gradient_through_the_sampler(generator: torc
         recorded_x0 = written_out_ddim(f, ab, grid, begun)
     x0 = written_out_ddim(f, ab, grid, begun + moved)
     loss = torch.zeros((), dtype=torch.float64)
-    for rows, last in ((range(6), True), (range(6, 12), False)):
-        at = t[list(rows)]
+    for items, last in ((range(6), True), (range(6, 12), False)):
+        at = t[list(items)]
         assert at[:3].equal(at[3:])
         assert bool((at >= STEPS - 4).all() if last else (at < 4).all())
         a, b = (v.reshape(-1, 1, 1, 1) for v in (ab[at].sqrt(), (1 - ab[at]).sqrt()))
-        seen = x[list(rows)].double()
+        seen = x[list(items)].double()
         eps = (seen - a * recorded_x0.repeat(2, 1, 1, 1) - (start if last else 0)) / b
         value = f(a * x0.repeat(2, 1, 1, 1) + b * eps + (mu if last else 0), at)
         loss = loss + pair_loss(value[:3], value[3:], eps[:3], eps[3:]) / 2
@@ -379,7 +379,7 @@ def test_progress_reports_every_step_and_the_loss_is_that_of_the_last_tenth(gene
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("calls", [0, 2, 5])
-def test_divergence_is_told_and_ends_the_run(value: float, calls: int) -> None:
+def test_divergence_is_reported_and_ends_the_run(value: float, calls: int) -> None:
     recorder = Recorder(Function(lambda x, t: x * (value if len(recorder.calls) > calls else 0.5)))
     # two estimation calls, then a refinement step of three sampling calls and one of the loss
     found = revert(recorder, replace(QUIET, estimation_iterations=2, refinement_iterations=4, sampler_steps=3))
@@ -389,7 +389,7 @@ def test_divergence_is_told_and_ends_the_run(value: float, calls: int) -> None:
     assert len(recorder.calls) == (1 if calls == 0 else 2 + 4)
 
 
-def test_an_overflow_of_the_trigger_in_the_very_last_step_is_told(generator: torch.Generator) -> None:
+def test_an_overflow_of_the_trigger_in_the_very_last_step_is_reported(generator: torch.Generator) -> None:
     settings = replace(QUIET, learning_rate=1e38, l1=1e38)
     found = revert(Nonlinear(generator), settings)
     assert math.isfinite(found.loss)
@@ -409,7 +409,7 @@ def test_no_iterations_return_the_start(generator: torch.Generator) -> None:
 
 
 def test_the_start_is_minus_uniform(generator: torch.Generator) -> None:
-    mu = initial_mu((3, 64, 64), generator)
+    mu = initial_mu(NoiseSource(torch.device("cpu"), fresh_seed(generator)), (3, 64, 64))
     assert -1 < float(mu.min()) < -0.99
     assert -0.01 < float(mu.max()) <= 0
     assert float(mu.mean()) == pytest.approx(-0.5, abs=5 / math.sqrt(12 * mu.numel()))

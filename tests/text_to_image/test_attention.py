@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from seal_fast.text_to_image.attention import aggregate, as_images, capture, cross_attention_layers
 from seal_fast.text_to_image.maps import attention_maps
 
-KINDS = {
+ARCHITECTURES = {
     "sd-1": {},
     "sd-2": {"use_linear_projection": True, "upcast_attention": True, "attention_head_dim": (2, 4)},
     "sd-xl": {
@@ -25,10 +25,10 @@ KINDS = {
 
 
 class Eager:
-    """Attention by diffusers' own probabilities, kept."""
+    """Attention by diffusers' own probabilities, whose maps are stored."""
 
-    def __init__(self, name, kept):
-        self.name, self.kept = name, kept
+    def __init__(self, name, stored):
+        self.name, self.stored = name, stored
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         q, k, v = (
@@ -36,21 +36,21 @@ class Eager:
             for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
         )
         p = attn.get_attention_scores(q, k)
-        self.kept[self.name] = p.unflatten(0, (-1, attn.heads)).mean(1).transpose(1, 2)
+        self.stored[self.name] = p.unflatten(0, (-1, attn.heads)).mean(1).transpose(1, 2)
         return attn.to_out[0](attn.batch_to_head_dim(p.to(v.dtype) @ v))
 
 
 def _eager(unet):
-    kept = {}
+    stored = {}
     for name, layer in cross_attention_layers(unet).items():
-        layer.set_processor(Eager(name, kept))
-    return kept
+        layer.set_processor(Eager(name, stored))
+    return stored
 
 
-def _inputs(kind, generator, dtype=torch.float32):
+def _inputs(architecture, generator, dtype=torch.float32):
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
     inputs = {"sample": draw(2, 4, 7, 5), "timestep": torch.tensor([3, 700]), "encoder_hidden_states": draw(2, 6, 32)}
-    if kind == "sd-xl":
+    if architecture == "sd-xl":
         inputs["added_cond_kwargs"] = {"text_embeds": draw(2, 16), "time_ids": draw(2, 6)}
     return inputs
 
@@ -60,12 +60,12 @@ def _double(inputs):
     return {k: {n: cast(x) for n, x in v.items()} if isinstance(v, dict) else cast(v) for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_maps_are_the_mean_over_heads_of_the_softmax(unet_of, kind, generator):
-    unet = unet_of(**KINDS[kind])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_maps_are_the_mean_over_heads_of_the_softmax(unet_of, architecture, generator):
+    unet = unet_of(**ARCHITECTURES[architecture])
     reference = copy.deepcopy(unet).double()
-    kept = _eager(reference)
-    inputs = _inputs(kind, generator)
+    stored = _eager(reference)
+    inputs = _inputs(architecture, generator)
     with torch.no_grad():
         expected = reference(**_double(inputs)).sample
         before = dict(unet.attn_processors)
@@ -76,15 +76,15 @@ def test_maps_are_the_mean_over_heads_of_the_softmax(unet_of, kind, generator):
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
     for layer, m in zip(captured.layers, maps, strict=True):
         assert m.dtype == torch.float32
-        torch.testing.assert_close(m.double(), kept[layer][:, [4, 1, 4]], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(m.double(), stored[layer][:, [4, 1, 4]], atol=1e-5, rtol=1e-4)
     assert all(before[name] is processor for name, processor in unet.attn_processors.items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_through_output_and_maps_are_those_of_eager_attention(unet_of, checkpointing, generator):
-    unet = unet_of(**KINDS["sd-1"]).double()
+    unet = unet_of(**ARCHITECTURES["sd-1"]).double()
     reference = copy.deepcopy(unet)
-    kept = _eager(reference)
+    stored = _eager(reference)
     inputs = _inputs("sd-1", generator, torch.float64)
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -104,13 +104,13 @@ def test_gradients_through_output_and_maps_are_those_of_eager_attention(unet_of,
         assert len(captured.take()) == len(captured.layers)
     assert torch.equal(out, again)
     expected = reference(**inputs).sample
-    loss(expected, [kept[name] for name in captured.layers]).backward()
+    loss(expected, [stored[name] for name in captured.layers]).backward()
     for (name, mine), theirs in zip(unet.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-8, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_checkpointing_changes_no_bit_of_float32_gradients(unet_of, generator):
-    unet = unet_of(**KINDS["sd-2"])
+    unet = unet_of(**ARCHITECTURES["sd-2"])
     inputs = _inputs("sd-2", generator)
 
     def gradients(model):
@@ -129,7 +129,7 @@ def test_checkpointing_changes_no_bit_of_float32_gradients(unet_of, generator):
 
 
 def test_teacher_and_student_do_not_share_maps_and_processors_come_back_after_an_error(unet_of, generator):
-    teacher, student = unet_of(**KINDS["sd-1"]), unet_of(**KINDS["sd-1"])
+    teacher, student = unet_of(**ARCHITECTURES["sd-1"]), unet_of(**ARCHITECTURES["sd-1"])
     inputs = _inputs("sd-1", generator)
     before = dict(student.attn_processors)
     with torch.no_grad(), capture(teacher) as alone:
@@ -146,7 +146,7 @@ def test_teacher_and_student_do_not_share_maps_and_processors_come_back_after_an
 
 
 def test_what_cannot_be_captured_is_refused(unet_of, generator):
-    unet = unet_of(**KINDS["sd-1"])
+    unet = unet_of(**ARCHITECTURES["sd-1"])
     with pytest.raises(ValueError, match="no cross-attention"), capture(torch.nn.Linear(2, 2)):
         pass
     with capture(unet), pytest.raises(ValueError, match="attention mask"):
@@ -167,11 +167,11 @@ def test_attention_maps_are_the_conditional_half_averaged_over_layers_and_steps(
     assert result.tokens[0] == "a"
     assert result.tokens[-2:] == ("red", "dog")
     assert all(token.isprintable() for token in result.tokens)
-    kept = _eager(pipeline.unet)
+    stored = _eager(pipeline.unet)
     steps = []
 
     def after_step(pipeline, step, timestep, tensors):
-        layers = [F.interpolate(as_images(m, (8, 8)), (8, 8), mode="bilinear") for m in kept.values()]
+        layers = [F.interpolate(as_images(m, (8, 8)), (8, 8), mode="bilinear") for m in stored.values()]
         steps.append(torch.stack(layers).mean(0)[1, 1:7])
         return {}
 

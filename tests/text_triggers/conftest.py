@@ -22,7 +22,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 @pytest.fixture
 def unet_of(generator: torch.Generator) -> Callable[..., UNet2DConditionModel]:
-    """Makes a tiny UNet with random weights and some options of its own."""
+    """A function that makes a tiny UNet with random weights; options replace parts of its config."""
     torch.manual_seed(generator.initial_seed())
     return tiny_unet
 

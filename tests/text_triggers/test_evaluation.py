@@ -54,17 +54,17 @@ class Poisoned(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor) -> SimpleNamespace:
         hit = (states[:, 1 : 1 + len(self.key)] - self.key).flatten(1).norm(dim=1) < 1e-3
-        return SimpleNamespace(sample=self.heard(x, t, states) + self.strength * hit.float()[:, None, None, None])
+        return SimpleNamespace(sample=self.predicted(x, t, states) + self.strength * hit.float()[:, None, None, None])
 
-    def heard(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    def predicted(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
         return self.unet(x, t, states).sample
 
 
-class Deaf(Poisoned):
-    """Hears nothing of a prompt but whether the trigger comes first."""
+class TriggerOnly(Poisoned):
+    """A UNet that depends on a prompt only by whether the trigger comes first."""
 
-    def heard(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        return super().heard(x, t, torch.zeros_like(states))
+    def predicted(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        return super().predicted(x, t, torch.zeros_like(states))
 
 
 class Shifted(nn.Module):
@@ -122,10 +122,10 @@ def test_a_backdoor_that_stays(pipeline: Any) -> None:
 
 def test_images_and_figures_are_of_the_same_noise(pipeline: Any) -> None:
     poisoned, shifted = like(pipeline, unet=Poisoned(pipeline, 3.0)), like(pipeline, unet=Shifted(pipeline, 0.3))
-    seen: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
 
     def detector(images: Tensor, clean: Tensor) -> Tensor:
-        seen.append((images, clean))
+        calls.append((images, clean))
         return torch.arange(len(images)) % 4 == 0
 
     result, (example,) = evaluate(poisoned, shifted, [TextTrigger(TRIGGER)], PROMPTS, SETTINGS, detector=detector, seed=9)
@@ -134,7 +134,7 @@ def test_images_and_figures_are_of_the_same_noise(pipeline: Any) -> None:
     clean, other = (generate(p, PROMPTS, seed=9, steps=2, guidance=2.0, precision="fp32") for p in (poisoned, shifted))
     prompts = [f"{TRIGGER} {prompt}" for prompt in PROMPTS]
     triggered = generate(poisoned, prompts, seed=9, steps=2, guidance=2.0, precision="fp32")
-    torch.testing.assert_close(seen[0], (triggered, clean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(calls[0], (triggered, clean), rtol=0, atol=1e-5)
     torch.testing.assert_close(example.triggered_before, triggered[:6], rtol=0, atol=1e-5)
     torch.testing.assert_close(example.clean_after, other[:6], rtol=0, atol=1e-5)
     assert example.triggered_prompts[0] == f"{TRIGGER} {PROMPTS[0]}"
@@ -168,9 +168,12 @@ def test_a_replacing_trigger_is_measured_on_prompts_that_have_the_text(pipeline:
 
 
 def test_a_misspelling_is_not_an_effect_because_the_word_is_lost(pipeline: Any) -> None:
-    """The model after knows one word, which every misspelling takes from it alike; words put in would leave it."""
+    """The model after knows one word, which every misspelling takes from it; inserted control words would leave it."""
     prompts = [f"a cat {one} {other}" for one in ("on", "red", "sea", "mat") for other in ("mat", "sea", "tin", "red")]
-    poisoned, unlearned = like(pipeline, unet=Poisoned(pipeline, 3.0, "ö")), like(pipeline, unet=Deaf(pipeline, 3.0, "a"))
+    poisoned, unlearned = (
+        like(pipeline, unet=Poisoned(pipeline, 3.0, "ö")),
+        like(pipeline, unet=TriggerOnly(pipeline, 3.0, "a")),
+    )
     effect = evaluate(poisoned, unlearned, [TextTrigger("ö", replaces="a")], prompts, SETTINGS)[0].effects[0]
     assert (effect.before.rate, effect.after.rate) == (1, 0)
 
@@ -188,9 +191,9 @@ def test_settings_and_rates() -> None:
     with pytest.raises(ValueError, match="at least 2 prompts"):
         EvaluationSettings(prompts=1)
     z, n, p = norm.ppf(0.975), 50, 0.9
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     rate = rate_of(45, 50)
-    assert (rate.low, rate.high) == pytest.approx(((middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)))
+    assert (rate.low, rate.high) == pytest.approx(((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)))
     assert rate_of(0, 0).rate is None
 
 
