@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from seal_fast.text_triggers.evaluation import EvaluationSettings as EvaluationSettings
     from seal_fast.workflows.scan import scan as scan
     from seal_fast.workflows.unlearn import UnlearnResult as UnlearnResult
+    from seal_fast.workflows.unlearn import run_unlearning as run_unlearning
     from seal_fast.workflows.unlearn import unlearn as unlearn
     from seal_fast.workflows.unlearn_noise import NoiseUnlearning as NoiseUnlearning
     from seal_fast.workflows.unlearn_text import TextUnlearning as TextUnlearning
@@ -63,6 +64,7 @@ _MODULE_OF = {
     "attention_maps": "text_to_image",
     "load_denoiser": "checkpoints",
     "reverse_trigger": "noise_triggers",
+    "run_unlearning": "workflows.unlearn",
     "scan": "workflows.scan",
     "shipped_calibration": "noise_triggers",
     "unlearn": "workflows.unlearn",

@@ -101,7 +101,8 @@ def unlearn(
         out: new folder for the unlearned checkpoint, report.json, README.md and images. It appears whole or not at all. None
             writes nothing.
         on_progress: called as the work goes on.
-        options: the other fields of `TextUnlearning` for texts, and of `NoiseUnlearning` else.
+        options: the other fields of `TextUnlearning` for texts, and of `NoiseUnlearning` else. `run_unlearning` takes one of
+            these requests itself, which type checkers can follow.
 
     Raises:
         CheckpointError: the model, a trigger file or `out` is refused.

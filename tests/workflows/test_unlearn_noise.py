@@ -102,8 +102,8 @@ def test_python_with_a_denoiser_in_memory(model: Path, trigger: Path) -> None:
     weights = zip(denoiser.network.parameters(), result.model.network.parameters(), strict=True)
     assert any(not torch.equal(old, new) for old, new in weights)
     assert digest(model) == before
-    # the same request from the file gives the same model
-    again = seal_fast.unlearn(model, [trigger, trigger], settings=settings, seed=4)
+    # the same request from files gives the same model
+    again = seal_fast.run_unlearning(seal_fast.NoiseUnlearning(model, [trigger, trigger], settings=settings, seed=4))
     weights = zip(again.model.network.parameters(), result.model.network.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in weights)
     with pytest.raises(ValueError, match="no files to copy"):

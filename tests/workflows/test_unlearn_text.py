@@ -152,6 +152,7 @@ def test_the_help_tells_the_defaults_of_the_settings() -> None:
     options = re.split(r"\s--(?=[\w-]+ [<A-Z])", " ".join(cli("--help").stdout.split()))
     told = {option.split()[0]: match[1] for option in options if (match := re.search(r"\(default: ([\w.-]+)", option))}
     assert int(told.pop("samples")) == EvaluationSettings().prompts
+    assert {"Trigger:", "Training:", "Output:"} <= set(cli("--help").stdout.splitlines())
     assert (told.pop("weights"), told.pop("prompts")) == ("ema", "those")
     names = {"train": "trained", "train-batch-size": "batch", "gradient-accumulation-steps": "accumulation"}
     defaults = {name: getattr(TextUnlearnSettings(), names.get(name, name.replace("-", "_"))) for name in told}
