@@ -84,7 +84,7 @@ Preset = Annotated[
     typer.Option(
         metavar="NAME",
         callback=_known_preset,
-        help="Method that reverts triggers: fixed-point (default), or published, which is TERD's own.",
+        help="Method that finds triggers: search (default), or published, which is TERD's own.",
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="INTEGER", help="Seed of the trigger reversion.")]

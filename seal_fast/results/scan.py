@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Evidence, Verdict
+from seal_fast.noise_triggers import Evidence, TriedCandidate, Verdict
 
 RESUMED = "resumed from an earlier scan: same model, settings and version"
 """Note of a result that a scan took over instead of making it again."""
@@ -31,6 +31,9 @@ class ModelResult:
         trigger: path of the trigger file, relative to the output folder; None if none was kept.
         seconds: wall time spent on the model.
         error: what went wrong; None unless the verdict is error.
+        candidates: every candidate that the search tested, in order, and why it ended with it or left it; empty for the
+            published
+            preset.
         notes: assumptions that the loader made, and remarks of the scan.
         config_sha256: digest of what the checkpoint says beside its weights (`seal_fast.workflows.resume.config_digest`); None
             after an error.
@@ -49,6 +52,7 @@ class ModelResult:
     trigger: str | None
     seconds: float
     error: str | None
+    candidates: tuple[TriedCandidate, ...] = ()
     notes: tuple[str, ...] = ()
     config_sha256: str | None = None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from seal_fast.checkpoints import CheckpointError, load_denoiser
 from seal_fast.diffusion import Denoiser, ModelFamily
-from seal_fast.noise_triggers import Evidence, Verdict
+from seal_fast.noise_triggers import Evidence, TriedCandidate, Verdict
 from seal_fast.report.json import to_json
 from seal_fast.results.scan import RESUMED, ModelResult
 from seal_fast.workflows.discovery import Checkpoint
@@ -65,6 +65,7 @@ def _result(fields: dict[str, Any]) -> ModelResult:
         "family": fields["family"] and ModelFamily(**fields["family"]),
         "verdict": Verdict(fields["verdict"]),
         "evidence": fields["evidence"] and Evidence(**fields["evidence"]),
+        "candidates": tuple(TriedCandidate(**candidate) for candidate in fields["candidates"]),
         "notes": tuple(fields["notes"]),
     }
     return ModelResult(**{**fields, **typed})

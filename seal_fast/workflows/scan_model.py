@@ -73,6 +73,7 @@ class ModelScan:
             trigger=trigger,
             seconds=time.perf_counter() - started,
             error=None,
+            candidates=reversion.candidates,
             notes=(*loaded.notes, *notes),
             config_sha256=config_sha256,
         )

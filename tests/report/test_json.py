@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Evidence, Verdict
+from seal_fast.noise_triggers import Evidence, TriedCandidate, Verdict
 from seal_fast.report.json import detection_json, report_json, to_json, write_report
 from seal_fast.results.scan import ModelResult, ScanReport
 
 EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
+CANDIDATE = TriedCandidate("fixed-point", "ddpm", 1.2, 8, 0.5, "rejected", "The score is below reject_below.")
 RESULT = ModelResult(
     "a/b",
     "f" * 64,
@@ -28,6 +29,7 @@ RESULT = ModelResult(
     "a/b/trigger.safetensors",
     1.5,
     None,
+    (CANDIDATE,),
 )
 REPORT = ScanReport((RESULT,), {"name": "seal-fast", "version": "1"}, {"torch": None}, {"seed": 0})
 
@@ -45,6 +47,7 @@ MODEL_KEYS = {
     "trigger",
     "seconds",
     "error",
+    "candidates",
     "notes",
     "config_sha256",
 }
@@ -77,6 +80,17 @@ def test_the_contract():
         "clean_dispersion": None,
         "sampler": None,
     }
+    assert model["candidates"] == [
+        {
+            "origin": "fixed-point",
+            "sampler": "ddpm",
+            "scale": 1.2,
+            "samples": 8,
+            "score": 0.5,
+            "outcome": "rejected",
+            "reason": "The score is below reject_below.",
+        }
+    ]
     assert model["error"] is None
     assert model["score"] == 0.5
 

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from seal_fast import scan
+from seal_fast.noise_triggers import TriedCandidate
+from seal_fast.report.json import report_json
 from seal_fast.results.scan import RESUMED
 from seal_fast.workflows.capacity import bytes_on_disk, default_jobs, free_memory, jobs_that_fit, memory_of
 from seal_fast.workflows.discovery import find_checkpoints
@@ -258,6 +260,16 @@ def test_nothing_is_resumed_under_other_settings(quiet_model, calibration, tmp_p
     scan(quiet_model, calibration=calibration, out=tmp_path)
     (result,) = scan(quiet_model, calibration=other, seed=int(difference == "seed"), out=tmp_path).models
     assert not result.resumed
+
+
+def test_a_resumed_result_is_the_one_in_the_report(quiet_model, calibration, tmp_path):
+    report = scan(quiet_model, calibration=calibration, out=tmp_path)
+    (model,) = report.models
+    candidate = TriedCandidate("fixed-point", "ddpm", None, 0, None, "dispersed-pilots", "why")
+    recorded = replace(model, candidates=(candidate, replace(candidate, scale=1.2, score=0.5, samples=8)))
+    (tmp_path / "report.json").write_text(report_json(replace(report, models=(recorded,))))
+    (resumed,) = resumed_results(tmp_path, find_checkpoints([quiet_model]), report.tool, report.config).values()
+    assert replace(resumed, notes=recorded.notes) == recorded
 
 
 def test_a_report_that_cannot_be_read_or_differs_in_version_is_ignored(quiet_model, calibration, tmp_path):
