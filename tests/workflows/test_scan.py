@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 import seal_fast
 from seal_fast import scan
 from seal_fast.checkpoints import load_denoiser
+from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import reverse_trigger
 from seal_fast.workflows.trigger_files import sample_images
+
+FAMILY = ModelFamily("VP", "epsilon")
 
 
 def test_one_result_per_model_whatever_happens_to_the_others(hub, calibration, tmp_path):
@@ -24,6 +27,8 @@ def test_one_result_per_model_whatever_happens_to_the_others(hub, calibration, t
         "d-diverging": "inconclusive",
     }
     assert report.summary == {"clean": 1, "backdoored": 1, "inconclusive": 1, "error": 1}
+    assert [model.rule for model in report.models] == ["T3", None, "T1", "V1"]
+    assert [model.family for model in report.models] == [FAMILY, None, FAMILY, FAMILY]
     broken, diverging = report.models[1], report.models[3]
     assert broken.error == broken.reason != ""
     assert str(tmp_path) not in broken.error
@@ -71,6 +76,7 @@ def test_an_interrupt_stops_the_scan_and_the_next_one_goes_on_from_there(hub, ca
     report = scan(hub, calibration=calibration, out=tmp_path / "out", on_progress=lambda at: scanned.append(at.model))
     assert set(scanned) == {"b-broken.safetensors", "c-loud", "d-diverging"}
     assert [result.verdict.value for result in report.models] == ["clean", "error", "backdoored", "inconclusive"]
+    assert (report.models[0].rule, report.models[0].family) == ("T3", FAMILY)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no kernel"), ValueError("bad"), RecursionError("deep")])
