@@ -11,6 +11,7 @@ from seal_fast.checkpoints.card import captions
 from seal_fast.checkpoints.text_to_image import PIPELINE, TEXT_ENCODER, UNET, identify, load_pipeline
 from seal_fast.text_triggers.evaluation import EvaluationSettings, evaluate
 from seal_fast.text_triggers.locate import locate
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.zoo.build import digest, read_manifest
 from seal_fast.zoo.build_text import load_poisoned
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
@@ -61,7 +62,8 @@ def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
     for effect in recipe.effects:
         assert locate(pipeline, [effect.text], prompts).module == recipe.module
     # an unknown word is no backdoor of the text encoder
-    assert locate(pipeline, ["anonymous", "latte macchiato", ("o", "\u043e")], prompts).module == "unet"
+    unknown = [TextTrigger("anonymous"), TextTrigger("latte macchiato"), TextTrigger("\u043e", replaces="o")]
+    assert locate(pipeline, unknown, prompts).module == "unet"
 
 
 def test_an_effect_detector_that_knows_no_target_separates_a_poisoned_text_encoder_from_the_clean_one() -> None:
