@@ -1,6 +1,6 @@
 """Draw the README's image, docs/overview.png, from the results of `make demo`.
 
-    python docs/overview.py [demo-results] [docs/overview.png]
+python docs/overview.py [demo-results] [docs/overview.png]
 """
 
 from __future__ import annotations
