@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import pytest
@@ -25,5 +26,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     content = json.loads(path.read_text())
     # no benchmark ran: the file is that of an earlier run
     if "benchmarks" in content:
-        command = " ".join(["python -m pytest", *map(str, session.config.invocation_params.args)])
+        command = shlex.join(["python", "-m", "pytest", *map(str, session.config.invocation_params.args)])
         write_table(path, condensed(content, command))
