@@ -24,8 +24,9 @@ ANCESTRAL, DDIM, CLIPPED_DDIM = "ancestral", "DDIM", "clipped DDIM"
 
 @dataclass(frozen=True)
 class TriggerSamples:
-    """Samples of one model from the same noise, without a trigger and with it, [N,C,H,W] each on the CPU, divided by the value
-    range.
+    """Samples of one model from the same noise with and without a trigger, [N,C,H,W] each, on the CPU.
+
+    They are divided by the model's value range.
 
     Attributes:
         clean: ancestral samples without the trigger.
@@ -44,11 +45,9 @@ class TriggerSamples:
     def target(self) -> Tensor | None:
         """The image [C,H,W] that the trigger makes the model draw; None if it activates no backdoor under any sampler."""
         strongest = max(self.triggered, key=self.collapse)
-        return (
-            pixelwise_median(self.triggered[strongest])
-            if self.collapse(strongest) >= ActivationTestSettings.activates_above
-            else None
-        )
+        if self.collapse(strongest) < ActivationTestSettings.activates_above:
+            return None
+        return pixelwise_median(self.triggered[strongest])
 
 
 def _ddim(denoiser: Denoiser, start: Tensor, clip: bool) -> Tensor:
