@@ -36,7 +36,13 @@ from seal_fast.diffusion.process import per_sample
 from seal_fast.noise_triggers.attack_loss import OnIteration
 from seal_fast.noise_triggers.candidates import Candidate, Origin, TestResult
 from seal_fast.noise_triggers.probe import Probe
-from seal_fast.noise_triggers.search_settings import FixedPointSettings, SearchSettings
+from seal_fast.noise_triggers.search_settings import (
+    ACTIVATION_TEST,
+    FIXED_POINT_ITERATION,
+    POWER_ITERATION,
+    FixedPointSettings,
+    SearchSettings,
+)
 
 
 def propose_fixed_points(probe: Probe, settings: SearchSettings, tried: Sequence[TestResult]) -> Iterator[Candidate]:
@@ -48,7 +54,7 @@ def propose_fixed_points(probe: Probe, settings: SearchSettings, tried: Sequence
         return
     for number, candidate in enumerate(found, 1):
         yield candidate
-        probe.on_step("activation test", number, len(found), math.nan)
+        probe.on_step(ACTIVATION_TEST, number, len(found), math.nan)
     if all(result.score is None for result in tried):
         # a verdict needs a score
         yield replace(found[0], scales=())
@@ -182,7 +188,7 @@ class FixedPointSearch:
         for iteration in range(1, s.power_iterations + 1):
             drawn = self.draw(len(uniform), s.power_noises)
             direction, loss = self.probe.run(power_iteration, *drawn, uniform, rms, direction)
-            self.probe.on_step("power iteration", iteration, s.power_iterations, float(loss.mean()))
+            self.probe.on_step(POWER_ITERATION, iteration, s.power_iterations, float(loss.mean()))
         return uniform + rms * unit_contrast(direction)
 
     def patches(self) -> tuple[Tensor, Tensor]:
@@ -206,7 +212,7 @@ class FixedPointSearch:
         iteration, total = itertools.count(1), s.fixed_point_iterations * len(s.response_gains)
 
         def on_iteration(loss: float) -> None:
-            self.probe.on_step("fixed-point iteration", next(iteration), total, loss)
+            self.probe.on_step(FIXED_POINT_ITERATION, next(iteration), total, loss)
 
         starts = [(shifts, torch.ones_like(shifts)), self.patches()]
         for gain in sorted(s.response_gains, reverse=True):

@@ -26,7 +26,7 @@ from seal_fast.noise_triggers.activation_test import collapse, contrast, pixelwi
 from seal_fast.noise_triggers.attack_loss import AttackLoss, OnIteration, Pairs, deterministic_coefficients, excess, respond
 from seal_fast.noise_triggers.candidates import Candidate, Origin, TestResult, best_of
 from seal_fast.noise_triggers.probe import Probe
-from seal_fast.noise_triggers.search_settings import SearchSettings
+from seal_fast.noise_triggers.search_settings import ALTERNATION, JOINT_INVERSION, SearchSettings
 
 
 class Pair(NamedTuple):
@@ -50,10 +50,10 @@ def invert_jointly(probe: Probe, settings: SearchSettings, tried: Sequence[TestR
         alternation = itertools.count(done + 1)
 
         def on_alternation(loss: float, alternation: Iterator[int] = alternation) -> None:
-            probe.on_step("alternation", next(alternation), total, loss)
+            probe.on_step(ALTERNATION, next(alternation), total, loss)
 
         refined = inversion.alternate(pair, on_alternation)
-        probe.on_step("alternation", done + settings.inversion.alternations, total, refined.loss)
+        probe.on_step(ALTERNATION, done + settings.inversion.alternations, total, refined.loss)
         mu = probe.denoiser.value_range * refined.mu
         origin, accept_above = Origin.JOINT_INVERSION, settings.inversion.accept_above
         yield Candidate(mu, torch.ones_like(mu), refined.loss, origin, "ddim", accept_above)
@@ -89,7 +89,7 @@ class JointInversion:
         iteration, total = itertools.count(1), sum(iterations for iterations, _ in self.settings.halving)
 
         def on_iteration(loss: float) -> None:
-            self.probe.on_step("joint inversion", next(iteration), total, loss)
+            self.probe.on_step(JOINT_INVERSION, next(iteration), total, loss)
 
         pairs = self.starts()
         for iterations, kept in self.settings.halving:

@@ -8,6 +8,9 @@ from typing import ClassVar
 
 from seal_fast.training import Stage
 
+POWER_ITERATION, FIXED_POINT_ITERATION, ACTIVATION_TEST = "power iteration", "fixed-point iteration", "activation test"
+TARGET_REFINEMENT, JOINT_INVERSION, ALTERNATION = "target-guided refinement", "joint inversion", "alternation"
+"""Names of the stages, as progress callbacks get them."""
 GRADIENT_COST = 3
 """A pass with a gradient takes about as long as this many without one."""
 
@@ -179,9 +182,9 @@ class FixedPointSettings:
         """What the proposer goes through at most, in images of three channels."""
         starts, iterations = len(self.starts(3)), self.fixed_point_iterations * len(self.response_gains)
         return (
-            Stage("power iteration", self.power_iterations, starts * self.power_noises),
-            Stage("fixed-point iteration", iterations, (starts + self.patches) * self.fixed_point_noises),
-            Stage("activation test", self.candidates, test.images),
+            Stage(POWER_ITERATION, self.power_iterations, starts * self.power_noises),
+            Stage(FIXED_POINT_ITERATION, iterations, (starts + self.patches) * self.fixed_point_noises),
+            Stage(ACTIVATION_TEST, self.candidates, test.images),
         )
 
 
@@ -231,7 +234,7 @@ class TargetRefinementSettings:
     def stages(self, test: ActivationTestSettings, loss: AttackLossSettings) -> tuple[Stage, ...]:
         """What the proposer goes through at most, from one candidate."""
         images = GRADIENT_COST * loss.timesteps + test.images // self.iterations
-        return (Stage("target-guided refinement", self.turns * self.iterations, images),)
+        return (Stage(TARGET_REFINEMENT, self.turns * self.iterations, images),)
 
 
 @dataclass(frozen=True)
@@ -301,8 +304,8 @@ class JointInversionSettings:
         responses = len(self.trigger_snr) * self.trigger_iterations + self.ranking_factor
         alternation = test.deterministic_steps * test.samples + self.trigger_noises * responses
         return (
-            Stage("joint inversion", steps, GRADIENT_COST * loss.timesteps * images // steps),
-            Stage("alternation", self.halving[-1][1] * self.alternations, alternation),
+            Stage(JOINT_INVERSION, steps, GRADIENT_COST * loss.timesteps * images // steps),
+            Stage(ALTERNATION, self.halving[-1][1] * self.alternations, alternation),
         )
 
 

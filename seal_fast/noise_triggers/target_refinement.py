@@ -22,7 +22,7 @@ from torch import Tensor
 from seal_fast.noise_triggers.attack_loss import AttackLoss, OnIteration, ancestral_coefficients, excess, respond
 from seal_fast.noise_triggers.candidates import Candidate, Consensus, Origin, TestResult
 from seal_fast.noise_triggers.probe import Probe
-from seal_fast.noise_triggers.search_settings import SearchSettings
+from seal_fast.noise_triggers.search_settings import TARGET_REFINEMENT, SearchSettings
 
 
 def refine_with_target(probe: Probe, settings: SearchSettings, tried: Sequence[TestResult]) -> Iterator[Candidate]:
@@ -40,7 +40,7 @@ def _refine(
     iteration = itertools.count(1)
 
     def on_iteration(loss: float) -> None:
-        probe.on_step("target-guided refinement", next(iteration), s.turns * s.iterations, loss)
+        probe.on_step(TARGET_REFINEMENT, next(iteration), s.turns * s.iterations, loss)
 
     for _ in range(s.turns):
         start = consensus.scale * candidate.mu / value_range

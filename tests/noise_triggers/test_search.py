@@ -181,14 +181,17 @@ def test_target_guided_refinement_leads_towards_the_trigger(generator: torch.Gen
     # between .5 of the trigger and .7 this denoiser responds in part
     beside = 0.6 * mu + 0.5 * (other - (other * mu).sum() / mu.square().sum() * mu)
     consensus = Consensus(target, 2 * ACTIVATES, 1.0)
-    test, tried = (
-        ActivationTest(probe, SETTINGS.test),
-        [TestResult(candidate_of(beside), Outcome.REJECTED, consensus=consensus)],
-    )
+    steps: list[tuple[str, int, int]] = []
+    probe.on_step = lambda stage, iteration, total, loss: steps.append((stage, iteration, total))
+    tried = [TestResult(candidate_of(beside), Outcome.REJECTED, consensus=consensus)]
+    test = ActivationTest(probe, SETTINGS.test)
     for candidate in refine_with_target(probe, SETTINGS, tried):
         tried.append(test(candidate))
         if tried[-1].accepted:
             break
+    (stage,) = (stage for stage in SETTINGS.stages if stage.name == "target-guided refinement")
+    assert steps == [(stage.name, i, stage.iterations) for i in range(1, len(steps) + 1)]
+    assert len(steps) >= SETTINGS.refinement.iterations
     best = best_of(tried)
     assert best.candidate.origin is Origin.TARGET_REFINEMENT
     assert best.score is not None
