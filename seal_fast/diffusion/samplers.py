@@ -26,7 +26,7 @@ from seal_fast.ops import StepCoefficients, sampler_step
 
 
 class NoiseTrigger(Protocol):
-    """What a sampler reads of a `seal_fast.checkpoints.trigger.Trigger`: shift and scale of the noise, [C,H,W] each."""
+    """Shift and scale of the noise, [C,H,W] each, as a `seal_fast.checkpoints.trigger.Trigger` has them."""
 
     @property
     def mu(self) -> Tensor: ...
@@ -181,7 +181,7 @@ def _heun(context: _SamplerContext, x: Tensor, levels: Sequence[NoiseLevel]) -> 
 
 
 class NoisePredictor(Protocol):
-    """What a sampler needs of a model: its noise process, and the noise [N,C,H,W] that it predicts in x at timesteps t [N]."""
+    """A model as samplers need it: its noise process, and the noise [N,C,H,W] that it predicts in x at timesteps t [N]."""
 
     @property
     def process(self) -> NoiseProcess: ...

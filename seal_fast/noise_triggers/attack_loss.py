@@ -44,7 +44,7 @@ class PoisonedSampleCoefficients(NamedTuple):
 def deterministic_coefficients(
     process: NoiseProcess, fading_below: float = AttackLossSettings.fading_below
 ) -> PoisonedSampleCoefficients:
-    """Those of attacks on deterministic samplers, for this process; see above."""
+    """Coefficients of attacks on deterministic samplers; the formulas are at the top of this file."""
     a, b = process.signal, process.noise
     fades = float(a[-1]) < fading_below
     return PoisonedSampleCoefficients(1 - a, b) if fades else PoisonedSampleCoefficients(b, torch.ones_like(b))
@@ -53,7 +53,7 @@ def deterministic_coefficients(
 def ancestral_coefficients(
     process: NoiseProcess, fading_below: float = AttackLossSettings.fading_below
 ) -> PoisonedSampleCoefficients:
-    """Those of attacks on ancestral samplers: BadDiffusion, and VillanDiffusion's stochastic form."""
+    """Coefficients of attacks on ancestral samplers: BadDiffusion, and VillanDiffusion's stochastic form."""
     c, d = deterministic_coefficients(process, fading_below)
     return PoisonedSampleCoefficients(c, d / 2)
 

@@ -90,7 +90,7 @@ def windows(height: int, width: int, share: float, grid: int) -> Tensor:
 
 
 def root_mean_square(m: Tensor) -> Tensor:
-    """Of each image of [K,C,H,W], [K,1,1,1]."""
+    """Root mean square of each image: [K,C,H,W] -> [K,1,1,1]."""
     return m.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
@@ -207,7 +207,7 @@ class FixedPointSearch:
         return torch.stack([mu for _, mu, _ in best]), torch.stack([gamma for _, _, gamma in best])
 
     def fixed_points(self, shifts: Tensor) -> list[Candidate]:
-        """Those that are reached from shifts [K,C,H,W] and from patches, for every response gain."""
+        """Iterate from shifts [K,C,H,W] and from patches, for every response gain; returns where that ends."""
         s, found = self.settings, []
         iteration, total = itertools.count(1), s.fixed_point_iterations * len(s.response_gains)
 

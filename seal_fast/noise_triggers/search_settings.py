@@ -179,7 +179,7 @@ class FixedPointSettings:
         return grey + [([self.colour_mean * one for one in sign], self.colour_mean) for sign in signs]
 
     def stages(self, test: ActivationTestSettings) -> tuple[Stage, ...]:
-        """What the proposer goes through at most, in images of three channels."""
+        """Longest course of the proposer, for images of three channels."""
         starts, iterations = len(self.starts(3)), self.fixed_point_iterations * len(self.response_gains)
         return (
             Stage(POWER_ITERATION, self.power_iterations, starts * self.power_noises),
@@ -232,7 +232,7 @@ class TargetRefinementSettings:
         _require_positive(self, "learning_rate")
 
     def stages(self, test: ActivationTestSettings, loss: AttackLossSettings) -> tuple[Stage, ...]:
-        """What the proposer goes through at most, from one candidate."""
+        """Longest course of the proposer, from one candidate."""
         images = GRADIENT_COST * loss.timesteps + test.images // self.iterations
         return (Stage(TARGET_REFINEMENT, self.turns * self.iterations, images),)
 
@@ -297,7 +297,7 @@ class JointInversionSettings:
         return len(self.initial_means) * (len(self.start_snr) + 1)
 
     def stages(self, test: ActivationTestSettings, loss: AttackLossSettings) -> tuple[Stage, ...]:
-        """What the proposer goes through at most."""
+        """Longest course of the proposer."""
         pairs = [self.starts, *(kept for _, kept in self.halving[:-1])]
         steps = sum(iterations for iterations, _ in self.halving)
         images = sum(iterations * count for (iterations, _), count in zip(self.halving, pairs, strict=True))
@@ -333,13 +333,9 @@ class SearchSettings:
     half_precision: bool = True
     method: str = field(default="search", init=False)
 
-    def pool_name(self, kind: str) -> str:
-        """Models that compare with one of this `Denoiser.kind`: those of its noise process and prediction, of any shape."""
-        return kind.rpartition(" ")[0]
-
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """What a search goes through at most: every candidate tested, and none accepted."""
+        """Longest course of a search: every candidate is tested and none accepted."""
         return (
             *self.fixed_points.stages(self.test),
             *self.refinement.stages(self.test, self.attack_loss),

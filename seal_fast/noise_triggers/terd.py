@@ -86,13 +86,9 @@ class TerdSettings:
         if not 0 < self.window <= 0.5:
             raise ValueError(f"window must be in (0, 0.5], not {self.window}")
 
-    def pool_name(self, kind: str) -> str:
-        """Models that compare with one of this `Denoiser.kind`: with these features, only those of the same kind."""
-        return kind
-
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """What a reversion goes through."""
+        """Course of a reversion."""
         return (
             Stage("estimation", self.estimation_iterations, 2 * self.batch),
             Stage("refinement", self.refinement_iterations, (4 + self.sampler_steps) * self.batch),

@@ -147,7 +147,7 @@ class Op:
         )
 
     def status(self, device: str) -> OpStatus:
-        """What `choose` would pick on this type of device for arguments that every implementation accepts."""
+        """The choice of `choose` on this type of device, for arguments that every implementation accepts."""
         refusals: dict[str, str] = {}
         wanted = requested_backend()
         for implementation in self.implementations:

@@ -93,7 +93,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def _parts(word: str, width: int) -> list[str]:
-    """What a word may be broken into; only a word that is longer than a line is broken."""
+    """Parts of a word that fit into a line. Only a word that is longer than a line is broken."""
     if cell_len(word) <= width:
         return [word]
     return [_ends(part, width) for part in re.findall(r"[^/_-]*[/_-]|[^/_-]+", word)]

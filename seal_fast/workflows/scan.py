@@ -87,7 +87,7 @@ def scan(
 
 
 def _config(calibration: Calibration, preset: str | None, weights: str, seed: int) -> dict[str, Any]:
-    """What verdicts rest on beside the model and the version of seal-fast; a resumed scan must have the same."""
+    """Everything that verdicts rest on beside the model and the version of seal-fast. A resumed scan must have the same."""
     backdoored = sum(model.backdoored for model in calibration.models)
     digest = hashlib.sha256(json.dumps(asdict(calibration), sort_keys=True).encode()).hexdigest()
     return {
