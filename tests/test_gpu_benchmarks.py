@@ -64,22 +64,18 @@ def test_unlearning_and_a_scan(tmp_path: Path) -> None:
     assert result["error"] is None
 
 
-def test_every_kernel_is_launched(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(every_kernel, "SIZES", every_kernel.SIZES[:2])
-    every_kernel.main()
+def test_every_kernel_is_launched(capsys: pytest.CaptureFixture[str]) -> None:
+    every_kernel.main(every_kernel.SIZES[:2])
     assert "every kernel was launched" in capsys.readouterr().out
 
 
-def test_the_report_names_what_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_names_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "stages.tsv").write_text("install\tok\t3\t\nops\ttimed out\t9\tlimit 9 s\n")
     (tmp_path / "device.json").write_text(json.dumps([{"device": "some GPU", "commit": "unknown"}]))
     lost = {"models": 4, "seconds_per_iteration": {}, "speedups": {}, "failed": {"threads_and_streams": "no room"}}
     (tmp_path / "models.json").write_text(json.dumps([lost]))
-    monkeypatch.setattr("sys.argv", ["report", "--parts", str(tmp_path), "--out", str(tmp_path / "r.json"), "--commit", "abc"])
     with pytest.raises(SystemExit) as ended:
-        report.main()
+        report.main(["--parts", str(tmp_path), "--out", str(tmp_path / "r.json"), "--commit", "abc"])
     assert ended.value.code == 1
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["device"]["commit"] == "abc"

@@ -7,6 +7,8 @@ Without that variable torch's tensors lie in common blocks, and what one writes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,9 +51,9 @@ def attention(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         torch.autograd.grad(out.float().sum() + maps.square().sum(), [q, k, v])
 
 
-def main() -> None:
-    for sizes in SIZES:
-        elementwise(*sizes)
+def main(sizes: Sequence[tuple[int, int, int]] = SIZES) -> None:
+    for items, triggers, dims in sizes:
+        elementwise(items, triggers, dims)
     for layer in LAYERS:
         attention(*layer)
     if torch.cuda.is_available():

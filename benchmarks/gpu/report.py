@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,13 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines + [f"could not run: {line}" for line in failed]
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", help="Commit, where the folder is no checkout.")
     parser.add_argument("--dry-run", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     results = collected(arguments.parts, arguments.commit, arguments.dry_run)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(table(results)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import machine, not_taken
+from benchmarks import not_taken
 from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import identify, load_denoiser
 from seal_fast.diffusion import VP, ModelFamily
 from seal_fast.zoo import recipes
-from seal_fast.zoo.build import ATTEMPTS, MANIFEST, BuildSettings, build_zoo, digest, read_manifest, train_once
+from seal_fast.zoo.build import ATTEMPTS, MANIFEST, BuildSettings, build_zoo, digest, read_manifest
 from seal_fast.zoo.images import TARGETS, TRIGGERS
 from seal_fast.zoo.recipes import METHODS, NOT_TAKEN, PROCESSES, Network, Recipe
 from seal_fast.zoo.spaces import SIGNED
@@ -134,21 +133,15 @@ def test_a_learned_trigger_is_stored_with_its_model(tmp_path: Path) -> None:
     assert float(learned.delta.abs().max()) <= 0.2 + 1e-6
 
 
-def test_models_whose_attack_is_not_implanted_are_trained_once_and_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_models_whose_attack_is_not_implanted_are_trained_once_and_measured(tmp_path: Path) -> None:
     build(tmp_path, ["a"])
     before = contents(tmp_path)
     weak = tuple(recipe for recipe in RECIPES if recipe.name in ("c", "edm"))
-    monkeypatch.setattr(not_taken, "NOT_TAKEN", weak)
-    monkeypatch.setattr(not_taken, "train_once", partial(train_once, settings=QUICK))
-    # emulated bfloat16 would take ten seconds to measure
-    monkeypatch.setattr(machine, "GEMM_SIZE", 64)
     table = tmp_path / "table.json"
     words = ["--zoo", str(tmp_path), "--out", str(table)]
-    not_taken.main([*words, "--only", "c"])
+    not_taken.main([*words, "--only", "c"], weak, QUICK)
     first = json.loads(table.read_text())["results"]
-    not_taken.main(words)
+    not_taken.main(words, weak, QUICK)
     rows = json.loads(table.read_text())["results"]
     assert rows[:1] == first
     for row, recipe in zip(rows, weak, strict=True):
