@@ -34,7 +34,9 @@ def test_a_benchmark_file_holds_quartiles_and_the_machine_once(tmp_path: Path) -
     out = tmp_path / "out.json"
     words = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.conftest", "bench_call.py", f"--benchmark-json={out}"]
     options = ["-o", "python_files=bench_*.py", "--rootdir", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # a worker of pytest-xdist tells its children to write no benchmark file
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(ROOT)
     subprocess.run([*words, *options], cwd=tmp_path, env=environment, check=True, capture_output=True)
     content = json.loads(out.read_text())
     assert content["machine"] == {"processor": "some CPU", "commit": "abc"}

@@ -32,7 +32,7 @@ from seal_fast.noise_triggers.search_settings import (
 )
 from seal_fast.noise_triggers.target_refinement import mu_objective, refined_mu
 from seal_fast.noise_triggers.terd import READ_EVERY, ReversedLossDescent, SgdIteration, TerdResult, descend_reversed_loss
-from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, seal
+from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, unlearn_denoiser
 from tests.acceleration.recording import OnTheHost, fails
 
 BRIEF = TerdSettings(
@@ -227,6 +227,6 @@ def test_the_default_reversion_and_unlearning_run() -> None:
     assert found.trigger.mu.is_cuda
     assert found.clean_dispersion is not None
     assert math.isfinite(found.clean_dispersion)
-    sealed = seal(model, [found.trigger], NoiseUnlearnSettings(steps=2, batch=2, images=2, image_steps=2))
+    sealed = unlearn_denoiser(model, [found.trigger], NoiseUnlearnSettings(steps=2, batch=2, images=2, image_steps=2))
     assert math.isfinite(sealed.clean_loss + sealed.triggered_loss)
     assert sealed.denoiser.device.type == "cuda"
