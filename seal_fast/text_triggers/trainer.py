@@ -41,7 +41,7 @@ class Distilled:
         module: the copy, frozen, on the device and in the precision of the pipeline's own module.
         module_name: "unet" or "text_encoder".
         steps: updates of the weights.
-        seconds: wall time including the teacher's images; of a resumed run, since it was resumed.
+        seconds: wall time, including the teacher's images; for a resumed run, the time since it was resumed.
         prediction_loss: mean squared difference from the teacher on triggered prompts, weighted as in training, over the last
             tenth of the steps.
         attention_loss: relative squared difference of the attention maps from their targets, over the same steps; 0 if alpha
