@@ -61,7 +61,7 @@ def wilson(successes: int, trials: int) -> dict[str, float | int | None]:
 
 
 def closeness(found: Tensor, true: Tensor) -> dict[str, float]:
-    """Relative L2 error and cosine similarity of a reverted mu."""
+    """Relative L2 error and cosine similarity of a recovered mu."""
     cosine = torch.nn.functional.cosine_similarity(found.flatten(), true.flatten(), dim=0)
     return {"relative_l2": float((found - true).norm() / true.norm()), "cosine": float(cosine)}
 
