@@ -89,7 +89,7 @@ def compare(found: Trigger, true: Trigger) -> dict[str, Any]:
 
 
 def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
-    """Revert one model's trigger and compare it with the true one."""
+    """Recover one model's trigger and compare it with the true one."""
     loaded = load_denoiser(checkpoint)
     denoiser: Denoiser = loaded.denoiser
     began = time.monotonic()
