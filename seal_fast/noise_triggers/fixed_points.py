@@ -169,7 +169,7 @@ class FixedPointSearch:
 
     Args:
         probe: the suspect model.
-        settings: of the search.
+        settings: settings of the search.
     """
 
     def __init__(self, probe: Probe, settings: SearchSettings) -> None:

@@ -73,7 +73,7 @@ class JointInversion:
 
     Args:
         probe: the suspect model.
-        settings: of the search.
+        settings: settings of the search.
 
     Raises:
         ValueError: the noise process has no timestep in the window of the loss.

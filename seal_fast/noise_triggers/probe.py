@@ -31,7 +31,7 @@ class Probe:
 
     Attributes:
         denoiser: the suspect model; becomes its accelerated equivalent.
-        seed: of all noise.
+        seed: seed of all noise.
         half_precision: bfloat16 autocast where the hardware has it.
         record: how iterations are recorded, see `seal_fast.acceleration.cuda_graph`. None records none on a CPU, and CUDA
             graphs on a GPU.
@@ -135,8 +135,8 @@ class TriggeredSampler:
 
     Args:
         probe: the suspect model.
-        name: of the sampler.
-        steps: of the sampler; at most as many as the noise process has.
+        name: name of the sampler.
+        steps: steps of the sampler; at most as many as the noise process has.
     """
 
     def __init__(self, probe: Probe, name: str, steps: int) -> None:

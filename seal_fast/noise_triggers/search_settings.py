@@ -220,7 +220,7 @@ class TargetRefinementSettings:
     Attributes:
         turns: descents from a candidate whose samples agree on a new image; the image is drawn anew after each.
         iterations: Adam steps of each.
-        learning_rate: of Adam.
+        learning_rate: learning rate of Adam.
     """
 
     turns: int = 3
@@ -251,7 +251,7 @@ class JointInversionSettings:
             only if the assumed mu was near the true one.
         low_noise_noises: noises per noise level of that reading.
         halving: (Adam steps, candidates kept) per round of successive halving.
-        learning_rate: of Adam.
+        learning_rate: learning rate of Adam.
         ranking_factor: candidates are ranked by this many times the timesteps of a step, and the loss of a refined pair is
             measured on this many times trigger_noises.
         alternations: alternations between target and mu for each candidate that is left.

@@ -121,7 +121,7 @@ class DescentStage:
         progress: its name, its iterations, and the images of each.
         draw: draws its random numbers on the CPU, noises [N,C,H,W] and timesteps int64 [N].
         loss_of: the loss of what was drawn, on the denoiser's device.
-        momentum: of SGD.
+        momentum: momentum of SGD.
         clip: joint gradient norm of mu and gamma; infinite for none.
     """
 
@@ -142,8 +142,8 @@ class ReversedLossDescent:
 
     Args:
         denoiser: the suspect model.
-        settings: of both stages.
-        seed: of the start and of all noise.
+        settings: settings of both stages.
+        seed: seed of the start and of all noise.
     """
 
     def __init__(self, denoiser: Denoiser, settings: TerdSettings, seed: int) -> None:

@@ -233,7 +233,7 @@ def distill(
         triggers: what to unlearn; a plain str is text to insert.
         prompts: clean prompts, to put the triggers into.
         settings: see `TextUnlearnSettings`.
-        seed: of all random numbers, not negative.
+        seed: seed of all random numbers, not negative.
         state: file to resume from if it exists, and to write every `state_every` updates; it is kept. Give no such file of
             unknown origin.
         state_every: updates between two writes of the state.

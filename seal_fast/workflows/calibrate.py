@@ -28,8 +28,8 @@ def measure(
     Args:
         benign: models known to be clean.
         backdoored: models known to be backdoored; the calibration is labelled if there are any.
-        settings: of every reversion, and of later scans that use the calibration.
-        seed: of every reversion.
+        settings: settings of every reversion, and of later scans that use the calibration.
+        seed: seed of every reversion.
         on_progress: called as the work goes on.
         on_model: called with every measured model, its number from 1, and the number of models.
 
