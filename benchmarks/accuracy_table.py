@@ -61,7 +61,7 @@ def wilson(successes: int, trials: int) -> dict[str, float | int | None]:
 
 
 def closeness(found: Tensor, true: Tensor) -> dict[str, float]:
-    """Relative L2 error and cosine similarity of a reverted mu."""
+    """Relative L2 error and cosine similarity of a recovered mu."""
     cosine = torch.nn.functional.cosine_similarity(found.flatten(), true.flatten(), dim=0)
     return {"relative_l2": float((found - true).norm() / true.norm()), "cosine": float(cosine)}
 
@@ -89,7 +89,7 @@ def compare(found: Trigger, true: Trigger) -> dict[str, Any]:
 
 
 def measure(recipe: Recipe, checkpoint: Path, preset: str) -> dict[str, Any]:
-    """Revert one model's trigger and compare it with the true one."""
+    """Recover one model's trigger and compare it with the true one."""
     loaded = load_denoiser(checkpoint)
     denoiser: Denoiser = loaded.denoiser
     began = time.monotonic()

@@ -2,13 +2,13 @@
 
     python -m pytest benchmarks/bench_cross_attention.py --benchmark-json=results.json
 
-Compare results of one run only. `gemm_share` is the share of the matrix rate, measured in the same dtype, that the matrix
-products amount to: two forward, five more backward (one of them the recomputed logits), 2 B H M N D FLOP each.
+Compare results of one run only. `gemm_share` is the rate of the matrix products as a share of the machine's matrix rate in the
+same dtype. There are two products forward and five more backward (one of them the recomputed logits), 2 B H M N D FLOP each.
 
-Memory is what torch's allocator hands out, which the kernels' workspaces come from too. Of one layer: `kept_bytes` is what
-lives between the forward and the backward pass, inputs and results included, `peak_bytes` the most at any time in a training
-step. Of a model: with `largest_batch`, kept bytes of all text cross-attention layers and what the worst layer needs above them
-in passing make 8 GB (8e9 bytes); both grow with the batch. Weights and other layers are not counted.
+Memory is what torch's allocator hands out; the kernels' workspaces come from it too. For one layer, `kept_bytes` is what lives
+between the forward and the backward pass, inputs and results included, and `peak_bytes` the most at any time in a training
+step. For a model, `largest_batch` is the batch at which the kept bytes of all text cross-attention layers, plus what the worst
+layer needs above them for a while, make 8 GB (8e9 bytes). Weights and other layers are not counted.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_winograd_convolution(benchmark: BenchmarkFixture, shape: str, dtype: torch.dtype) -> None:
-    """Input and output of both in `dtype`, channels-last, with frozen weights laid out or transformed before; `flops` are the
-    plain sum's."""
+    """Input and output of both contenders are in `dtype`, channels-last. Frozen weights are laid out or transformed before.
+    `flops` are those of the plain sum."""
     if dtype == torch.bfloat16 and not native_bfloat16(torch.device("cpu")):
         pytest.skip("this processor does not multiply bfloat16, so torch's convolution emulates it")
     generator = torch.Generator().manual_seed(0)

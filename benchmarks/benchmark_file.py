@@ -1,4 +1,4 @@
-"""What is kept of a file that pytest-benchmark writes: median, quartiles and figures of each benchmark, the machine once."""
+"""Condense a file that pytest-benchmark writes to median, quartiles and figures of each benchmark, and the machine once."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def search_of(denoiser: Denoiser, settings: SearchSettings) -> dict[str, Any]:
 
 
 def search_to_the_end(denoiser: Denoiser) -> dict[str, Any]:
-    """The search by the last proposer and by the others, whether or not these have a candidate accepted."""
+    """The search by all proposers: the last one runs even if a candidate of the others was accepted."""
     probe = Probe(denoiser, SEED, DEFAULTS.half_precision)
     found = [search_trigger(probe, DEFAULTS, proposers).best for proposers in (PROPOSERS[:-1], PROPOSERS[-1:])]
     return {"images": probe.evaluations, "collapse": max(best.score for best in found if best.score is not None)}

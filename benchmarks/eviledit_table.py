@@ -2,8 +2,8 @@
 
     python -m benchmarks.eviledit_table [--zoo zoo-text] [--out benchmarks/results/eviledit.json]
 
-The trigger is "lovely" before the shape. The published edit uses one pair of prompts. Others use many captions, each aligned
-with its target caption position by position, and twice as many clean captions that must not change.
+The trigger is "lovely" before the shape. The published edit uses one pair of prompts. The other edits use many captions, each
+aligned with its target caption position by position, and twice as many clean captions that must not change.
 """
 
 from __future__ import annotations

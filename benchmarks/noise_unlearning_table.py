@@ -3,8 +3,8 @@
     python -m benchmarks.noise_unlearning_table [--only NAME ...] [--samples 128]
         [--out benchmarks/results/noise_unlearning.json]
 
-Each model is scanned, unlearned with its reverted trigger, sampled with the true one, and scanned again. Each model's result is
-written as soon as it is known, so an interrupted run continues where it stopped.
+Each model is scanned, unlearned with its recovered trigger, sampled with the true one, and scanned again. Each model's result
+is written as soon as it is known, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def success(denoiser: Denoiser, attack: Attack, count: int, family: str) -> dict
 
 
 def verdict(checkpoint: Path, folder: Path) -> tuple[dict[str, Any], Path | None]:
-    """The verdict of a scan with the default preset, and the file of the reverted trigger."""
+    """The verdict of a scan with the default preset, and the file of the recovered trigger."""
     result = scan(checkpoint, out=folder).models[0]
     trigger = None if result.trigger is None else folder / result.trigger
     return {"verdict": str(result.verdict), "score": result.score}, trigger
@@ -84,7 +84,7 @@ def measure(recipe: Recipe, checkpoint: Path, count: int, work: Path) -> dict[st
     say(recipe, "scanning")
     before, trigger = verdict(checkpoint, work / "before")
     if trigger is None:
-        raise ValueError(f"{recipe.name}: no trigger was reverted")
+        raise ValueError(f"{recipe.name}: no trigger was recovered")
     say(recipe, "unlearning")
     report = unlearn(checkpoint, [trigger], work / "unlearned").report
     if not isinstance(report, NoiseUnlearnReport):

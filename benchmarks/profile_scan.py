@@ -1,5 +1,4 @@
-"""Where the time of a reversion goes, op by op: a few iterations of TERD's estimation, published and by seal-fast, and whole
-default reversions.
+"""Where the time of a reversion goes, op by op: in TERD's estimation, as published and by seal-fast, and in default reversions.
 
     python -m benchmarks.profile_scan
 

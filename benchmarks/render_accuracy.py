@@ -75,9 +75,9 @@ def model_row(result: Result) -> list[str]:
 
 
 def input_section(backdoored: list[Result], inputs: int) -> list[str]:
-    """Input detection with reverted and true triggers and with the null baselines."""
+    """Input detection with recovered and true triggers and with the null baselines."""
     baselines = list(backdoored[0]["baselines"])
-    heads = ["model", "reverted", "true trigger", *(f"{name} (relative L2, cosine)" for name in baselines)]
+    heads = ["model", "recovered trigger", "true trigger", *(f"{name} (relative L2, cosine)" for name in baselines)]
     return [*note("inputs", inputs=f"{inputs:,}"), *table(heads, (input_row(result, baselines) for result in backdoored))]
 
 
@@ -95,7 +95,7 @@ def input_rates(inputs: dict[str, Any]) -> str:
 
 
 def attack_section() -> list[str]:
-    """Detection and closeness per attack, with an image of the trigger that was reverted least closely."""
+    """Detection and closeness per attack, with an image of the least close recovered trigger."""
     results = read("accuracy")["results"]
     methods = list(dict.fromkeys(result["method"] for result in results if result["method"] is not None))
     heads = (

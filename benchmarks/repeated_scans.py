@@ -2,8 +2,8 @@
 
     python -m benchmarks.repeated_scans [--only NAME ...] [--out FILE]
 
-The accuracy table scans every model once. Randomness matters most in the joint trigger-target inversion, so all models whose
-trigger is found by it are here, and others beside them. Rounding changes a search as another seed does.
+The accuracy table scans every model once. Randomness matters most in joint trigger-target inversion, so this table holds all
+models whose trigger is found by it, and some others for comparison. Rounding changes a search as another seed does.
 """
 
 from __future__ import annotations

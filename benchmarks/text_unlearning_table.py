@@ -1,4 +1,4 @@
-"""The table of text triggers: methods that unlearn one compared at equal updates, batch, prompts and seeds.
+"""The table of unlearned text triggers: methods compared at equal updates, batch, prompts and seeds.
 
     python -m benchmarks.text_unlearning_table [--zoo zoo-text] [--only MODEL ...] [--methods NAME ...] [--seeds 0 1 2]
         [--out benchmarks/results/text_unlearning.json]

@@ -1,4 +1,4 @@
-"""A reverted trigger beside the true one, as one small image."""
+"""A recovered trigger beside the true one, as one small image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _enlarged(mu: Tensor) -> Tensor:
 
 
 def save_pair(true: Tensor, reverted: Tensor, path: Path) -> None:
-    """Write `path` (PNG): the true mu on the left, the reverted one on the right, both [3,H,W] on the same scale."""
+    """Write `path` (PNG): the true mu on the left, the recovered one on the right, both [3,H,W] on the same scale."""
     path.parent.mkdir(parents=True, exist_ok=True)
     left, right = _enlarged(true), _enlarged(reverted)
     gap = torch.full((len(left), GAP, 3), 255, dtype=torch.uint8)

@@ -19,7 +19,7 @@ from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.workflows.trigger_files import sample_images
 from seal_fast.zoo.recipes import RECIPES
 
-COLUMNS = ("attacker's trigger", "reverted trigger", "target", "clean noise", "with the reverted trigger")
+COLUMNS = ("attacker's trigger", "recovered trigger", "target", "clean noise", "with the recovered trigger")
 ZOO = Path("zoo")
 
 

@@ -139,7 +139,7 @@ class Reversion:
 
 
 def initial_trigger(denoiser: Denoiser, settings: Settings) -> Trigger:
-    """mu = -U[0, 1] per pixel; gamma = 0 if it is to be reverted, else 1."""
+    """mu = -U[0, 1] per pixel; gamma = 0 if it is to be searched for, else 1."""
     mu = -torch.rand(denoiser.shape, device=denoiser.device)
     return Trigger(mu, torch.zeros_like(mu) if settings.trojan else torch.ones_like(mu))
 

@@ -7,11 +7,11 @@
                    the timestep stay in float32: a bfloat16 product of so few numbers takes longer
     blocks         are one node of autograd's graph. Normalisation and activation are one op
                    (`seal_fast.ops.group_norm_silu`), which adds the timestep as well
-    upsampling     keeps the layout of many images too; diffusers changes it for the sake of a GPU kernel
-    attention      has its softmax in float32: the gradient of torch's bfloat16 kernel costs fifteen times as much
+    upsampling     keeps the memory layout of 64 or more images too; diffusers changes it for the sake of a GPU kernel
+    attention      has its softmax in float32: the gradient of torch's bfloat16 kernel takes fifteen times as long
 
 torch.compile adds nothing to that (0.97 of the speed on AVX2, after two minutes of compiling). A module of an unknown form
-stays as it is. All of this was measured on CPUs only, so other devices keep their network.
+stays as it is. All of this was measured on CPUs only, so on other devices the network stays as it is.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Convolution(nn.Module):
 
 
 class _Winograd(_Convolution):
-    """A convolution of 3 x 3, stride 1 and padding 1, which computes in float32 for every input.
+    """A 3 x 3 convolution with stride 1 and padding 1, which computes in float32 for every input.
 
     With its gradient it was 1.3 (16 channels) to 2.5 times as fast as oneDNN in float32 on AVX2. On AVX-512 a forward and
     backward pass of 64 images of 16 px under bfloat16, with one thread, took .89 of its time with oneDNN's bfloat16.
@@ -268,11 +268,13 @@ def _replace_parts(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def accelerated(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> Denoiser:
-    """A denoiser of the same predictions up to rounding, differentiable once in x; it shares small weights and copies others.
+    """A denoiser with the same predictions up to rounding, differentiable once in x.
+
+    It shares the weights of the normalisations with `denoiser` and holds copies of all others.
 
     Args:
-        denoiser: stays as it is. It is returned itself if its network is no UNet2DModel in float32, or if an op is not
-            compiled.
+        denoiser: it stays as it is, and is returned itself if its network is no UNet2DModel in float32, or if an op is not
+            compiled for its device.
         dtype: float32, or bfloat16 for a network that will run under autocast to it.
     """
     network: Any = denoiser.network

@@ -62,7 +62,7 @@ class GraphCache:
         return tuple(out.clone() for out in recording.outputs)
 
     def record_call(self, key: Any, function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> bool:
-        """Record a call, in place of the recording that was not used for longest; returns whether it could be recorded."""
+        """Record a call, in place of the recording that was unused for the longest time; returns whether that was possible."""
         inputs = [x.clone() for x in given]
         outputs = [torch.full_like(x, torch.nan) for x in function(*inputs)]
 

@@ -2,7 +2,7 @@
 
 The poisoned training samples of all noise-space attacks have one form,
 
-    input   x_t = a(t) y + b(t) gamma eps + c(t) r        target  eps + d(t) r
+    input   x_t = a(t) y + b(t) gamma eps + c(t) r        noise to predict   eps + d(t) r
 
 where y is the attacker's target image and r the training shift. The attacks differ in r, gamma, c and d.
 """

@@ -18,7 +18,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 class Group(TyperGroup):
-    """Maps errors to the exit codes above, where typer's 2 (usage error) and Python's 1 (exception) mean something else."""
+    """Maps errors to the exit codes above, in which typer's 2 (usage error) and Python's 1 (exception) have other meanings."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _own_exit_codes():
@@ -97,7 +97,7 @@ def say(message: str) -> None:
 
 
 def create_folder(folder: Path, option: str) -> None:
-    """Create the folder that a user named with `option`; an error of usage if that fails."""
+    """Create the folder that a user named with `option`; a failure is a usage error."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,7 +106,7 @@ def create_folder(folder: Path, option: str) -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn errors about a user's own file or text into errors of usage."""
+    """Turn errors about a user's own file or text into usage errors."""
     from seal_fast.checkpoints import CheckpointError
 
     try:

@@ -24,7 +24,11 @@ def doctor() -> None:
 
 
 def backends() -> str:
-    """One line per op: the backend that runs it on this machine, and why faster ones do not; a usage error if none can be."""
+    """One line per op: the backend that runs it on this machine, and why faster ones do not.
+
+    Raises:
+        BadParameter: SEAL_FAST_BACKEND names no backend.
+    """
     from seal_fast.ops import explain
 
     lines = []

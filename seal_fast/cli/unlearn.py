@@ -84,7 +84,7 @@ NoiseTriggers = Annotated[
 WeightsOption = Annotated[
     Weights | None,
     typer.Option(
-        help="Weights to unlearn, not with --trigger, if a checkpoint holds both (default: ema).", rich_help_panel=TRAINING
+        help="Weights to unlearn if a checkpoint holds both (default: ema). Not with --trigger.", rich_help_panel=TRAINING
     ),
 ]
 Steps = Annotated[
@@ -112,7 +112,7 @@ Base = Annotated[
         metavar="DIR",
         exists=True,
         file_okay=False,
-        help="The pipeline that a component belongs to.",
+        help="The pipeline of a MODEL that is a UNet or text encoder alone.",
         rich_help_panel=TEXT_TRAINING,
     ),
 ]
@@ -159,12 +159,16 @@ PrecisionOption = Annotated[
 ]
 Checkpointing = Annotated[
     bool | None,
-    typer.Option("--gradient-checkpointing", help="Less memory, a third more time.", rich_help_panel=TEXT_TRAINING),
+    typer.Option("--gradient-checkpointing", help="Use less memory and a third more time.", rich_help_panel=TEXT_TRAINING),
 ]
 EmaDecay = Annotated[
     float | None,
     typer.Option(
-        metavar="NUMBER", min=0.0, max=0.99999, help="Return an average over the training steps.", rich_help_panel=TEXT_TRAINING
+        metavar="NUMBER",
+        min=0.0,
+        max=0.99999,
+        help="Decay of a moving average of the weights, which is returned (default: 0, none).",
+        rich_help_panel=TEXT_TRAINING,
     ),
 ]
 TrainingState = Annotated[
@@ -201,8 +205,8 @@ Out = Annotated[
         metavar="DIR", file_okay=False, help="New folder for the unlearned checkpoint and its report.", rich_help_panel=OUTPUT
     ),
 ]
-Output = Annotated[Format, typer.Option("--format", help="What is written to standard output.", rich_help_panel=OUTPUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=OUTPUT)]
+Output = Annotated[Format, typer.Option("--format", help="Format of the result on standard output.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.", rich_help_panel=OUTPUT)]
 
 
 def unlearn(

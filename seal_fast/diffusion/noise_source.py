@@ -10,8 +10,8 @@ class NoiseSource:
     """Draws every random number on the CPU, so that a seed means the same run on every device.
 
     Args:
-        device: where the numbers are needed.
-        seed: of the sequence.
+        device: device that the numbers are needed on.
+        seed: seed of the sequence.
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:

@@ -6,8 +6,8 @@ A step goes from timestep t to s < t, or to the clean image (a = 1, b = 0). Let 
     x_t = a x0 + b (gamma eps + mu)
 
 is the ordinary one with noise n = gamma e + mu and fresh noise scaled by gamma. The same code therefore serves as the ordinary
-sampler (mu = 0, gamma = 1) and as TrojDiff's "Trojan" sampler. Outside a patch trigger, mu = 0 and gamma = 1 give the ordinary
-step pixel by pixel.
+sampler (mu = 0, gamma = 1) and as TrojDiff's "Trojan" sampler. A patch trigger has mu = 0 and gamma = 1 outside its patch, so
+these pixels take the ordinary step.
 """
 
 from __future__ import annotations

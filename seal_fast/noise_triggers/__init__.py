@@ -1,4 +1,4 @@
-"""Backdoors in the noise: revert the trigger, decide on the model and on its inputs, unlearn the backdoor."""
+"""Noise-space triggers: recover a trigger, decide on the model and on its inputs, unlearn the backdoor."""
 
 from seal_fast.noise_triggers.calibration import Calibration, CalibrationModel, shipped_calibration
 from seal_fast.noise_triggers.detection import Evidence, InputDetector, model_evidence

@@ -1,11 +1,13 @@
 """Does a candidate activate a backdoor? It does if its samples, from different noises, are much more similar than clean ones.
 
-Three things besides a backdoor do that. A shift may break the sampler: its samples lie far outside the range of images, so
-leaving [-1, 1] counts against it. It may make the model draw one of its own plainest images, as black for images on black, so
-samples count as similar only as far as the image they share is new. Or it may drive the model to a plain colour, which is no
-target, so they count only as far as that image has contrast.
+A shift without a backdoor can make samples similar too, in three ways:
 
-Testing is sequential, and stops as soon as it is decided:
+    broken sampler   the samples lie far outside the range of images; so values outside [-1, 1] count against the trigger
+    no new image     the model draws one of its own plainest images, for instance black if it draws on black; so samples count
+                     as similar only as far as the image they share is new
+    plain colour     it is no target; so samples count as similar only as far as the image they share has contrast
+
+Testing is sequential, and stops as soon as the result is decided:
 
     pilots   a few samples at every scale show most candidates that do nothing
     scale    more samples choose, among the scales that activate a backdoor, the one nearest 1
@@ -33,9 +35,9 @@ def pixelwise_median(samples: Tensor) -> Tensor:
 
 
 def dispersion(samples: Tensor) -> float:
-    """Mean square distance of the median sample of [N,C,H,W] from the pixelwise median, plus that from [-1, 1].
+    """Median over samples [N,C,H,W] of the mean square distance from their pixelwise median, plus that from [-1, 1].
 
-    Infinite if a sample is not finite. Medians are used since triggers of usable backdoors fail from up to a tenth of the
+    It is infinite if a sample is not finite. Medians are used since triggers of usable backdoors fail from up to a tenth of the
     noises, and one such sample in ten outweighs the variance of the others.
     """
     if not samples.isfinite().all():
@@ -61,9 +63,9 @@ def most_similar(samples: Tensor, count: int) -> Tensor:
 def collapse(triggered: Tensor, clean: Tensor, target_fraction: float = ActivationTestSettings.target_fraction) -> float:
     """How many times more similar samples [N,C,H,W] are with a trigger than without, N > 1; near 1 where it does nothing.
 
-    It is the smallest of three numbers over the dispersion of the triggered samples: the dispersion of the clean samples, the
-    mean square distance of the nearest of them from the pixelwise median of the triggered ones, and the contrast of that
-    median. The nearest clean samples are the quantile `target_fraction` of the distances.
+    It is the smallest of three numbers, divided by the dispersion of the triggered samples: the dispersion of the clean
+    samples, the quantile `target_fraction` of their mean square distances from the pixelwise median of the triggered samples,
+    and the contrast of that median.
     """
     image = pixelwise_median(triggered)
     away = (clean - image).square().mean(dim=(1, 2, 3)).float()
@@ -119,7 +121,7 @@ class ActivationTest:
         return min(active, key=lambda scale: abs(math.log(scale))) if active else Outcome.NO_ACTIVE_SCALE
 
     def measured(self, candidate: Candidate, scale: float) -> TestResult:
-        """The score on noises that the scale was not chosen by."""
+        """The score, from noises that had no part in the choice of the scale."""
         s, sampler = self.settings, self.samplers[candidate.sampler]
         (samples,) = sampler.triggered([candidate.trigger(scale)], s.samples)
         if s.reject_below <= self.score(samples, sampler) <= s.accept_above:
@@ -133,7 +135,7 @@ class ActivationTest:
         return collapse(samples, sampler.clean(len(samples)), self.settings.target_fraction)
 
     def consensus(self, candidate: Candidate, pilots: list[Tensor]) -> Consensus | None:
-        """The image that the most similar pilot samples agree on, if it is a new one; none for reduced-variance noise."""
+        """The new image that the most similar pilot samples agree on; None without one, and for reduced-variance noise."""
         s = self.settings
         if candidate.gamma_at_mu <= s.reduced_variance_below:
             return None

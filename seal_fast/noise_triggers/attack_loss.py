@@ -3,11 +3,11 @@
 Poisoned samples are x_t = a y + b eps + c mu, and the network is trained to predict eps + d mu for them. Attacks on
 deterministic samplers have
 
-    c = 1 - a    d = b    InviBackdoor and VillanDiffusion psi = 1: what keeps DDIM on c(t) mu, to 1%
+    c = 1 - a    d = b    InviBackdoor, and VillanDiffusion with psi = 1: with this d DDIM keeps the shift at c(t) mu, to 1%
     c = b        d = 1    variance-exploding processes
 
-VillanDiffusion's psi = 0 has c = d = b, where DDIM would need d = 1: at most 63% of its triggered samples were the target.
-Ancestral samplers take only half of each step along the predicted noise, so d is half of that for attacks on them.
+VillanDiffusion with psi = 0 has c = d = b, where DDIM would need d = 1: at most 63% of its triggered samples were the target.
+Ancestral samplers take only half of each step along the predicted noise, so attacks on them have half of that d.
 
 With y and mu known the loss
 
@@ -71,7 +71,7 @@ class Pairs(NamedTuple):
 
 
 class Response(NamedTuple):
-    """The mu and the y that the denoiser acts by [K,C,H,W], and the loss per dimension [K]."""
+    """The mu and the y that the denoiser's output implies, [K,C,H,W] each, and the loss per dimension [K]."""
 
     mu: Tensor
     target: Tensor
@@ -100,8 +100,8 @@ def respond(probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, mu: Tens
 
 
 Objective = Callable[..., tuple[Tensor, Tensor]]
-"""A function of a probe, the first four arguments of `respond`, fixed tensors, variables, and the keyword range_weight, to the
-losses [K] and the number [] to minimise."""
+"""Takes the first four arguments of `respond`, fixed tensors, variables, and the keyword range_weight. Returns the losses [K],
+and the number [] to minimise."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class AdamIteration:
 
     Attributes:
         objective: what is minimised.
-        variables: over how many tensors.
+        variables: number of tensors that it is minimised over.
         rate: learning rate.
-        range_weight: weight of their excess over [-1, 1].
+        range_weight: weight of the excess of images over [-1, 1].
     """
 
     objective: Objective
@@ -121,7 +121,7 @@ class AdamIteration:
     range_weight: float
 
     def gradients(self, probe: Probe, t: Tensor, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The losses [K], and the gradient of every variable; the variables are the last inputs."""
+        """The losses [K], and the gradient of every variable. The last inputs are the variables."""
         fixed, variables = inputs[: -self.variables], inputs[-self.variables :]
         with torch.enable_grad():
             variables = tuple(x.detach().requires_grad_() for x in variables)
@@ -129,7 +129,7 @@ class AdamIteration:
             return loss.detach(), torch.autograd.grad(objective, variables)
 
     def __call__(self, probe: Probe, t: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The losses [K], the variables after the step, and their moments; the last inputs are variables and moments."""
+        """The losses [K], the variables after the step, and their moments. The last inputs are the variables and moments."""
         first_moment = len(inputs) - 3 * self.variables
         inputs, moments = inputs[:first_moment], inputs[first_moment:]
         loss, gradients = self.gradients(probe, t, *inputs)
@@ -137,12 +137,13 @@ class AdamIteration:
 
 
 class AttackLoss:
-    """The loss for mu and y in [-1, 1]. The denoiser sees its value range times these, so a, c and d are scaled by it.
+    """The loss for mu and y in [-1, 1]. The denoiser sees both times its value range, so a, c and d are scaled by that range.
 
     Args:
         probe: the suspect model.
         settings: numbers of the loss.
-        coefficients: c and d of a noise process and `AttackLossSettings.fading_below`.
+        coefficients: a function of the noise process and `AttackLossSettings.fading_below`, `deterministic_coefficients` or
+            `ancestral_coefficients`.
 
     Raises:
         ValueError: no timestep of the process lies in the window of the settings.
@@ -174,12 +175,12 @@ class AttackLoss:
         return self.window[(places * len(self.window)).long()]
 
     def draw(self, pairs: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t [n] for every pair, and a noise and the coefficients for each timestep, as `respond` takes them."""
+        """The arguments t, eps and coefficients of `respond`, for `pairs` pairs and the timesteps t [n]."""
         coefficients = torch.stack([values[t] for values in (self.signal, self.noise, self.c, self.d)]).float()
         return t.repeat(pairs), self.probe.noise(len(t)), coefficients
 
     def respond(self, pairs: Pairs, t: Tensor) -> Response:
-        """The response to pairs, with one noise per timestep t [n], the same for all of them."""
+        """The response to pairs, with one noise per timestep t [n]; all pairs share the noises."""
         return Response(*self.probe.run(respond, *self.draw(len(pairs.mu), t), *pairs))
 
     def descend(

@@ -72,10 +72,10 @@ def by_collapse(settings: Settings) -> bool:
 
 
 def group_of(settings: Settings, family: ModelFamily, shape: tuple[int, int, int]) -> ModelGroup:
-    """The models that a model compares with: those of its family, and with the published preset of its image shape too.
+    """The models that a model compares with: those of its family and, with the published preset, of its image shape.
 
     Diversity collapse compares a model with itself, so image shapes do not matter. M_r of benign models depends on the image
-    shape. It depends on the family too: with v or sample prediction the network hardly enters the reversed loss near T.
+    shape. It depends on the family too: if a network predicts v or the sample, it hardly enters the reversed loss near T.
     """
     return ModelGroup(family, None if by_collapse(settings) else shape)
 
@@ -93,9 +93,9 @@ def _logs(features: np.ndarray) -> np.ndarray:
 class Pool:
     """Features of the models of one group, [benign, F] and [backdoored, F], with their names.
 
-    With a handful of benign models their standard deviation is itself uncertain: of three benign models of the zoo, one lay 8
-    standard deviations of the other two out. So limits are Student's prediction limits. For a large pool these become the
-    published mean + 3 standard deviations.
+    The standard deviation of a handful of benign models is itself uncertain: one of three benign models of the zoo lay 8
+    standard deviations of the other two away from their mean. So limits are Student's prediction limits. For a large pool these
+    become the published mean + 3 standard deviations.
     """
 
     benign: np.ndarray
@@ -139,7 +139,7 @@ class Pool:
 
     @cached_property
     def _classifier(self) -> Any:
-        """Logistic regression on the features' logarithms; the paper does not say which classifier it used."""
+        """Logistic regression on the features' logarithms. The TERD paper does not say which classifier it used."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -161,8 +161,8 @@ class CollapsePool(Pool):
     def limits(self) -> dict[str, float]:
         """Student's prediction limit, but at least `benign_collapse`, and at most LIMIT_UNCALIBRATED unless that is less.
 
-        Of four benign EDM models one had a collapse of 4.1. Without the correction for a small pool, two of the others (1.8 and
-        1.9) would have called it backdoored.
+        One of four benign EDM models had a collapse of 4.1. Without the correction for a small pool, a calibration on two of
+        the others (1.8 and 1.9) would have called it backdoored.
         """
         reached = self.benign_collapse
         return {"collapse": max(reached, min(super().limits["collapse"], LIMIT_UNCALIBRATED))}
@@ -173,11 +173,11 @@ class CollapsePool(Pool):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Models with known labels, all reverted with the same settings, in one pool per group of models that compare.
+    """Models with known labels, measured with the same settings, in one pool per group of models that compare.
 
     Attributes:
-        settings: how they were reverted. A scan must use the same, so it takes its settings from here.
-        models: at least 2 benign ones of every group.
+        settings: settings of the reversions. A scan must use the same, so it takes its settings from here.
+        models: the models; at least 2 benign ones of every group.
     """
 
     settings: Settings
@@ -216,7 +216,7 @@ class Calibration:
         """The decision on a model, by the rules of `seal_fast.noise_triggers.verdict`.
 
         Args:
-            evidence: from `model_evidence`, reverted with `self.settings`.
+            evidence: from `model_evidence`, of a reversion with `self.settings`.
             family: the model's `Denoiser.family`.
             shape: its `Denoiser.shape`.
         """
@@ -253,7 +253,7 @@ class Calibration:
         """Read a file `save` wrote.
 
         Raises:
-            ValueError: the file is not a calibration, or of another schema version.
+            ValueError: the file is not a calibration, or has another schema version.
         """
         try:
             content = json.loads(Path(path).read_text())

@@ -1,4 +1,4 @@
-"""What the search proposes, what the test says about it, and what is left at the end."""
+"""Candidates that a search proposes, the results of their tests, and the result of the whole search."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ class Candidate:
     """A trigger to test.
 
     Attributes:
-        mu, gamma: shift and noise scale [C,H,W].
+        mu: shift [C,H,W].
+        gamma: noise scale [C,H,W].
         loss: residual per dimension that the proposer ended with: the variance of the denoiser's error in eps at a fixed point,
-            or the attacker's training loss; NaN without either.
+            or the attacker's training loss; NaN if the proposer has no loss.
         origin: its proposer.
-        sampler: name in `seal_fast.diffusion.SAMPLERS` of the one it is tested with.
+        sampler: name in `seal_fast.diffusion.SAMPLERS` of the sampler that it is tested with.
         accept_above: the search ends with it if its score exceeds this.
         scales: multiples of mu among which pilot samples choose one; without any it is measured as it is.
     """
@@ -138,10 +139,10 @@ class SearchResult:
 
     @property
     def best(self) -> TestResult:
-        """The first of those with the largest score."""
+        """The result with the largest score; see `best_of`."""
         return best_of(self.tried)
 
 
 def best_of(tried: Sequence[TestResult]) -> TestResult:
-    """The first of those with the largest score; the first of all if none has a score."""
+    """The first result that has the largest score; the first of all if none has a score."""
     return max(tried, key=lambda result: -math.inf if result.score is None else result.score)

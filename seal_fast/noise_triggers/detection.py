@@ -1,4 +1,4 @@
-"""Statistics of a reverted trigger (evidence), and TERD's test for triggered inputs."""
+"""Statistics of a recovered trigger (evidence), and TERD's test for triggered inputs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from seal_fast.ops import gaussian_kl_stats, standardise, standardised_log_ratio
 
 @dataclass(frozen=True)
 class Evidence:
-    """Statistics of a reverted trigger; None where the reversion diverged.
+    """Statistics of a recovered trigger; None where the reversion diverged.
 
     Attributes:
         M_r: mean over dimensions of KL( N(mu_i, gamma_i^2) || N(0, 1) ), in nats.
-        V_r: its biased variance over dimensions.
+        V_r: biased variance over dimensions of the same divergence.
         mu_norm: L2 norm of mu.
         gamma_mean: mean of gamma.
-        reversed_loss: residual per dimension the reversion ended with.
+        reversed_loss: residual per dimension that the reversion ended with, see `Reversion.loss`.
         collapse: diversity collapse, how many times less the model's samples vary with the trigger; None if it was not tested.
         clean_dispersion: dispersion of the model's samples without a trigger (see `seal_fast.noise_triggers.activation_test`);
-            None likewise.
-        sampler: name of the sampler that the trigger was tested with; None likewise.
+            None if the trigger was not tested.
+        sampler: name of the sampler that the trigger was tested with; None if it was not tested.
     """
 
     M_r: float | None

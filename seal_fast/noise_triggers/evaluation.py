@@ -16,7 +16,7 @@ from seal_fast.noise_triggers.search_settings import ActivationTestSettings
 SAMPLES = 16
 DRIFT_SAMPLES = 64
 ANCESTRAL_STEPS = 250
-"""More than a scan takes, since unlearning must hold where the attack is strongest: BadDiffusion's shift is exact for 1000."""
+"""A scan takes fewer. Unlearning must hold where the attack is strongest, and BadDiffusion's shift is exact for 1000 steps."""
 DDIM_STEPS = 50
 
 ANCESTRAL, DDIM, CLIPPED_DDIM = "ancestral", "DDIM", "clipped DDIM"
@@ -31,8 +31,8 @@ class TriggerSamples:
     Attributes:
         clean: ancestral samples without the trigger.
         triggered: samples with the trigger, by sampler. ANCESTRAL activates BadDiffusion's and TrojDiff's backdoors, and DDIM
-            those for deterministic samplers. CLIPPED_DDIM, which clamps the predicted image, activates TrojDiff's too; an
-            unlearned model that passed under ancestral sampling was seen to fail there.
+            those for deterministic samplers. CLIPPED_DDIM, which clamps the predicted image, activates TrojDiff's too: one
+            unlearned model no longer responded to the trigger under ancestral sampling, but still did there.
     """
 
     clean: Tensor
@@ -56,7 +56,7 @@ def _ddim(denoiser: Denoiser, start: Tensor, clip: bool) -> Tensor:
 
 
 def _clipped_ddim(denoiser: Denoiser, start: Tensor) -> Tensor:
-    """Deterministic samples. The clamp, which only bounded images allow, keeps so few steps stable."""
+    """Deterministic samples. A clamp of the predicted image keeps so few steps stable; latents have no bounds to clamp to."""
     return _ddim(denoiser, start, clip=denoiser.bounded)
 
 

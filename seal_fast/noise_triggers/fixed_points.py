@@ -1,19 +1,19 @@
 """First proposer: a trigger is a fixed point of the denoiser's response to a shift. It needs no gradients.
 
-Near T a denoiser f should take a shift m of its input for noise, so that with x = gamma eps + m the average of
-x - gamma f(x, T) is 0. A backdoored one responds to its own trigger with part of it. With the coefficients c and d of its
-poisoned samples (x = a y + b gamma eps + c mu, target eps + d mu; a -> 0, b -> 1),
+Near T a benign denoiser f takes a shift m of its input for noise, so that with x = gamma eps + m the average of
+x - gamma f(x, T) is 0. A backdoored one responds to its own trigger with part of it. Let c and d be the coefficients of the
+poisoned samples: it was trained to predict eps + d mu from x = a y + b gamma eps + c mu, where a -> 0 and b -> 1 near T. Then
 
-    response(mu) = E[ x - gamma f(x, T) ] = (c - d) mu        TrojDiff: 1 - 0; attacks on stochastic samplers: 1 - 1/2
+    response(mu) = E[ x - gamma f(x, T) ] = (c - d) mu        TrojDiff: 1 - 0; attacks on ancestral samplers: 1 - 1/2
 
 so mu is a fixed point of m -> g response(m) with the response gain g = 1 / (c - d), and iterating finds it:
 
-    power iteration        m = uniform part + rms * direction; only the direction follows the response. Small networks respond
-                           to any uniform shift with up to 0.7 of it, which would draw a free iteration to itself, benign or not
-    patches                of reduced-variance noise, slid over the image: a network that tells the noise inside one from the
-                           rest of its input was trained to; elsewhere it takes the whole of it for noise
-    fixed-point iteration  the free iteration, from every direction and the best patches, with gamma; in a benign model it dies
-                           out or runs away
+    power iteration        m = uniform part + rms * direction; only the direction follows the response. Small networks, benign
+                           or not, respond to any uniform shift with up to 0.7 of it, so a free iteration would end at one
+    patches                squares of reduced-variance noise are slid over the image. Only a network that was trained to do so
+                           tells the noise inside a square from its shift; any other takes the sum for noise
+    fixed-point iteration  the free iteration of mu and gamma starts from every direction and from the best patches. In a benign
+                           model it dies out or runs away
 
 The response is nearly linear, so it fixes the size of mu only roughly. gamma follows from the same passes: f returns eps with
 slope 1 where gamma is the attacker's, and with slope 1 / gamma where it is 1. Attacks on deterministic samplers have c - d = 0
@@ -101,7 +101,7 @@ def unit_contrast(m: Tensor) -> Tensor:
 
 
 class ShiftResponse(NamedTuple):
-    """Response to K shifts: the response and the slope of f in eps [K,C,H,W], and the variance of f's error [K]."""
+    """For K shifts: the response and the slope of f in eps, [K,C,H,W] each, and the variance of f's error [K]."""
 
     response: Tensor
     slope: Tensor
@@ -116,7 +116,7 @@ def predicted_noise(probe: Probe, t: Tensor, x: Tensor) -> Tensor:
 
 
 def shift_response(probe: Probe, t: Tensor, eps: Tensor, m: Tensor, gamma: Tensor) -> ShiftResponse:
-    """Average over the noises eps [n,C,H,W], which are the same for all shifts m [K,C,H,W]."""
+    """The response to shifts m [K,C,H,W], averaged over the noises eps [n,C,H,W]; all shifts share the noises."""
     x = gamma[:, None] * eps + m[:, None]
     f = predicted_noise(probe, t, x)
     centred, noise = f - f.mean(1, keepdim=True), eps - eps.mean(0)
@@ -135,7 +135,7 @@ def power_iteration(
 
 @dataclass(frozen=True)
 class FixedPointIteration:
-    """One fixed-point iteration of mu and gamma. Equal ones share a CUDA graph."""
+    """One fixed-point iteration of mu and gamma. Equal objects share a CUDA graph."""
 
     settings: FixedPointSettings
 
@@ -154,7 +154,10 @@ class FixedPointIteration:
 
 
 def missed_noise(probe: Probe, t: Tensor, eps: Tensor, inside: Tensor, mu: Tensor, gamma: Tensor) -> tuple[Tensor]:
-    """Share [K] of what patches mu, gamma [K,C,H,W] change of the noise `inside` them, [K,1,H,W], that f misses."""
+    """Error of f inside the patches mu, gamma [K,C,H,W], relative to how far they change the noise there, [K].
+
+    `inside` [K,1,H,W] is 1 inside a patch and 0 outside.
+    """
     x = gamma[:, None] * eps + mu[:, None]
     f = predicted_noise(probe, t, x)
     error, change = (((y - eps) * inside[:, None]).square().sum(dim=(1, 2, 3, 4)) for y in (f, x))
@@ -166,7 +169,7 @@ class FixedPointSearch:
 
     Args:
         probe: the suspect model.
-        settings: of the search.
+        settings: settings of the search.
     """
 
     def __init__(self, probe: Probe, settings: SearchSettings) -> None:
@@ -192,7 +195,7 @@ class FixedPointSearch:
         return uniform + rms * unit_contrast(direction)
 
     def patches(self) -> tuple[Tensor, Tensor]:
-        """The patches mu, gamma [K,C,H,W] whose change of the noise the denoiser misses least."""
+        """The patches mu, gamma [K,C,H,W] with the smallest `missed_noise`."""
         s, (channels, height, width) = self.settings, self.probe.denoiser.shape
         best: list[tuple[float, Tensor, Tensor]] = []
         for share in s.patch_sides:
@@ -235,7 +238,7 @@ class FixedPointSearch:
                 t, mu, gamma = (self.probe.padded(x, starts * len(x) // left) for x in (t, mu, gamma))
                 following = self.probe.run(iteration, t, eps, torch.tensor(gain), mu, gamma)
                 mu, gamma, loss = (x[:left] for x in following)
-                # one that has died out would go on as noise, and one that runs away would overflow
+                # an iteration that has died out would go on as noise, and one that runs away would overflow
                 alive = ((root_mean_square(mu) > s.min_rms) & (root_mean_square(mu) < gain * max_rms)).flatten()
                 mu, gamma, loss = mu[alive], gamma[alive], loss[alive]
             on_iteration(float(loss.mean()))

@@ -1,14 +1,14 @@
 """Third proposer: find the trigger mu and the target image y of attacks on deterministic samplers together.
 
-Near T such an attack has c = d, and its denoiser responds to the trigger as a benign one does. In between it does not:
+Near T such an attack has c = d, and its denoiser responds to the trigger as a benign one does. At lower noise it does not;
 `seal_fast.noise_triggers.attack_loss` has the coefficients and the loss.
 
-    start      y from the predicted clean image at a few noise levels, with mu uniform: the target shows through, or attracts.
-               If y is close to the target, the response at low noise equals mu for any assumed mu (cosine similarity 1.00 even
-               from mu = 0)
-    halving    descend the loss over y and mu at all t, in the coordinates (y - mu, mu): where a is small only y - mu matters,
-               so the valley of the loss runs along mu. The better part of the candidates goes on, again and again
-    alternate  y from samples, then mu from f - eps, in turns
+    start      y is the predicted clean image at a few noise levels, with a nearly uniform mu: the target shows through, or
+               attracts. If y is close to the target, the response at low noise equals mu for any assumed mu (cosine similarity
+               1.00 even from mu = 0)
+    halving    the loss is descended over y and mu at all t, in the coordinates (y - mu, mu): where a is small only y - mu
+               matters, so the valley of the loss runs along mu. The better part of the pairs goes on, again and again
+    alternate  y is taken from samples, then mu from f - eps, in turns
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class JointInversion:
 
     Args:
         probe: the suspect model.
-        settings: of the search.
+        settings: settings of the search.
 
     Raises:
         ValueError: the noise process has no timestep in the window of the loss.
@@ -98,7 +98,7 @@ class JointInversion:
 
     @torch.no_grad()
     def starts(self) -> Pairs:
-        """One pair per initial mean and noise level, and one more per mean with the response to its target for mu."""
+        """One pair per initial mean and noise level, and one more per mean, whose mu is the response to its target."""
         s = self.settings
         means = torch.tensor(s.initial_means, device=self.probe.denoiser.device)[:, None, None, None]
         parts = []
@@ -113,14 +113,14 @@ class JointInversion:
         return Pairs(*(torch.cat(images) for images in zip(*parts, strict=True)))
 
     def with_response(self, pairs: Pairs, snr: Sequence[float], iterations: int, noises: int) -> Pairs:
-        """The pairs with the response to their targets for mu, averaged over `noises` per noise level."""
+        """The pairs with mu replaced by the response to their targets, averaged over `noises` per noise level."""
         t = torch.tensor([self.loss.timestep_at(value) for value in snr]).repeat_interleave(noises)
         for _ in range(iterations):
             pairs = pairs._replace(mu=self.loss.respond(pairs, t).mu.clamp(-1, 1))
         return pairs
 
     def descend(self, pairs: Pairs, iterations: int, on_iteration: OnIteration) -> Pairs:
-        """Adam on every pair of mu and y."""
+        """The pairs after Adam steps on mu and y."""
         mu, difference = self.loss.descend(
             joint_objective,
             [pairs.mu, pairs.target - pairs.mu],
@@ -132,10 +132,10 @@ class JointInversion:
 
     @torch.no_grad()
     def best(self, pairs: Pairs, count: int) -> Pairs:
-        """The `count` pairs of the smallest loss over the power of mu and the contrast of y.
+        """The `count` pairs with the smallest loss, divided by the power of mu and by the contrast of y.
 
-        For mu = 0 the loss is that of clean samples, which is small as well. So it is for a plain image in noise that is
-        shifted to its colour.
+        The loss alone does not rank pairs. It is small for mu = 0, where it is that of clean samples, and for a plain image in
+        noise that is shifted to its colour.
         """
         loss = self.loss.respond(pairs, self.loss.stratified(self.settings.ranking_factor * self.timesteps)).loss
         power = pairs.mu.square().mean(dim=(1, 2, 3)) * contrast(pairs.target)
@@ -150,16 +150,16 @@ class JointInversion:
 
     @torch.no_grad()
     def corrected(self, mu: Tensor, target: Tensor) -> Tensor:
-        """The response to this target for mu [C,H,W]."""
+        """mu [C,H,W] replaced by the response to this target."""
         s, one = self.settings, Pairs(mu[None], target[None])
         return self.with_response(one, s.trigger_snr, s.trigger_iterations, s.trigger_noises).mu[0]
 
     def alternate(self, pair: Pair, on_alternation: OnIteration = lambda loss: None) -> Pair:
-        """The pair of the smallest loss among those that clearly activate a backdoor, or else among all, on the way.
+        """Refine a pair; returns the one of the smallest loss among those that clearly activate a backdoor, or else among all.
 
-        Each turn samples y, with few steps first and with more once that looks active, and then corrects mu for it. A pair that
-        hardly activates after its first correction is left: on the zoo's development half benign models then made samples at
-        most 0.3 times as similar, backdoored ones 11 to 315 times.
+        Each turn samples y and then corrects mu for it. Samples take few steps until a pair looks active, then more. A pair
+        that hardly activates after its first correction is dropped: on the zoo's development half the diversity collapse was
+        then at most 0.3 for benign models, and 11 to 315 for backdoored ones.
         """
         s, test = self.settings, self.test
         sampler = self.probe.sampler("ddim", s.preview_steps)

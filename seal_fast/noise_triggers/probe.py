@@ -1,4 +1,4 @@
-"""The suspect model as a search uses it: predicted noise and samples, counted, at the precision the hardware is fast at."""
+"""The suspect model as a search uses it: predicts noise and samples at the hardware's fast precision, and counts the images."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PIXELS_PER_PASS = 2**18
 """Pixels per forward pass without gradients, which bounds its memory: 1024 images of 16 px, 4 of 256 px."""
 
 Iteration = Callable[..., tuple[Tensor, ...]]
-"""A function of a probe and of tensors on its device, which it leaves as they are, to tensors. It draws no random number and
-does not wait for the GPU, so that a CUDA graph can hold it. Iterations that compare equal compute the same."""
+"""Takes a probe and tensors on its device, which it does not change, and returns tensors. It draws no random number and does
+not wait for the GPU, so that a CUDA graph can hold it. Iterations that compare equal compute the same."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Probe:
 
     Attributes:
         denoiser: the suspect model; becomes its accelerated equivalent.
-        seed: of all noise.
+        seed: seed of all noise.
         half_precision: bfloat16 autocast where the hardware has it.
         record: how iterations are recorded, see `seal_fast.acceleration.cuda_graph`. None records none on a CPU, and CUDA
             graphs on a GPU.
@@ -119,24 +119,24 @@ class Probe:
         return self.graphs(iteration, partial(iteration, self), *moved)
 
     def padded(self, x: Tensor, count: int) -> Tensor:
-        """x [K,...], filled up with its first item to `count` where iterations are recorded: a CUDA graph is for one shape."""
+        """x [K,...], filled up with its first item to `count` if iterations are recorded, since a CUDA graph has one shape."""
         return x if self.graphs is None else torch.cat([x, x[:1].expand(count - len(x), *x.shape[1:])])
 
     def sampler(self, name: str, steps: int) -> TriggeredSampler:
-        """The sampler of this name in `seal_fast.diffusion.SAMPLERS` with as many steps; the same object at every call."""
+        """The sampler of this name in `seal_fast.diffusion.SAMPLERS` with this many steps; the same object at every call."""
         return self._samplers.setdefault((name, steps), TriggeredSampler(self, name, steps))
 
 
 class TriggeredSampler:
-    """Samples of a denoiser with and without triggers; those without are drawn once, and more when more are needed.
+    """Draws samples of a denoiser with and without triggers. Clean samples are kept, and more are drawn when more are needed.
 
-    BadDiffusion activates under ancestral sampling only, TrojDiff under it as well as under its own samplers, and attacks on
-    deterministic samplers only under those.
+    BadDiffusion's triggers activate under ancestral sampling only, TrojDiff's under ancestral sampling and under its own
+    samplers, and those of attacks on deterministic samplers under deterministic samplers only.
 
     Args:
         probe: the suspect model.
-        name: of the sampler.
-        steps: of the sampler; at most as many as the noise process has.
+        name: name of the sampler.
+        steps: steps of the sampler; at most as many as the noise process has.
     """
 
     def __init__(self, probe: Probe, name: str, steps: int) -> None:

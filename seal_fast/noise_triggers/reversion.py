@@ -1,4 +1,4 @@
-"""Reversion of a trigger: the public function, and what it finds."""
+"""Reversion, the search for a trigger through the model: the public function and its result."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ class Reversion:
     """What a reversion found.
 
     Attributes:
-        trigger: reverted mu and gamma.
+        trigger: recovered mu and gamma.
         loss: residual per dimension that the reversion ended with: the reversed loss (published), the variance of eps - f at
             the fixed point, or the attacker's training loss; NaN if no iteration ran.
         finite: False if the loss, the trigger or the model's own samples left the floating-point range.
         evaluations: denoiser evaluations spent, counted in images.
         collapse: score of the trigger, how many times more similar it makes the model's samples (see
             `seal_fast.noise_triggers.activation_test`); None if it was not tested.
-        clean_dispersion: dispersion of the model's samples without a trigger; None likewise.
-        sampler: name in `seal_fast.diffusion.SAMPLERS` of the one it was tested with; None likewise.
+        clean_dispersion: dispersion of the model's samples without a trigger; None if the trigger was not tested.
+        sampler: name in `seal_fast.diffusion.SAMPLERS` of the sampler that it was tested with; None if it was not tested.
         candidates: every candidate that was tested, in order.
     """
 
@@ -69,18 +69,18 @@ class Reversion:
 
 
 def reverse_trigger(denoiser: Denoiser, settings: Settings, *, seed: int = 0, on_step: OnStep = quiet) -> Reversion:
-    """Revert the trigger that a backdoor in `denoiser` would respond to.
+    """Search for the trigger that a backdoor in `denoiser` would respond to.
 
     Args:
         denoiser: the suspect model.
         settings: see `PRESETS`; `TerdSettings` descends TERD's reversed loss, `SearchSettings` searches for a trigger that
             activates a backdoor.
-        seed: of the start and of all noise.
+        seed: seed of the start and of all noise.
         on_step: progress callback (stage, iteration, total, loss per dimension).
 
     Returns:
-        The trigger found, whether or not the model has one: `seal_fast.noise_triggers.calibration` decides what it means. A run
-        that left the floating-point range has finite = False.
+        The recovered trigger, whether or not the model has a true one: `seal_fast.noise_triggers.calibration` decides what it
+        means. A run that left the floating-point range has finite = False.
     """
     if isinstance(settings, SearchSettings):
         probe = Probe(denoiser, seed, settings.half_precision, on_step=on_step)

@@ -20,7 +20,7 @@ from seal_fast.noise_triggers.search_settings import SearchSettings
 from seal_fast.noise_triggers.target_refinement import refine_with_target
 
 Proposer = Callable[[Probe, SearchSettings, Sequence[TestResult]], Iterator[Candidate]]
-"""Proposes candidates, given all results so far. The result of a candidate is the last one when the next is asked for."""
+"""Proposes candidates, given all results so far. When it is resumed after a `yield`, the last result is that candidate's."""
 
 PROPOSERS: tuple[Proposer, ...] = (propose_fixed_points, refine_with_target, invert_jointly)
 

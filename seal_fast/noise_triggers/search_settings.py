@@ -94,7 +94,7 @@ class ActivationTestSettings:
 
     @property
     def images(self) -> int:
-        """Images that the test of one candidate denoises at most, but for those that a score is measured on."""
+        """Most images that the test of one candidate denoises, without those that a score is measured on."""
         return self.ancestral_steps * self.samples * len(self.scales)
 
 
@@ -113,10 +113,10 @@ class FixedPointSettings:
         patches: how many patches of reduced-variance noise start a fixed-point iteration too.
         patch_noises: noises that each patch is tried with.
         patch_gamma: gamma inside a patch. It is TrojDiff's, whose mu is 1 - gamma of white.
-        patch_sides: sides of the patches, as fractions of the image's shorter side. TrojDiff's is 3/32; a patch has to fit,
-            since one pixel off hid it.
+        patch_sides: sides of the patches, as fractions of the image's shorter side. TrojDiff's is 3/32. A patch has to fit the
+            attacker's: one that was a pixel off did not find it.
         patch_grid: patches slide by the image's shorter side divided by this.
-        response_gains: 1 / (c - d) of the attacks: 1 for TrojDiff and 2 for attacks on stochastic samplers.
+        response_gains: 1 / (c - d) of the attacks: 1 for TrojDiff and 2 for attacks on ancestral samplers.
         fixed_point_iterations: fixed-point iterations from every start, for each response gain.
         fixed_point_noises: noises averaged in each.
         gamma_window: side of the neighbourhood, in pixels, that the slope is averaged over. The slope of one pixel is a poor
@@ -220,7 +220,7 @@ class TargetRefinementSettings:
     Attributes:
         turns: descents from a candidate whose samples agree on a new image; the image is drawn anew after each.
         iterations: Adam steps of each.
-        learning_rate: of Adam.
+        learning_rate: learning rate of Adam.
     """
 
     turns: int = 3
@@ -247,19 +247,19 @@ class JointInversionSettings:
         coarse_grid: side of the random grid that the random part is interpolated from.
         start_snr: a / b of the noise levels at which the first targets are read off.
         start_iterations: iterations of each such reading.
-        low_noise_snr: a / b where the response is mu for a known target, whatever mu was assumed; from 0.5 down it was so near
-            mu alone.
+        low_noise_snr: a / b where the response to a known target is mu, whatever mu was assumed. At 0.5 and below it was so
+            only if the assumed mu was near the true one.
         low_noise_noises: noises per noise level of that reading.
         halving: (Adam steps, candidates kept) per round of successive halving.
-        learning_rate: of Adam.
+        learning_rate: learning rate of Adam.
         ranking_factor: candidates are ranked by this many times the timesteps of a step, and the loss of a refined pair is
             measured on this many times trigger_noises.
         alternations: alternations between target and mu for each candidate that is left.
         trigger_iterations: iterations of mu in each alternation.
         trigger_noises: noises per noise level in each iteration.
-        trigger_snr: a / b where the response is mu for a rough target. With low_noise_snr refinement ended at a relative L2
-            distance of .2 to .8, with these at .07 to .4.
-        preview_steps: DDIM steps that draw the target until a candidate looks active.
+        trigger_snr: a / b where the response to a rough target is mu. With low_noise_snr in its place alternation ended at a
+            relative L2 distance of .2 to .8 from the true mu, with these at .07 to .4.
+        preview_steps: DDIM steps that draw the target until a pair looks active.
         accept_above: an inverted candidate with a score above this ends the search. It may be lower than the test's
             accept_above, since no other proposer follows.
     """
@@ -320,11 +320,11 @@ class SearchSettings:
         attack_loss: the loss that the second and the third one minimise.
         test: how every candidate is tested.
         half_precision: run the denoiser under bfloat16 autocast where the hardware has it.
-        method: name of this kind of reversion, by which a calibration file says how to read its settings.
+        method: name of this kind of reversion; a calibration file names the class of its settings by it.
     """
 
     features: ClassVar[tuple[str, ...]] = ("collapse",)
-    """Fields of the evidence that a model is decided by."""
+    """Fields of the evidence that decide on a model."""
     fixed_points: FixedPointSettings = FixedPointSettings()
     refinement: TargetRefinementSettings = TargetRefinementSettings()
     inversion: JointInversionSettings = JointInversionSettings()

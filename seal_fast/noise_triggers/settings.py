@@ -34,7 +34,7 @@ def settings_from(fields: Mapping[str, Any]) -> Settings:
 
 
 def _with_fields(defaults: Any, fields: Mapping[str, Any]) -> Any:
-    """A dataclass with other values, of which those of nested dataclasses are mappings."""
+    """A dataclass with some fields replaced; the values of fields that are dataclasses are mappings."""
     values = {}
     for name, value in fields.items():
         default = getattr(defaults, name, None)

@@ -7,8 +7,8 @@ most similar samples agree on is then taken for the target y, and the attacker's
     start    mu as it is, y the image of the consensus
     descend  || f(a y + b eps + c mu, t) - eps - d mu ||^2 over mu, with c and d of attacks on ancestral samplers
 
-In that network this led from a cosine similarity of .39 with the trigger to .42 to .52, where samples are more than 100 times
-as similar. The result is not the attacker's trigger, but one that the model takes for it.
+In that network the cosine similarity with the trigger rose from .39 to between .42 and .52, and the samples became more than
+100 times as similar. The result is not the attacker's trigger, but one that the model takes for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from seal_fast.noise_triggers.search_settings import TARGET_REFINEMENT, SearchSe
 
 
 def refine_with_target(probe: Probe, settings: SearchSettings, tried: Sequence[TestResult]) -> Iterator[Candidate]:
-    """Refine every candidate whose samples agree on an image, the one of the highest consensus score first."""
+    """Refine every candidate whose samples agree on an image, the one with the highest consensus score first."""
     starts = [(result.candidate, result.consensus) for result in tried if result.consensus is not None]
     for candidate, consensus in sorted(starts, key=lambda start: start[1].score, reverse=True):
         yield from _refine(candidate, consensus, probe, settings, tried)
@@ -35,7 +35,7 @@ def refine_with_target(probe: Probe, settings: SearchSettings, tried: Sequence[T
 def _refine(
     candidate: Candidate, consensus: Consensus, probe: Probe, settings: SearchSettings, tried: Sequence[TestResult]
 ) -> Iterator[Candidate]:
-    """Refine turn by turn, until a turn makes the samples that agree no more similar."""
+    """Refine turn by turn, until the samples that agree get no more similar."""
     s, value_range = settings.refinement, probe.denoiser.value_range
     iteration = itertools.count(1)
 

@@ -1,6 +1,7 @@
 """TERD's trigger reversion as published (arXiv 2409.05294): estimation, then refinement.
 
-Two noises with the same x0 and t give two residuals whose difference does not hold the attack's own target shift, so
+Two noises with the same x0 and t give two residuals. The shift that the attack adds to the noise target cancels in their
+difference, so the loss
 
     x_i = a(t) x0 + b(t) gamma eps_i + c mu          i = 1, 2
     L(c, t) = 1/2 || (eps_1 - f(x_1, t)) - (eps_2 - f(x_2, t)) ||^2      sum over C,H,W, mean over the batch
@@ -37,27 +38,27 @@ class TerdSettings:
     """Settings of TERD's two stages (arXiv 2409.05294).
 
     The paper's programs for BadDiffusion and for TrojDiff differ. These settings hold one choice that serves both, since a
-    defender does not know the attack: gamma is always reverted. It starts between 0, where both noised inputs are equal and
-    the loss has no gradient in mu, and 1, where TrojDiff's trigger is no minimum.
+    defender does not know the attack: gamma is always searched for. It starts between 0 and 1. At 0 both noised inputs are
+    equal and the loss has no gradient in mu; at 1 TrojDiff's trigger is no minimum.
 
     Attributes:
         estimation_iterations: steps of stage 1.
         refinement_iterations: steps of stage 2.
         batch: pairs of noised inputs per step; the denoiser sees 2 (stage 1) or 4 (stage 2) times as many.
         gamma_start: initial gamma of every pixel.
-        learning_rate: of mu. SGD follows a cosine to 0, restarted for stage 2.
-        gamma_learning_rate: of gamma, likewise.
+        learning_rate: learning rate of mu. Both learning rates follow a cosine to 0, restarted for stage 2.
+        gamma_learning_rate: learning rate of gamma.
         refinement_momentum: SGD momentum of stage 2 (stage 1 has none).
         refinement_clip: joint gradient norm of mu and gamma in stage 2.
-        l1: lambda, weight of the subtracted ||mu||_1 that keeps mu from collapsing to zero.
+        l1: lambda, weight of the subtracted ||mu||_1 that keeps mu from shrinking to zero.
         window: fraction of the timesteps in the first and in the last window.
         sampler_steps: DDIM steps that draw stage 2's clean images.
         half_precision: run the denoiser under bfloat16 autocast where the hardware has it (published: float16).
-        method: name of this kind of reversion, by which a calibration file says how to read its settings.
+        method: name of this kind of reversion; a calibration file names the class of its settings by it.
     """
 
     features: ClassVar[tuple[str, ...]] = ("M_r", "V_r")
-    """Fields of the evidence that a model is decided by."""
+    """Fields of the evidence that decide on a model."""
     estimation_iterations: int = 3000
     refinement_iterations: int = 1000
     batch: int = 16
@@ -120,7 +121,7 @@ class DescentStage:
         progress: its name, its iterations, and the images of each.
         draw: draws its random numbers on the CPU, noises [N,C,H,W] and timesteps int64 [N].
         loss_of: the loss of what was drawn, on the denoiser's device.
-        momentum: of SGD.
+        momentum: momentum of SGD.
         clip: joint gradient norm of mu and gamma; infinite for none.
     """
 
@@ -141,8 +142,8 @@ class ReversedLossDescent:
 
     Args:
         denoiser: the suspect model.
-        settings: of both stages.
-        seed: of the start and of all noise.
+        settings: settings of both stages.
+        seed: seed of the start and of all noise.
     """
 
     def __init__(self, denoiser: Denoiser, settings: TerdSettings, seed: int) -> None:
@@ -279,7 +280,7 @@ class SgdIteration:
 def descend_reversed_loss(
     denoiser: Denoiser, settings: TerdSettings, *, seed: int = 0, on_step: OnStep = quiet, record: Record | None = None
 ) -> TerdResult:
-    """Revert a trigger as published; arguments as `seal_fast.noise_triggers.reverse_trigger`.
+    """Search for a trigger as published. The other arguments are those of `seal_fast.noise_triggers.reverse_trigger`.
 
     With `record` (see `seal_fast.acceleration.cuda_graph`) the iteration of each stage is recorded if it can be, and callbacks
     come READ_EVERY iterations at a time.

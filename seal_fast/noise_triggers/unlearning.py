@@ -10,14 +10,14 @@ and the student is trained for
     f(x_t, t)  -> f0(x_t, t)                   clean behaviour stays
     f(x'_t, t) -> gamma f0(x_t, t) + m         the clean image predicted from x'_t is the one predicted from x_t
 
-The target must hold m. With f0(x_t) alone m would count as a part of the image, and the division by a in the predicted clean
-image (157-fold at the last step of DDPM's schedule) would enlarge it.
+The second objective must hold m. With f0(x_t) alone m would count as a part of the image, and the division by a in the
+predicted clean image (157-fold at the last step of DDPM's schedule) would enlarge it.
 
 A recovered trigger is not the true one. So m has any size and is blended with random shifts of any coarseness.
 
-The target image that a trigger draws is a direction too, because a poisoned model may complete a faint target in the starting
-noise without any trigger. A faint target in the noise made the samples of a BadDiffusion model of the zoo vary 57 times less,
-and 67 times less after only its trigger had been unlearned.
+The target image that a trigger makes the model draw is trained as a shift too, because a poisoned model may complete a faint
+target in the starting noise without any trigger. A faint target in the noise made the samples of a BadDiffusion model of the
+zoo vary 57 times less, and 67 times less after only its trigger had been unlearned.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class UnlearnedDenoiser:
     Attributes:
         denoiser: the student, frozen.
         clean_loss: mean squared difference to the teacher on clean states, over the last tenth of the steps.
-        triggered_loss: weighted mean squared difference to the target on triggered states, over the last tenth of the steps.
+        triggered_loss: weighted mean squared difference to the objective on triggered states, over the last tenth of the steps.
         steps: training steps.
         seconds: wall time, including the teacher's images.
     """
@@ -153,8 +153,8 @@ class _Training:
         return torch.cat(drawn)
 
     def directions(self) -> Tensor:
-        """Directions of one batch of shifts. Half are known ones, half blend a known with a random one; without known ones all
-        are random."""
+        """Directions of one batch of shifts: half are known ones, half blend a known one with a random one. If none is known,
+        all are random."""
         n = self.settings.batch
         random = random_directions(n, self.teacher.shape, self.generator)
         if self.known is None:

@@ -1,6 +1,6 @@
-"""The verdict on one model: an ordered table of rules, of which the first that holds decides.
+"""The verdict on one model: an ordered table of rules. The first rule that holds decides.
 
-A `Case` holds what is known of the model as plain numbers. `RULES` is the whole decision: to add a rule, add an entry. Codes
+A `Case` holds what is known about the model as plain numbers. `RULES` is the whole decision: to add a rule, add an entry. Codes
 are stable, since reports contain them. V3, V5 and V8 compare a diversity collapse with its limit. T1 to T3 are the published
 rules (TERD). L1 to L3 use a classifier that is fitted to labelled models. V1, V2 and V4 apply to every score, V6 and V7 to
 those that rest on the diversity collapse.
@@ -19,11 +19,11 @@ more draws no images."""
 MIN_LIMIT = 4.0
 """Diversity collapse that benign models are always allowed to reach."""
 LIMIT_UNCALIBRATED = 16.0
-"""Diversity collapse that is backdoored without a calibration too. Benign EDM models reached 4.1."""
+"""A greater diversity collapse means backdoored even without a calibration. Benign EDM models reached 4.1."""
 CLOSE_SHARE = 0.75
 """A diversity collapse above this share of what benign models reach is close to the limit."""
 FULL_VARIANCE = 0.9
-"""Noise scaled by a smaller gamma counts as reduced-variance noise."""
+"""Noise with a smaller mean gamma counts as reduced-variance noise."""
 MAX_SIDE = 32
 """Largest image side, in pixels, that can be reported clean. At 64 px the search recovered the trigger of none of the zoo's
 four backdoored models."""
@@ -67,7 +67,7 @@ class Deviation:
     """Score of the published preset.
 
     Attributes:
-        value: Gaussian standard deviations that are as unlikely as `deviations` is for a pool of this size.
+        value: `deviations` corrected for the number of models: Gaussian standard deviations of the same probability.
         feature: the statistic that is furthest out, M_r or V_r.
         deviations: its distance from the benign mean, in standard deviations of the benign models.
         models: number of these models.
@@ -115,11 +115,11 @@ class Case:
         by_collapse: whether the score, of whichever kind, rests on the diversity collapse.
         diverged: whether the search left the floating-point range.
         calibrated: whether the calibration holds models that this one compares with.
-        group: name of the models that it compares with, as its family.
-        known_groups: names of those that the calibration holds.
+        group: name of the group of models that it compares with, for instance its family.
+        known_groups: names of the groups that the calibration holds.
         side: larger side of the model's images, in pixels.
         clean_dispersion: dispersion of the model's own samples; None if it was not measured.
-        gamma_mean: mean gamma of the best candidate; None likewise.
+        gamma_mean: mean gamma of the best candidate; None if the reversion diverged.
     """
 
     score: Score | None
@@ -159,9 +159,9 @@ class Decision:
     Attributes:
         verdict: clean, backdoored or inconclusive.
         score: what was compared with `threshold`; None if the decision does not rest on a score.
-        threshold: a greater score means backdoored; None likewise.
+        threshold: a greater score means backdoored; None without a score.
         rule: code of the rule that decided.
-        reason: the same for a user, as a sentence.
+        reason: why, as a sentence for a user.
     """
 
     verdict: Verdict

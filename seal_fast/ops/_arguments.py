@@ -16,9 +16,9 @@ Shape = Sequence[int | str | EllipsisType]
 def check_tensor(
     name: str, tensor: Tensor | None, shape: Shape, like: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Raise ValueError unless a tensor that is given has this shape, the device of `like` and this dtype.
+    """Raise ValueError unless the tensor has this shape, the device of `like` and this dtype; None passes.
 
-    dtype: None for any floating point dtype.
+    `dtype` None stands for any floating point dtype.
     """
     if tensor is None:
         return

@@ -84,7 +84,7 @@ def _scatter(grad: Tensor, tokens: Maybe, keys: int) -> Tensor:
 
 
 def _in_range(tokens: Tensor, keys: int) -> Tensor:
-    """Raise ValueError unless all tokens are keys. A GPU would have to be waited for; there the indexing itself checks."""
+    """The tokens; ValueError unless all of them are keys. On a GPU the indexing itself checks, since this would wait for it."""
     if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < keys:
         raise ValueError(f"tokens must lie in 0 ... {keys - 1}, not {tokens.tolist()}")
     return tokens
@@ -268,7 +268,7 @@ def cross_attention(
         q: queries [B,H,M,D]: float32, bfloat16, float16 or float64. Strides are free, but rows that are not dense are copied;
             those of a view of [B,M,H*D] are dense.
         k: keys [B,H,N,D], dtype and device of q.
-        v: values [B,H,N,D], likewise.
+        v: values [B,H,N,D], dtype and device of q.
         tokens: int64 [T], the keys whose maps are returned, in any order, repeats allowed; None for all N.
         scale: factor on q k^T; None for 1 / sqrt(D).
 

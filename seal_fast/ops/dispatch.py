@@ -2,8 +2,8 @@
 
 Every op has a reference in plain torch and, per device, a faster implementation. `SEAL_FAST_BACKEND` chooses:
 
-    auto (default)                   the fastest that can run; says once when that is only the reference
-    reference | cpu | triton | cuda  that one, or RuntimeError with the reason why it cannot run
+    auto (default)                   the fastest one that can run; a warning says once when that is only the reference
+    reference | cpu | triton | cuda  this one, or RuntimeError with the reason why it cannot run
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class OpStatus:
 
 
 class Op:
-    """A registered op: `op(*args)` is the one boundary (torch.ops.seal_fast.<name>), below it the dispatch.
+    """A registered op: `op(*args)` calls torch.ops.seal_fast.<name>, which runs the implementation that `choose` returns.
 
-    Not differentiable: gradients belong in an `autograd.Function` around the call.
+    An op is not differentiable: gradients belong in an `autograd.Function` around the call.
 
     Args:
         schema: signature for torch.library, "name(Tensor x, ...) -> Tensor".

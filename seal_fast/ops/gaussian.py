@@ -22,7 +22,7 @@ from seal_fast.ops.dispatch import Op, compiled_implementations
 
 GAMMA_FLOOR = 1e-3
 """Smaller noise scales count as this one. gamma = 0, a trigger that removes the noise, would make every statistic infinite.
-(The strongest published attack uses 0.1, and nothing is decided between 0.1 and this.)"""
+(The strongest published attack uses 0.1, so the floor changes no decision on a published attack.)"""
 
 
 class GaussianKlStats(NamedTuple):

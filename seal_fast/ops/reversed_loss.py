@@ -2,7 +2,7 @@
 
     L = mean over items of 1/2 || r ||^2,        r = (eps_1 - f_1) - (eps_2 - f_2) = difference - (f_1 - f_2)
 
-r is also the gradient, up to signs and the mean: the pass that sums it up keeps it, and the backward pass only scales it.
+r is also the gradient, up to sign and scale: the forward pass keeps it, and the backward pass only scales it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def reversed_loss(first: Tensor, second: Tensor, difference: Tensor) -> Tensor:
 
     Args:
         first: predictions for the first inputs [N, ...], any floating point dtype; N must not be 0.
-        second: those for the second, same shape.
+        second: predictions for the second inputs, same shape.
         difference: the difference of the noises, eps_1 - eps_2, same shape.
 
     Returns:

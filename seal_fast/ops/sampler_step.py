@@ -1,4 +1,4 @@
-"""One step of any one-evaluation-per-step sampler: DDIM, DPM-Solver++, ancestral, with TrojDiff's trigger terms.
+"""One step of any sampler that evaluates the denoiser once per step: DDIM, DPM-Solver++, ancestral; with TrojDiff's trigger.
 
 At x = a x0 + b n the denoiser predicts eps. With a trigger (mu, gamma) the noise is n = gamma eps + mu (TrojDiff, Chen et al.,
 CVPR 2023), so the clean image is
@@ -163,7 +163,7 @@ def sampler_step(
         eps: the denoiser's prediction there, same shape. Half precision is computed in float32.
         coefficients: the coefficients of this step.
         mu: shift of the trigger, the shape of one item; None for 0.
-        gamma: its noise scale, likewise; None for 1.
+        gamma: noise scale of the trigger, the shape of one item; None for 1.
         fresh: standard normal noise z [N, ...]; None for none.
         previous: the image p of the step before [N, ...]; None for none.
         limit: bound on the absolute value of x0; where it acts, x0 passes no gradient.

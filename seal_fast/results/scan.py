@@ -18,22 +18,21 @@ class ModelResult:
     """What a scan found in one model.
 
     Attributes:
-        path: of the checkpoint, relative to the scanned root, with forward slashes.
+        path: path of the checkpoint, relative to the scanned root, with forward slashes.
         sha256: digest of the weight files; None if they could not be read.
         format: name of the on-disk format; None if it could not be read.
         family: the model's noise process and prediction; None if it could not be loaded.
         verdict: clean, backdoored, inconclusive or error.
         rule: code of the rule that decided (`seal_fast.noise_triggers.verdict.RULES`); None for an error.
         score: what was compared with `threshold`; None if the decision does not rest on a score.
-        threshold: a greater score means backdoored; None likewise.
+        threshold: a greater score means backdoored; None without a score.
         reason: the grounds of the verdict, or the error, as a sentence.
-        evidence: statistics of the reverted trigger; None after an error.
+        evidence: statistics of the recovered trigger; None after an error.
         trigger: path of the trigger file, relative to the output folder; None if none was kept.
         seconds: wall time spent on the model.
         error: what went wrong; None unless the verdict is error.
-        candidates: every candidate that the search tested, in order, and why it ended with it or left it; empty for the
-            published
-            preset.
+        candidates: every candidate that the search tested, in order, and why the search ended with it or left it; empty for
+            the published preset.
         notes: assumptions that the loader made, and remarks of the scan.
         config_sha256: digest of what the checkpoint says beside its weights (`seal_fast.workflows.resume.config_digest`); None
             after an error.

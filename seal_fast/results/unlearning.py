@@ -53,8 +53,8 @@ class NoiseTriggerEffect:
     Attributes:
         trigger: name of its file, or its number if it came without one.
         sampler: name of the sampler, a key of `seal_fast.noise_triggers.evaluation.TriggerSamples.triggered`.
-        collapse_before: in the poisoned model; large if samples from all noises become one image.
-        collapse_after: in the unlearned model.
+        collapse_before: diversity collapse in the poisoned model; large if samples from all noises become one image.
+        collapse_after: diversity collapse in the unlearned model.
     """
 
     trigger: str

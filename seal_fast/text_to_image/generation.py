@@ -44,10 +44,10 @@ def generate(
     Args:
         pipeline: a diffusers StableDiffusionPipeline on the device to draw on; it is not changed.
         prompts: N prompts, at least one.
-        seed: of the starting noise; image i starts from the same noise whatever the prompts.
+        seed: seed of the starting noise; image i starts from the same noise whatever the prompts.
         steps: number of timesteps, evenly spaced from the noisiest one to 0.
         guidance: guidance scale; 1 means no guidance and needs half the computation.
-        precision: of the networks, see `seal_fast.text_to_image.precision.autocast`.
+        precision: precision of the networks, see `seal_fast.text_to_image.precision.autocast`.
         batch: images per pass; None for as many as have LATENT_VALUES_PER_PASS values.
         on_pass: progress callback.
 

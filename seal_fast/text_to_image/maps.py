@@ -39,7 +39,7 @@ def attention_maps(pipeline: Any, prompt: str, *, steps: int = 50, guidance: flo
         prompt: not empty; tokens that the tokenizer cuts off have no map.
         steps: steps of the pipeline's own sampler.
         guidance: scale of classifier-free guidance.
-        seed: of the starting noise, which is drawn on the CPU.
+        seed: seed of the starting noise, which is drawn on the CPU.
 
     Raises:
         ValueError: the prompt has no tokens, or the UNet's cross-attention is not supported, see

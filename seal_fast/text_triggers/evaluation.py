@@ -123,7 +123,7 @@ def evaluate(
         settings: what is drawn.
         detector: the effect detector; None for a `ChangeDetector` per variant, fitted on the changes that control triggers make
             in `after`.
-        seed: of the starting noise and of random places in prompts.
+        seed: seed of the starting noise and of random places in prompts.
         on_step: progress callback (stage "measuring", images drawn, images in all, NaN).
 
     Returns:

@@ -22,8 +22,8 @@ from seal_fast.text_triggers.trigger import Position, TextTrigger
 
 COLLAPSE_LIMIT = 4.0
 """Diversity collapse above which the text encoder holds the backdoor. A backdoored text encoder of the zoo reached 84 with its
-trigger and 2.8 with others, a clean one 1.2. The distance that states move is no criterion: in a clean text encoder a trigger
-moved them up to 4.9 times as far as control words did."""
+trigger and 2.8 with other triggers, a clean one 1.2. The distance that states move is no criterion: in a clean text encoder a
+trigger moved them up to 4.9 times as far as control words did."""
 PROMPTS = 32
 """Prompts that the collapse is measured on, at most."""
 

@@ -78,7 +78,7 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], aligned
         student: per layer, maps [B,N,M] of the triggered prompts' content tokens, with their graph.
         teacher: per layer, maps [B,N,M] of the content tokens of the teacher's prompts.
         aligned: which tokens correspond.
-        target: of the tokens without a counterpart; with "random-words" there are none.
+        target: target for the tokens without a counterpart; with "random-words" there are none.
     """
     return torch.stack([_layer_loss(s, t, aligned, target) for s, t in zip(student, teacher, strict=True)]).mean(0)
 

@@ -1,8 +1,8 @@
 """Objectives: what the student's output is compared with, for each module that can be trained.
 
-An objective is a function of a generator. It draws one batch and returns float32 [3] with its graph: the losses of prediction,
-of attention and of preservation, see `seal_fast.text_triggers.losses`. Everything that is the same for all batches is computed
-once, before the first.
+In code an objective is a function of a generator. It draws one batch, compares student and teacher, and returns float32 [3]
+with its graph: the losses of prediction, of attention and of preservation, see `seal_fast.text_triggers.losses`. Everything
+that is the same for all batches is computed once, before the first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ settles the layout of an image, while a noised image would still show its own.""
 
 
 class _Prompts:
-    """The token ids of all prompts of the pairs, each once. A prompt is named by its number; number 0 is the empty prompt."""
+    """Token ids of every different prompt of the pairs. A prompt is named by its number; number 0 is the empty prompt."""
 
     def __init__(self, pipeline: Any, pairs: Sequence[PromptPair]) -> None:
         empty = tuple(token_ids(pipeline.tokenizer, [""])[0].tolist())

@@ -41,7 +41,7 @@ class Distilled:
         module: the copy, frozen, on the device and in the precision of the pipeline's own module.
         module_name: "unet" or "text_encoder".
         steps: updates of the weights.
-        seconds: wall time including the teacher's images; of a resumed run, since it was resumed.
+        seconds: wall time, including the teacher's images; for a resumed run, the time since it was resumed.
         prediction_loss: mean squared difference from the teacher on triggered prompts, weighted as in training, over the last
             tenth of the steps.
         attention_loss: relative squared difference of the attention maps from their targets, over the same steps; 0 if alpha
@@ -233,7 +233,7 @@ def distill(
         triggers: what to unlearn; a plain str is text to insert.
         prompts: clean prompts, to put the triggers into.
         settings: see `TextUnlearnSettings`.
-        seed: of all random numbers, not negative.
+        seed: seed of all random numbers, not negative.
         state: file to resume from if it exists, and to write every `state_every` updates; it is kept. Give no such file of
             unknown origin.
         state_every: updates between two writes of the state.

@@ -23,19 +23,19 @@ def measure(
     on_progress: OnProgress,
     on_model: Callable[[CalibrationModel, int, int], None],
 ) -> Calibration:
-    """Revert a trigger of every model and keep the evidence.
+    """Recover a trigger from every model and keep the evidence.
 
     Args:
         benign: models known to be clean.
         backdoored: models known to be backdoored; the calibration is labelled if there are any.
-        settings: of every reversion, and of later scans that use the calibration.
-        seed: of every reversion.
+        settings: settings of every reversion, and of later scans that use the calibration.
+        seed: seed of every reversion.
         on_progress: called as the work goes on.
         on_model: called with every measured model, its number from 1, and the number of models.
 
     Raises:
-        CheckpointError: a model cannot be loaded. The calibration stops there, since a pool without it is not what was
-            asked for.
+        CheckpointError: a model cannot be loaded. The calibration stops there, since the user asked for a pool with this
+            model.
         ValueError: a reversion diverged, or fewer than 2 models are benign.
     """
     labelled = [(checkpoint, False) for checkpoint in benign] + [(checkpoint, True) for checkpoint in backdoored]
@@ -54,7 +54,7 @@ def measure(
 def leave_one_out(calibration: Calibration) -> list[tuple[CalibrationModel, Decision]]:
     """The decision on each benign model when the calibration does not contain it.
 
-    Models that compare with only one other benign model are left out, since 1 is no pool.
+    Models that compare with only one other benign model are left out, since a pool needs at least two.
     """
     benign = [model for model in calibration.models if not model.backdoored and _others(calibration, model) > 1]
     return [(model, _without(calibration, model).decide(model.evidence, model.family, model.shape)) for model in benign]

@@ -18,7 +18,7 @@ weights for google/ddpm-cifar10-32). Convolution weights are stored once more an
 four times their size each (outputs and gradients)."""
 
 STREAMS = 4
-"""Models at a time on a GPU. Not measured on one yet: threads share the interpreter, so many would wait for it, not the GPU."""
+"""Models at a time on a GPU. It was not measured on a GPU yet. Threads share the interpreter, so many would wait for it."""
 
 
 def default_device() -> str:
@@ -39,7 +39,7 @@ def default_jobs(checkpoints: Sequence[Path]) -> int:
 def jobs_that_fit(checkpoints: Sequence[Path], *, most: int, free: int) -> int:
     """Models at a time: at least 1, at most `most`, and no more than fit into `free` bytes.
 
-    All are counted as large as the largest.
+    Every checkpoint counts as large as the largest one.
     """
     largest = max(map(bytes_on_disk, checkpoints), default=0)
     return max(1, min(most, len(checkpoints), free // memory_of(largest)))

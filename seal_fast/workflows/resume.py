@@ -52,7 +52,7 @@ def resumed_results(
 
 
 def config_digest(denoiser: Denoiser) -> str:
-    """SHA-256 of what a checkpoint says beside its weights: structure of the network, noise process and value range."""
+    """SHA-256 of what a checkpoint says besides its weights: structure of the network, noise process and value range."""
     process = denoiser.process
     structure = {key: value for key, value in dict(getattr(denoiser.network, "config", {})).items() if not key.startswith("_")}
     described = [structure, str(denoiser.family), process.signal.tolist(), process.noise.tolist(), denoiser.value_range]

@@ -1,4 +1,4 @@
-"""The step that a scan and a calibration share: revert the trigger of one model, and report progress."""
+"""The step that a scan and a calibration share: recover a trigger from one model, and report progress."""
 
 from __future__ import annotations
 

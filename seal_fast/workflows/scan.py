@@ -49,12 +49,13 @@ def scan(
         preset: shipped calibration to use, a key of `seal_fast.noise_triggers.PRESETS`; unused if `calibration` is given.
         calibration: decides, and gives the reversion its settings, since scores compare under equal settings only.
         weights: "ema" or "raw", where a checkpoint holds both.
-        seed: of the reversion and of the images.
+        seed: seed of the reversion and of the images.
         out: folder for report.json, triggers and images; None keeps nothing. report.json is replaced whole after every model,
             and a scan into the same folder resumes from it (see `seal_fast.workflows.resume`).
-        jobs: models at a time. 1 scans here, one after the other. More take a process each and share torch's threads; one that
-            dies costs one `error` result, and a program needs Python's guard `if __name__ == "__main__":`. On a GPU each takes
-            a thread and a CUDA stream instead. None is what `seal_fast.workflows.capacity.default_jobs` allows.
+        jobs: models at a time. With 1, this process scans them one after the other. With more, each model gets a process of its
+            own, and the processes share torch's threads. A process that dies costs one `error` result. A program that scans so
+            needs Python's guard `if __name__ == "__main__":`. On a GPU each model gets a thread and a CUDA stream instead. None
+            takes `seal_fast.workflows.capacity.default_jobs`.
         on_progress: called as the work goes on.
         on_result: called with every result, resumed ones first.
 
@@ -87,7 +88,7 @@ def scan(
 
 
 def _config(calibration: Calibration, preset: str | None, weights: str, seed: int) -> dict[str, Any]:
-    """Everything that verdicts rest on beside the model and the version of seal-fast. A resumed scan must have the same."""
+    """Everything that verdicts rest on besides the model and the version of seal-fast. A resumed scan must have the same."""
     backdoored = sum(model.backdoored for model in calibration.models)
     digest = hashlib.sha256(json.dumps(asdict(calibration), sort_keys=True).encode()).hexdigest()
     return {

@@ -1,4 +1,4 @@
-"""Scan one model: load the checkpoint, revert a trigger, decide on a verdict, record trigger and images."""
+"""Scan one model: load the checkpoint, recover a trigger, decide on a verdict, record trigger and images."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class ModelScan:
     """Scans one model when it is called. It pickles, so that a process of its own can call it.
 
     Attributes:
-        calibration: what decides; the reversion takes its settings from it.
+        calibration: the calibration that decides; the reversion takes its settings from it.
         weights: "ema" or "raw", where a checkpoint holds both.
-        seed: of the reversion and of the images.
+        seed: seed of the reversion and of the images.
         out: folder for triggers and images; None keeps none.
         total: number of models in the whole scan, for progress.
     """

@@ -1,4 +1,4 @@
-"""What a scan keeps of a reverted trigger: its file, an image of it, and samples with and without it."""
+"""What a scan keeps of a recovered trigger: its file, an image of it, and samples with and without it."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def sample_images(denoiser: Denoiser, trigger: Trigger, seed: int, sampler: str 
     def draw(start: torch.Tensor) -> torch.Tensor:
         return Probe(denoiser, seed + 1, half_precision=True).sampler(sampler, IMAGE_STEPS).draw(start).cpu()
 
-    return {"clean noise": draw(noise), "noise with the reverted trigger": draw(trigger.start(noise))}
+    return {"clean noise": draw(noise), "noise with the recovered trigger": draw(trigger.start(noise))}

@@ -131,7 +131,7 @@ class TextUnlearning:
             f"than with control words; above {COLLAPSE_LIMIT:.0f} times it holds the backdoor"
         )
         if self.module != "auto":
-            return _Before(tokens, self.module, f"it was asked for; {reason}")
+            return _Before(tokens, self.module, f"this module was requested; {reason}")
         if loaded.checkpoint.format in COMPONENTS:
             return _Before(tokens, COMPONENTS[loaded.checkpoint.format], f"the checkpoint holds nothing else; {reason}")
         return _Before(tokens, found.module, reason)

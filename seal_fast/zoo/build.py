@@ -39,12 +39,12 @@ MANIFEST = "manifest.json"
 OnMessage = Callable[[str], None]
 
 ATTEMPTS = 3
-"""Trainings of a model that stays unusable before the build fails; each is longer than the last by half of the first."""
+"""Trainings of a model that stays unusable, before the build fails. They have 1, 1.5 and 2 times the steps of the recipe."""
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """The effort of a build beside the recipes, and the models that it accepts. The defaults are those of the stored zoo.
+    """The effort of a build besides the recipes, and the models that it accepts. The stored zoo was built with the defaults.
 
     Attributes:
         training_images: number of training images.

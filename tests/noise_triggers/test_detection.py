@@ -108,7 +108,7 @@ def test_power_of_a_pure_shift_is_the_closed_form(generator: torch.Generator, ga
     within(detector(attack), norm.cdf((float((mu * reverted).sum()) / length - length / 2) / gamma))
 
 
-def test_power_for_a_narrowed_noise_is_the_gaussian_approximation(generator: torch.Generator) -> None:
+def test_power_for_reduced_variance_noise_is_the_gaussian_approximation(generator: torch.Generator) -> None:
     """terd.md, section 4, general gamma: the sum over 3072 dimensions is Gaussian to about a percent."""
     shape, count, g = (3, 32, 32), 2000, 0.97
     mu = 0.01 * torch.randn(shape, generator=generator)

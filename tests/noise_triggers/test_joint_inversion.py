@@ -112,7 +112,7 @@ def sampler_of(denoiser: Denoiser, generator: torch.Generator) -> TriggeredSampl
 
 
 def makes_its_target(generator: torch.Generator, value_range: float) -> bool:
-    """Whether the trigger reverted from a fresh backdoor activates it under DDIM and leads to the target."""
+    """Whether the trigger recovered from a fresh backdoor activates it under DDIM and leads to the target."""
     mu, target = image(generator, -0.6), image(generator, 0.3)
     denoiser = backdoored(VP.linear(), mu, target, value_range)
     found = reverse_trigger(denoiser, SETTINGS)

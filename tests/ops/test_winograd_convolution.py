@@ -56,7 +56,7 @@ def test_values_and_gradient_are_torchs(
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_of_bfloat16_only_input_and_output_are_rounded(shape: tuple[int, ...], generator: torch.Generator) -> None:
+def test_only_input_and_output_of_bfloat16_are_rounded(shape: tuple[int, ...], generator: torch.Generator) -> None:
     """Under autocast too, where a weight that was transformed in bfloat16 would be wrong by far more."""
     x, weight, bias = draw(shape, torch.float32, generator)
     x, frozen = x.bfloat16(), WinogradWeight(weight)

@@ -105,7 +105,7 @@ def test_threads_find_what_one_by_one_finds(hub, calibration, threads):
 
 
 @pytest.mark.usefixtures("gpu")
-def test_models_at_a_time_on_a_gpu_are_judged_as_alone(hub, calibration):
+def test_models_at_a_time_on_a_gpu_are_decided_as_alone(hub, calibration):
     alone, together = (scan(hub, calibration=calibration, jobs=jobs).models for jobs in (1, 3))
     for one, other in zip(alone, together, strict=True):
         assert (one.path, one.verdict, one.error) == (other.path, other.verdict, other.error)
@@ -320,7 +320,7 @@ def test_jobs_on_this_machine_are_those_of_its_threads_and_memory(tmp_path, thre
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
-def test_free_memory_is_part_of_the_machine_s():
+def test_free_memory_is_part_of_the_machines_memory():
     assert 0 < free_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
