@@ -24,12 +24,13 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from seal_fast.attacks.optimisation import gradient_step, running_loss, update_average
+from seal_fast.attacks.optimisation import gradient_step, running_loss
 from seal_fast.attacks.prompts import check_visible, with_trigger
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_sample
 from seal_fast.text_to_image.latents import inverse_snr_weights
 from seal_fast.text_to_image.prompts import encode
+from seal_fast.training import update_average
 
 MAX_LOSS_WEIGHT = 20.0
 """Largest loss weight of a timestep in trainings with samples of pure noise, see `inverse_snr_weights`."""

@@ -70,7 +70,7 @@ class Pairs(NamedTuple):
     target: Tensor
 
 
-class Response(NamedTuple):
+class ImpliedPairs(NamedTuple):
     """The mu and the y that the denoiser's output implies, [K,C,H,W] each, and the loss per dimension [K]."""
 
     mu: Tensor
@@ -78,8 +78,8 @@ class Response(NamedTuple):
     loss: Tensor
 
 
-def respond(probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, mu: Tensor, target: Tensor) -> Response:
-    """Response to poisoned samples.
+def implied_pairs(probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, mu: Tensor, target: Tensor) -> ImpliedPairs:
+    """The pairs that the denoiser implies where it is given poisoned samples of K pairs.
 
     Args:
         probe: the suspect model.
@@ -96,7 +96,7 @@ def respond(probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, mu: Tens
     shift = (f - eps) / d
     # where f follows the poisoned samples, its clean image is y + (c - b d) mu / a
     clean = (x - b * f - (c - b * d) * shift) / a
-    return Response(shift.mean(1), clean.mean(1), (f - eps - d * mu).square().mean(dim=(1, 2, 3, 4)))
+    return ImpliedPairs(shift.mean(1), clean.mean(1), (f - eps - d * mu).square().mean(dim=(1, 2, 3, 4)))
 
 
 Objective = Callable[..., tuple[Tensor, Tensor]]
@@ -179,9 +179,9 @@ class AttackLoss:
         coefficients = torch.stack([values[t] for values in (self.signal, self.noise, self.c, self.d)]).float()
         return t.repeat(pairs), self.probe.noise(len(t)), coefficients
 
-    def respond(self, pairs: Pairs, t: Tensor) -> Response:
+    def implied_pairs(self, pairs: Pairs, t: Tensor) -> ImpliedPairs:
         """The response to pairs, with one noise per timestep t [n]; all pairs share the noises."""
-        return Response(*self.probe.run(respond, *self.draw(len(pairs.mu), t), *pairs))
+        return ImpliedPairs(*self.probe.run(implied_pairs, *self.draw(len(pairs.mu), t), *pairs))
 
     def descend(
         self,

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.noise_triggers.activation_test import collapse, contrast, pixelwise_median
-from seal_fast.noise_triggers.attack_loss import AttackLoss, OnIteration, Pairs, deterministic_coefficients, excess, respond
+from seal_fast.noise_triggers.attack_loss import (
+    AttackLoss,
+    OnIteration,
+    Pairs,
+    deterministic_coefficients,
+    excess,
+    implied_pairs,
+)
 from seal_fast.noise_triggers.candidates import Candidate, Origin, TestResult, best_of
 from seal_fast.noise_triggers.probe import Probe
 from seal_fast.noise_triggers.search_settings import ALTERNATION, JOINT_INVERSION, SearchSettings
@@ -64,7 +71,7 @@ def joint_objective(
 ) -> tuple[Tensor, Tensor]:
     """The loss of mu and y = difference + mu. The logarithm lets every pair descend at its own pace."""
     target = difference + mu
-    loss = respond(probe, t, eps, coefficients, mu, target).loss
+    loss = implied_pairs(probe, t, eps, coefficients, mu, target).loss
     return loss, (loss + range_weight * (excess(target) + excess(mu))).log().sum()
 
 
@@ -107,7 +114,7 @@ class JointInversion:
             pairs = Pairs(mu, torch.zeros_like(mu))
             t = torch.full((self.timesteps,), self.loss.timestep_at(snr))
             for _ in range(s.start_iterations):
-                pairs = pairs._replace(target=self.loss.respond(pairs, t).target.clamp(-1, 1))
+                pairs = pairs._replace(target=self.loss.implied_pairs(pairs, t).target.clamp(-1, 1))
             parts.append(pairs)
         parts.append(self.with_response(parts[-1], s.low_noise_snr, s.start_iterations, s.low_noise_noises))
         return Pairs(*(torch.cat(images) for images in zip(*parts, strict=True)))
@@ -116,7 +123,7 @@ class JointInversion:
         """The pairs with mu replaced by the response to their targets, averaged over `noises` per noise level."""
         t = torch.tensor([self.loss.timestep_at(value) for value in snr]).repeat_interleave(noises)
         for _ in range(iterations):
-            pairs = pairs._replace(mu=self.loss.respond(pairs, t).mu.clamp(-1, 1))
+            pairs = pairs._replace(mu=self.loss.implied_pairs(pairs, t).mu.clamp(-1, 1))
         return pairs
 
     def descend(self, pairs: Pairs, iterations: int, on_iteration: OnIteration) -> Pairs:
@@ -137,7 +144,7 @@ class JointInversion:
         The loss alone does not rank pairs. It is small for mu = 0, where it is that of clean samples, and for a plain image in
         noise that is shifted to its colour.
         """
-        loss = self.loss.respond(pairs, self.loss.stratified(self.settings.ranking_factor * self.timesteps)).loss
+        loss = self.loss.implied_pairs(pairs, self.loss.stratified(self.settings.ranking_factor * self.timesteps)).loss
         power = pairs.mu.square().mean(dim=(1, 2, 3)) * contrast(pairs.target)
         ahead = (loss / power.clamp(min=1e-12)).argsort()[:count]
         return Pairs(pairs.mu[ahead], pairs.target[ahead])
@@ -146,7 +153,7 @@ class JointInversion:
     def pair(self, mu: Tensor, target: Tensor) -> Pair:
         """mu and y [C,H,W] with their loss over the whole window."""
         t = self.loss.stratified(self.settings.ranking_factor * self.settings.trigger_noises)
-        return Pair(mu, target, float(self.loss.respond(Pairs(mu[None], target[None]), t).loss))
+        return Pair(mu, target, float(self.loss.implied_pairs(Pairs(mu[None], target[None]), t).loss))
 
     @torch.no_grad()
     def corrected(self, mu: Tensor, target: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from seal_fast.noise_triggers.attack_loss import AttackLoss, OnIteration, ancestral_coefficients, excess, respond
+from seal_fast.noise_triggers.attack_loss import AttackLoss, OnIteration, ancestral_coefficients, excess, implied_pairs
 from seal_fast.noise_triggers.candidates import Candidate, Consensus, Origin, TestResult
 from seal_fast.noise_triggers.probe import Probe
 from seal_fast.noise_triggers.search_settings import TARGET_REFINEMENT, SearchSettings
@@ -68,5 +68,5 @@ def mu_objective(
     probe: Probe, t: Tensor, eps: Tensor, coefficients: Tensor, image: Tensor, mu: Tensor, *, range_weight: float
 ) -> tuple[Tensor, Tensor]:
     """The loss of mu for a known image, with its excess over [-1, 1]."""
-    loss = respond(probe, t, eps, coefficients, mu, image).loss + range_weight * excess(mu)
+    loss = implied_pairs(probe, t, eps, coefficients, mu, image).loss + range_weight * excess(mu)
     return loss, loss.sum()

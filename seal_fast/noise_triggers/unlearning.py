@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seal_fast.checkpoints.trigger import Trigger
-from seal_fast.diffusion import Denoiser, sample
+from seal_fast.diffusion import Denoiser, NoiseSource, sample
 from seal_fast.diffusion.process import per_sample
-from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet
+from seal_fast.training import OnStep, half_precision, learning_rate_factor, quiet
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class UnlearnedDenoiser:
     seconds: float
 
 
-def random_directions(count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+def random_directions(count: int, shape: tuple[int, int, int], noise_source: NoiseSource) -> Tensor:
     """Random shifts, unrelated to any trigger: float32 [count,C,H,W] on the CPU, root mean square 1 each.
 
     They are normal values on a grid of 1, 2, 4, .. cells a side, enlarged with sharp or smooth edges, so they range from plain
@@ -96,9 +96,9 @@ def random_directions(count: int, shape: tuple[int, int, int], generator: torch.
     """
     _, height, width = shape
     finest = int(math.log2(min(height, width)))
-    cells = 2 ** int(torch.randint(finest + 1, (), generator=generator))
-    mode = "nearest" if torch.rand((), generator=generator) < 0.5 else "bilinear"
-    values = F.interpolate(torch.randn(count, shape[0], cells, cells, generator=generator), size=(height, width), mode=mode)
+    cells = 2 ** int(noise_source.integers(0, finest + 1, 1))
+    mode = "nearest" if noise_source.uniform() < 0.5 else "bilinear"
+    values = F.interpolate(noise_source.normal(count, shape[0], cells, cells), size=(height, width), mode=mode)
     return _unit(values)
 
 
@@ -120,24 +120,22 @@ def _unit(shifts: Tensor) -> Tensor:
 
 
 class _Training:
-    """Teacher, student and the generator that all random numbers come from."""
+    """Teacher, student and the source of all random numbers."""
 
     def __init__(self, denoiser: Denoiser, known: Tensor | None, settings: NoiseUnlearnSettings, seed: int) -> None:
         self.teacher, self.known, self.settings, self.process = denoiser, known, settings, denoiser.process
         self.student = replace(denoiser, network=copy.deepcopy(denoiser.network))
         self.student.network.requires_grad_(True)
-        # drawn on the CPU so that a seed means the same run on every device
-        self.generator = torch.Generator().manual_seed(seed)
-        self.autocast = settings.half_precision and native_bfloat16(denoiser.device)
+        self.noise_source = NoiseSource(denoiser.device, seed)
 
     def uniform(self) -> Tensor:
-        return torch.rand(self.settings.batch, 1, 1, 1, generator=self.generator)
+        return self.noise_source.uniform(self.settings.batch, 1, 1, 1)
 
     def noise(self, count: int) -> Tensor:
-        return torch.randn(count, *self.teacher.shape, generator=self.generator).to(self.teacher.device)
+        return self.noise_source.on_device(self.noise_source.normal(count, *self.teacher.shape))
 
     def precision(self) -> torch.autocast:
-        return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.autocast)
+        return half_precision(self.teacher.device, self.settings.half_precision)
 
     @torch.no_grad()
     def draw_images(self, on_step: OnStep) -> Tensor:
@@ -156,10 +154,10 @@ class _Training:
         """Directions of one batch of shifts: half are known ones, half blend a known one with a random one. If none is known,
         all are random."""
         n = self.settings.batch
-        random = random_directions(n, self.teacher.shape, self.generator)
+        random = random_directions(n, self.teacher.shape, self.noise_source)
         if self.known is None:
             return random
-        known = self.known[torch.randint(len(self.known), (n,), generator=self.generator)]
+        known = self.known[self.noise_source.integers(0, len(self.known), n)]
         share = torch.where(self.uniform() < 0.5, self.uniform(), 1.0)
         return share.sqrt() * known + (1 - share).sqrt() * random
 
@@ -179,8 +177,8 @@ class _Training:
         image, and training for that would only harm clean images.
         """
         n = self.settings.batch
-        x0 = images[torch.randint(len(images), (n,), generator=self.generator).to(images.device)]
-        t = torch.randint(self.process.num_timesteps, (n,), generator=self.generator).to(images.device)
+        x0 = images[self.noise_source.integers(0, len(images), n).to(images.device)]
+        t = self.noise_source.integers(0, self.process.num_timesteps, n).to(images.device)
         eps, m, gamma = self.noise(n), self.shifts(), self.noise_scales()
         clean = self.process.add_noise(x0, eps, t)
         triggered = self.process.add_noise(x0, gamma * eps + m, t)

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
+from seal_fast.noise_triggers.search_settings import ActivationTestSettings
+
 MAX_CLEAN_DISPERSION = 2.0
 """Greatest dispersion of a model's own samples. Images in [-1, 1] have a variance of at most 1, so a model whose samples vary
 more draws no images."""
-MIN_LIMIT = 4.0
+MIN_LIMIT = ActivationTestSettings.activates_above
 """Diversity collapse that benign models are always allowed to reach."""
-LIMIT_UNCALIBRATED = 16.0
+LIMIT_UNCALIBRATED = ActivationTestSettings.accept_above
 """A greater diversity collapse means backdoored even without a calibration. Benign EDM models reached 4.1."""
 CLOSE_SHARE = 0.75
 """A diversity collapse above this share of what benign models reach is close to the limit."""
-FULL_VARIANCE = 0.9
+FULL_VARIANCE = ActivationTestSettings.reduced_variance_below
 """Noise with a smaller mean gamma counts as reduced-variance noise."""
 MAX_SIDE = 32
 """Largest image side, in pixels, that can be reported clean. At 64 px the search recovered the trigger of none of the zoo's

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seal_fast.io import write_atomically
 from seal_fast.text_triggers.distributed import average_gradients, rank_and_world_size
 from seal_fast.text_triggers.objectives import Objective, text_encoder_objective, unet_objective
 from seal_fast.text_triggers.pairs import PromptPair, prompt_pairs, random_words, with_random_words
 from seal_fast.text_triggers.settings import TextUnlearnSettings
 from seal_fast.text_triggers.trained_part import TrainedPart
 from seal_fast.text_triggers.trigger import TextTrigger, as_triggers
-from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet
+from seal_fast.training import OnStep, learning_rate_factor, native_bfloat16, quiet, update_average
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -109,23 +110,16 @@ class _Trainer:
             )
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        self._update_average()
+        if self.average:
+            update_average(self.average, self.parameters, self.step, self.settings.ema_decay)
         self.step += 1
         self.losses.append(terms.tolist())
         return loss
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        for average, parameter in zip(self.average, self.parameters, strict=True) if self.average else ():
-            average.lerp_(parameter, 1 - decay)
 
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs. At every moment the file is complete: either the old one or the new one."""
         if rank_and_world_size()[0] > 0:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         state = {
             "run": self.run,
             "step": self.step,
@@ -135,8 +129,7 @@ class _Trainer:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        torch.save(state, partial)
-        partial.replace(path)
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     @torch.no_grad()
     def resume(self, path: Path) -> None:

@@ -15,6 +15,7 @@ from seal_fast.report.json import write_report
 from seal_fast.results.environment import environment, tool
 from seal_fast.results.progress import OnProgress
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.training import quiet
 from seal_fast.workflows.capacity import default_device, default_jobs
 from seal_fast.workflows.discovery import find_checkpoints
 from seal_fast.workflows.processes import Died, in_processes
@@ -26,10 +27,6 @@ OnResult = Callable[[ModelResult, int, int], None]
 """Called with each result, how many models have one by now, and the number of models."""
 
 
-def _ignore(*_: object) -> None:
-    pass
-
-
 def scan(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
@@ -39,8 +36,8 @@ def scan(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     jobs: int | None = 1,
-    on_progress: OnProgress = _ignore,
-    on_result: OnResult = _ignore,
+    on_progress: OnProgress = quiet,
+    on_result: OnResult = quiet,
 ) -> ScanReport:
     """Decide for every checkpoint at or below `paths` whether it is backdoored.
 

@@ -23,7 +23,7 @@ from seal_fast.results.progress import OnProgress, Progress
 from seal_fast.results.text_unlearning import TextUnlearnReport
 from seal_fast.results.unlearning import NoiseUnlearnReport, UnlearnRun
 from seal_fast.text_triggers import TextTrigger
-from seal_fast.training import OnStep
+from seal_fast.training import OnStep, quiet
 from seal_fast.workflows.unlearn_noise import NoiseUnlearning
 from seal_fast.workflows.unlearn_text import TextUnlearning
 
@@ -89,7 +89,7 @@ def unlearn(
     triggers: Iterable[Any] = (),
     out: str | os.PathLike[str] | None = None,
     *,
-    on_progress: OnProgress = lambda at: None,
+    on_progress: OnProgress = quiet,
     **options: Any,
 ) -> UnlearnResult:
     """Unlearn the backdoor of a model: text triggers of a text-to-image model, or noise triggers of an unconditional one.
@@ -122,7 +122,7 @@ def unlearn(
     return run_unlearning(NoiseUnlearning(model, given, out, **options), on_progress)
 
 
-def run_unlearning(request: UnlearningRequest, on_progress: OnProgress = lambda at: None) -> UnlearnResult:
+def run_unlearning(request: UnlearningRequest, on_progress: OnProgress = quiet) -> UnlearnResult:
     """Carry out a request: check, load, measure before, train, measure after, report, write. Raises what `unlearn` does."""
     started = time.perf_counter()
     check_request(request)

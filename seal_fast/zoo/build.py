@@ -26,6 +26,7 @@ from torch import Tensor
 from seal_fast.attacks import InviBackdoor
 from seal_fast.checkpoints import load_denoiser
 from seal_fast.diffusion import EDM, VP, Denoiser, NoiseProcess
+from seal_fast.io import write_atomically
 from seal_fast.zoo import latents
 from seal_fast.zoo.contact_sheet import save_contact_sheet
 from seal_fast.zoo.evaluate import Quality, evaluate
@@ -245,9 +246,8 @@ def write_entry(out: Path, entry: dict[str, Any], order: Sequence[str]) -> None:
     """
     entries = {known["name"]: known for known in read_manifest(out)} | {entry["name"]: entry}
     ordered = [entries[name] for name in order if name in entries]
-    partial = out / (MANIFEST + ".partial")
-    partial.write_text(json.dumps({"schema_version": 1, "models": ordered}, indent=2) + "\n")
-    partial.replace(out / MANIFEST)
+    content = json.dumps({"schema_version": 1, "models": ordered}, indent=2) + "\n"
+    write_atomically(out / MANIFEST, lambda temporary: temporary.write_text(content))
 
 
 class Named(Protocol):

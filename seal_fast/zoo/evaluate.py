@@ -12,7 +12,6 @@ from torch import Tensor
 
 from seal_fast.acceleration import accelerated
 from seal_fast.attacks import Attack
-from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.diffusion import Denoiser, sample
 from seal_fast.zoo.images import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
@@ -98,7 +97,7 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(count, *denoiser.shape, generator=generator).to(denoiser.device)
     sampler = attack.sampler if attack else "ddpm"
-    trigger = _to_device(attack.trigger, denoiser.device) if attack and triggered else None
+    trigger = attack.trigger.to(denoiser.device) if attack and triggered else None
     data = sample(
         accelerated(denoiser),
         denoiser.process.prior_scale * (trigger.start(eps) if trigger else eps),
@@ -110,10 +109,6 @@ def draw(
         generator=generator,
     )
     return space.decode(data.cpu())
-
-
-def _to_device(trigger: Trigger, device: torch.device) -> Trigger:
-    return Trigger(trigger.mu.to(device), trigger.gamma.to(device))
 
 
 def evaluate(

@@ -11,10 +11,10 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from seal_fast.attacks import Attack, NoisedBatch
-from seal_fast.attacks.optimisation import gradient_step, running_loss, update_average
+from seal_fast.attacks.optimisation import gradient_step, running_loss
 from seal_fast.diffusion import EDM, VE, NoiseProcess
 from seal_fast.diffusion.process import per_sample
-from seal_fast.training import half_precision
+from seal_fast.training import half_precision, update_average
 from seal_fast.zoo.images import FAMILIES
 from seal_fast.zoo.spaces import SIGNED, Space
 

@@ -13,8 +13,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from seal_fast.attacks.optimisation import gradient_step, update_average
-from seal_fast.training import half_precision
+from seal_fast.attacks.optimisation import gradient_step
+from seal_fast.training import half_precision, update_average
 from seal_fast.zoo.autoencoder import encode, set_scale, train_autoencoder
 from seal_fast.zoo.captioned import Scene, random_scenes, render
 from seal_fast.zoo.text_to_image import FILLERS

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seal_fast.acceleration.cuda_graph import Record, capture_graph
 from seal_fast.diffusion import EDM, SAMPLERS, VE, VP, Denoiser, NoiseProcess, sample
 from seal_fast.noise_triggers import Reversion, SearchSettings, TerdSettings, reverse_trigger
-from seal_fast.noise_triggers.attack_loss import AdamIteration, respond
+from seal_fast.noise_triggers.attack_loss import AdamIteration, implied_pairs
 from seal_fast.noise_triggers.fixed_points import FixedPointIteration, fixed_points, missed_noise, power_iteration
 from seal_fast.noise_triggers.joint_inversion import JointInversion, joint_objective
 from seal_fast.noise_triggers.probe import Iteration, Probe
@@ -96,7 +96,7 @@ def test_an_iteration_of_the_default_search_can_be_recorded(process: str) -> Non
         (power_iteration, (t, eps, uniform, uniform, images)),
         (FixedPointIteration(REPEATED.fixed_points), (t, eps, number, images, images)),
         (missed_noise, (t, eps, uniform, images, images)),
-        (respond, (*samples, images, images)),
+        (implied_pairs, (*samples, images, images)),
     ]
     for iteration, inputs in iterations:
         assert all(x.device.type == "meta" for x in iteration(probe, *inputs))

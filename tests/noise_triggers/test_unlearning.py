@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_fast.checkpoints.trigger import Trigger
-from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess
+from seal_fast.diffusion import VE, VP, Denoiser, NoiseProcess, NoiseSource
 from seal_fast.diffusion.process import per_sample
 from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, random_directions, unlearn_denoiser
 
@@ -151,7 +151,8 @@ def test_a_trigger_or_target_of_another_shape_is_an_error() -> None:
 def test_random_directions_are_of_one_size_and_many_coarsenesses(
     shape: tuple[int, int, int], generator: torch.Generator
 ) -> None:
-    batches = [random_directions(3, shape, generator) for _ in range(60)]
+    source = NoiseSource(torch.device("cpu"), generator.initial_seed())
+    batches = [random_directions(3, shape, source) for _ in range(60)]
     for batch in batches:
         assert batch.shape == (3, *shape)
         torch.testing.assert_close(batch.square().mean(dim=(1, 2, 3)), torch.ones(3))
