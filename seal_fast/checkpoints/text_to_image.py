@@ -129,7 +129,9 @@ def _checked_format(path: Path, base: Path | None) -> str:
     format = identify(path)
     if format is None:
         raise CheckpointError(
-            path, f"no text-to-image checkpoint: a folder with {INDEX}, or one UNet or CLIP text encoder, is expected"
+            path,
+            f"no text-to-image checkpoint: a folder with {INDEX}, or one UNet or CLIP text encoder, is expected "
+            "(noise triggers of other models are unlearned with --noise-trigger)",
         )
     if format == PIPELINE and base is not None:
         raise CheckpointError(path, "a whole pipeline, which takes no base: leave it out")

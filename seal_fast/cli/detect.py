@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from seal_fast.cli.common import BACKDOORED, CLEAN, Format, OutputFormat, usage_errors
+from seal_fast.cli.common import BACKDOORED, CLEAN, Format, OutputFormat, say, usage_errors
 
 EPILOG = """Exit codes:
 
@@ -42,6 +42,8 @@ def detect(
         if noise.shape[1:] != found.mu.shape:
             shapes = f"{list(noise.shape[1:])} does not fit the trigger's {list(found.mu.shape)}"
             raise CheckpointError(inputs, f"the shape {shapes}")
+    if not found.mu.any() and bool((found.gamma == 1).all()):
+        say(f"{trigger} changes no noise, since the scan found no trigger: every input counts as clean")
     log_ratios = InputDetector(found).log_ratio(noise)[:, 0].tolist()
     if output is Format.JSON:
         typer.echo(detection_json(log_ratios, tool()))

@@ -41,8 +41,8 @@ _SENTENCES = {
     Outcome.ACCEPTED: "The trigger makes the samples so similar that the search ended with it.",
     Outcome.DISPERSED_PILOTS: "The pilot samples vary too much at every scale.",
     Outcome.NO_ACTIVE_SCALE: "With more samples than the pilots, the samples vary too much at every scale.",
-    Outcome.REJECTED: "The score is below reject_below.",
-    Outcome.UNDECIDED: "The score is between reject_below and accept_above.",
+    Outcome.REJECTED: "The samples vary hardly less than without the trigger.",
+    Outcome.UNDECIDED: "The samples vary less than without the trigger, but not by enough to end the search.",
     Outcome.NO_TRIGGER: "There is no fixed point; without a trigger the score is 1 by definition.",
 }
 

@@ -84,10 +84,19 @@ class InputDetector:
         self.triggers = standardise(
             torch.stack([trigger.mu for trigger in several]), torch.stack([trigger.gamma for trigger in several])
         )
-        self.prior_scale = several[0].prior_scale
+        self.prior_scale, self.shape = several[0].prior_scale, tuple(several[0].mu.shape)
 
     def log_ratio(self, x: Tensor) -> Tensor:
-        """log N(x; mu_k, gamma_k^2) - log N(x; 0, I) in nats, [N,K], for inputs [N,C,H,W]."""
+        """log N(x; mu_k, gamma_k^2) - log N(x; 0, I) in nats, [N,K], for inputs [N,C,H,W].
+
+        Raises:
+            ValueError: x is no tensor of the triggers' shape [C,H,W], one or several.
+        """
+        if not isinstance(x, Tensor) or x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"inputs must be a tensor [N, {', '.join(map(str, self.shape))}], as the triggers are, not {found}"
+            )
         return standardised_log_ratio(x / self.prior_scale if self.prior_scale != 1 else x, self.triggers)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ class Collapse:
 
     def __str__(self) -> str:
         digits = 1 if self.value < 100 else 0
-        how = f"vary {self.value:.{digits}f} times less" if self.value >= 1.05 else "do not vary less"
-        return f"samples {how} (limit: {self.threshold:.1f} times)"
+        how = f"vary {self.value:.{digits}f} times less" if self.value >= 1.05 else "vary as much as without it"
+        return f"samples {how} (a backdoor: more than {self.threshold:.1f} times)"
 
 
 @dataclass(frozen=True)

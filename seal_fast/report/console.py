@@ -58,7 +58,7 @@ def print_report(report: ScanReport, console: Console) -> None:
     if lines:
         print_table(console, columns, lines, folded="model", numbers=columns[2:])
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items())
-    print_sentence(console, f"{len(lines)} models: {counts}")
+    print_sentence(console, f"{len(lines)} model{'' if len(lines) == 1 else 's'}: {counts}")
 
 
 def print_detection(log_ratios: Sequence[float], console: Console) -> None:
@@ -74,6 +74,11 @@ def print_detection(log_ratios: Sequence[float], console: Console) -> None:
     print_sentence(console, f"{len(log_ratios)} inputs: {triggered} triggered, {len(log_ratios) - triggered} clean")
 
 
+def _clean_drift(value: float) -> str:
+    """Clean drift with the ends of its scale."""
+    return f"clean drift {number(value, 3)} (0: unchanged, 2: unrelated images)"
+
+
 def print_noise_unlearning(report: NoiseUnlearnReport, console: Console) -> None:
     """Diversity collapse per trigger and sampler, before and after, and the effect on clean samples."""
     lines = [
@@ -83,9 +88,12 @@ def print_noise_unlearning(report: NoiseUnlearnReport, console: Console) -> None
     if lines:
         columns = ("trigger", "sampler", "collapse before", "after")
         print_table(console, columns, lines, folded="trigger", numbers=columns[2:])
-        meaning = "how many times less samples vary with the trigger than without; near 1, the trigger does nothing"
+        meaning = "how many times less samples vary with the trigger than without; at 1 or below, the trigger does nothing"
         print_sentence(console, f"diversity collapse: {meaning}")
-    print_sentence(console, f"clean drift {number(report.clean_drift, 3)}, {report.steps} steps, {number(report.seconds, 1)} s")
+    print_sentence(
+        console,
+        f"{_clean_drift(report.clean_drift)}, {report.steps} steps, {number(report.seconds, 1)} s",
+    )
 
 
 def interval(rate: Rate) -> str:
@@ -110,7 +118,7 @@ def print_text_unlearning(report: TextUnlearnReport, console: Console) -> None:
     print_sentence(console, f"trained: {report.module} ({report.module_reason})")
     print_sentence(
         console,
-        f"clean drift {number(report.clean_drift, 3)}, diversity {number(report.diversity_before, 3)} to "
+        f"{_clean_drift(report.clean_drift)}, diversity {number(report.diversity_before, 3)} to "
         f"{number(report.diversity_after, 3)}, {report.steps} steps, {number(report.seconds, 1)} s",
     )
 

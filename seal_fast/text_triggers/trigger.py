@@ -39,6 +39,8 @@ class TextTrigger:
     def __post_init__(self) -> None:
         if not self.text or self.replaces == "":
             raise ValueError("the texts of a trigger must not be empty")
+        if self.text == self.replaces:
+            raise ValueError(f"the trigger replaces {self.text!r} by itself: give two different texts")
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -143,3 +143,11 @@ def test_triggers_that_do_not_fit_together_are_refused(generator: torch.Generato
         InputDetector([random_trigger(generator), replace(random_trigger(generator), prior_scale=2.0)])
     with pytest.raises(ValueError, match="one shape"):
         InputDetector([random_trigger(generator), random_trigger(generator, (3, 5, 7))])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 4, 5), (2, 3, 5, 4), (2, 1, 3, 4, 5)])
+def test_inputs_of_another_shape_are_refused_with_the_right_one(shape: tuple[int, ...]) -> None:
+    detector = InputDetector(Trigger.shift(torch.ones(3, 4, 5)))
+    for wrong in (torch.zeros(shape), torch.zeros(2, 3, 4, 5).numpy()):
+        with pytest.raises(ValueError, match=r"a tensor \[N, 3, 4, 5\]"):
+            detector(wrong)

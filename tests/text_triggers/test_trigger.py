@@ -78,3 +78,8 @@ def test_a_plain_text_is_inserted() -> None:
             as_triggers(wrong)
     with pytest.raises(ValueError, match="must not be empty"):
         as_triggers([""])
+
+
+def test_a_text_replaced_by_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match="two different texts"):
+        TextTrigger.parse("a=>a")
