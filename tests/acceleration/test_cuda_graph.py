@@ -227,6 +227,6 @@ def test_the_default_reversion_and_unlearning_run() -> None:
     assert found.trigger.mu.is_cuda
     assert found.clean_dispersion is not None
     assert math.isfinite(found.clean_dispersion)
-    sealed = unlearn_denoiser(model, [found.trigger], NoiseUnlearnSettings(steps=2, batch=2, images=2, image_steps=2))
-    assert math.isfinite(sealed.clean_loss + sealed.triggered_loss)
-    assert sealed.denoiser.device.type == "cuda"
+    unlearned = unlearn_denoiser(model, [found.trigger], NoiseUnlearnSettings(steps=2, batch=2, images=2, image_steps=2))
+    assert math.isfinite(unlearned.clean_loss + unlearned.triggered_loss)
+    assert unlearned.denoiser.device.type == "cuda"

@@ -119,7 +119,7 @@ def test_a_field_that_a_file_lacks_has_its_default() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"method": "search", "kappas": [1.0]},
+        {"method": "search", "gains": [1.0]},
         {"method": "search", "test": {"sampler_steps": 3}},
         {"method": "search", "test": 3},
         {"method": "search", "half_precision": {"cpu": True}},
