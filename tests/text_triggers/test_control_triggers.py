@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from seal_fast.text_triggers.control_triggers import LETTERS, control_triggers
@@ -39,6 +39,7 @@ def test_words_are_no_shorter_than_the_trigger(tokenizer: Any, trigger: str) -> 
 @given(text, text)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_misspellings_keep_what_the_trigger_keeps(tokenizer: Any, old: str, new: str) -> None:
+    assume(old != new)
     found = control_triggers(tokenizer, TextTrigger(new, replaces=old))
     assert len(set(found)) == len(found) >= 3
     for control in found:
