@@ -1,0 +1,89 @@
+"""Decide by images whether a ranked candidate is a trigger, and which confirmed candidates are the same trigger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from seal_fast.text_to_image.prompts import content_ids
+from seal_fast.text_triggers.context import SearchContext
+from seal_fast.text_triggers.encoder_sweep import encoder_deviations
+from seal_fast.text_triggers.findings import FoundTrigger, Module, TextCandidate, TriedText
+from seal_fast.text_triggers.sweep import Ranked, in_place
+from seal_fast.text_triggers.verification import Check
+
+CONFIRMED = "confirmed"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate that was verified by images."""
+
+    ranked: Ranked
+    check: Check
+    outcome: str
+
+    @property
+    def confirmed(self) -> bool:
+        return self.outcome == CONFIRMED
+
+    def record(self) -> TriedText:
+        return TriedText(self.ranked.candidate, self.ranked.rounds, self.check.effect, self.check.control, self.outcome)
+
+
+def verify(context: SearchContext, ranked: Ranked) -> Tried:
+    """Check a candidate by images, and again on fresh prompts if its effect is promising."""
+    settings = context.settings.verification
+    controls = context.controls(ranked.candidate, settings.controls)
+    check = context.images.check(ranked.candidate, controls, 0, settings.prompts)
+    if not check.promising:
+        return Tried(ranked, check, "images change no more often than with control strings")
+    check = context.images.check(ranked.candidate, controls, settings.prompts, settings.fresh_prompts)
+    return Tried(ranked, check, CONFIRMED if check.confirmed else "not confirmed on fresh prompts")
+
+
+def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
+    """One trigger per effect: of the confirmed candidates that change images alike, the strongest with the fewest tokens."""
+    groups: list[list[Tried]] = []
+    for one in sorted((one for one in tried if one.confirmed), key=_strength, reverse=True):
+        same = (group for group in groups if _same_effect(group[0], one, context.settings.verification.same_effect))
+        group = next(same, None)
+        if group is None:
+            groups.append([one])
+        else:
+            group.append(one)
+    return tuple(_found(context, group) for group in groups)
+
+
+def _strength(one: Tried) -> tuple[float, int, float]:
+    return one.check.effect.low or 0.0, -one.ranked.candidate.tokens, one.ranked.score
+
+
+def _same_effect(a: Tried, b: Tried, cosine: float) -> bool:
+    return float(torch.dot(a.check.direction, b.check.direction)) >= cosine
+
+
+def _found(context: SearchContext, group: Sequence[Tried]) -> FoundTrigger:
+    best, candidate = group[0], group[0].ranked.candidate
+    others = dict.fromkeys(one.ranked.candidate.trigger.name for one in group[1:])
+    return FoundTrigger(
+        trigger=candidate.trigger,
+        position=candidate.position,
+        code_points=tuple(f"U+{ord(character):04X}" for character in candidate.trigger.text),
+        token_ids=tuple(content_ids(context.pipeline.tokenizer, candidate.trigger.text)),
+        module=_module(context, candidate),
+        effect=best.check.effect,
+        control=best.check.control,
+        rounds=best.ranked.rounds,
+        also=tuple(name for name in others if name != candidate.trigger.name),
+    )
+
+
+def _module(context: SearchContext, candidate: TextCandidate) -> Module:
+    """The text encoder if it moves its hidden states for this candidate as for no other string of its kind."""
+    settings = context.settings
+    others = [candidate, *context.controls(candidate, settings.harmless)]
+    deviation = encoder_deviations(context.pipeline, others, context.probe.prompts, in_place, settings)[0]
+    return "text_encoder" if float(deviation) > settings.encoder_limit else "unet"

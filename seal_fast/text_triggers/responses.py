@@ -1,0 +1,158 @@
+"""How far a changed prompt moves the noise that a UNet predicts: the measure that candidates are ranked by.
+
+Sampling paths of clean prompts are drawn once. On their states x_t the noise predicted for the clean prompt is computed once. A
+candidate c costs one evaluation per prompt and timestep:
+
+    d(c, p, t) = e(x_t, t, E(p with c)) - e(x_t, t, E(p))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from seal_fast.diffusion.samplers import NoiseLevel, noise_levels, timestep_grid
+from seal_fast.text_to_image.generation import OnPass, starting_noise
+from seal_fast.text_to_image.latents import GuidedNoise, latent_shape, noise_schedule, predict
+from seal_fast.text_to_image.precision import Precision, autocast
+from seal_fast.text_to_image.prompts import encode
+from seal_fast.training import quiet
+
+LATENT_VALUES_PER_PASS = 1 << 17
+"""Latent values in one batch: 8 rows of Stable Diffusion's size, 128 of latents of 4 x 16 x 16."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The responses of C candidates on P prompts at T timesteps.
+
+    Attributes:
+        energy: float32 [C,P,T], squared L2 norm of d.
+        common: float32 [C,T], mean over pairs of different prompts of the inner product of their d; 0 for one prompt. A
+            backdoor that draws the same thing into every image has a large one.
+    """
+
+    energy: Tensor
+    common: Tensor
+
+
+@dataclass
+class ResponseProbe:
+    """Clean sampling paths of a few prompts.
+
+    Attributes:
+        pipeline: the model that is examined.
+        prompts: P clean prompts.
+        shares: T timesteps as shares of the process's, descending.
+        timesteps: T timesteps, the sampler's nearest ones.
+        states: float32 [T,P,C,h,w], states of the paths.
+        clean: float32 [T,P,C,h,w], the UNet's output on them for the clean prompts.
+        precision: precision of the networks.
+        on_pass: called after every pass of the UNet with its number of evaluations, of one latent each.
+    """
+
+    pipeline: Any
+    prompts: tuple[str, ...]
+    shares: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    states: Tensor
+    clean: Tensor
+    precision: Precision
+    on_pass: OnPass = quiet
+
+    @classmethod
+    @torch.no_grad()
+    def drawn(
+        cls,
+        pipeline: Any,
+        prompts: Sequence[str],
+        shares: Sequence[float],
+        *,
+        steps: int,
+        guidance: float,
+        precision: Precision,
+        seed: int,
+        on_pass: OnPass = quiet,
+    ) -> Self:
+        """Draw the paths by DDIM under guidance.
+
+        Args:
+            pipeline: a diffusers StableDiffusionPipeline.
+            prompts: clean prompts.
+            shares: see `ResponseProbe`; they become different timesteps.
+            steps: steps of the sampler.
+            guidance: guidance scale.
+            precision: precision of the networks.
+            seed: seed of the starting noise.
+            on_pass: see `ResponseProbe`.
+        """
+        process = noise_schedule(pipeline)
+        grid = timestep_grid(process, steps)
+        shares = sorted(shares, reverse=True)
+        timesteps = [min(grid, key=lambda t, share=share: abs(t - share * process.num_timesteps)) for share in shares]
+        x = starting_noise(pipeline, len(prompts), seed).to(pipeline.device)
+        states, clean = [], []
+        with autocast(pipeline.device, precision):
+            texts, empty = encode(pipeline, prompts), encode(pipeline, [""])
+            noise = GuidedNoise(pipeline.unet, process, texts, empty, guidance)
+            for here, there in zip(noise_levels(process, grid), noise_levels(process, grid)[1:], strict=False):
+                t = torch.full((len(x),), here.t, device=x.device)
+                if here.t in timesteps:
+                    states.append(x)
+                    clean.append(predict(pipeline.unet, x, t, texts))
+                x = _ddim(x, noise(x, t), here, there)
+                on_pass(2 * len(x))
+        return cls(pipeline, tuple(prompts), tuple(shares), tuple(timesteps), torch.stack(states), torch.stack(clean), precision, on_pass)
+
+    @torch.no_grad()
+    def respond(
+        self, texts: Sequence[Sequence[str]], prompts: Sequence[Sequence[int]], times: Sequence[int]
+    ) -> Responses:
+        """The responses to changed prompts.
+
+        Args:
+            texts: for each of C candidates, P changed prompts.
+            prompts: for each of them, the index in `prompts` of the prompt that it was made from.
+            times: indices into `timesteps` to measure at.
+        """
+        rows = len(texts[0]) * len(times)
+        part = max(1, self._batch() // rows)
+        t = torch.tensor([self.timesteps[index] for index in times], device=self.states.device)
+        energy, common = [], []
+        for first in range(0, len(texts), part):
+            some = texts[first : first + part]
+            places = torch.tensor(prompts[first : first + part])
+            d = self._difference([text for one in some for text in one], places, list(times), t)
+            energy.append(d.square().sum(-1).permute(1, 2, 0).cpu())
+            common.append(_common(d).T.cpu())
+            self.on_pass(len(some) * rows)
+        return Responses(torch.cat(energy), torch.cat(common))
+
+    def _difference(self, texts: list[str], places: Tensor, times: list[int], t: Tensor) -> Tensor:
+        """d as [T,C,P,values] for prompts at `places` [C,P]."""
+        x, clean = (values[times][:, places] for values in (self.states, self.clean))
+        with autocast(self.pipeline.device, self.precision):
+            states = encode(self.pipeline, texts).repeat(len(times), 1, 1)
+            out = predict(self.pipeline.unet, x.flatten(0, 2), t.repeat_interleave(places.numel()), states)
+        return (out.view_as(clean) - clean).flatten(3).float()
+
+    def _batch(self) -> int:
+        channels, height, width = latent_shape(self.pipeline.unet)
+        return max(1, LATENT_VALUES_PER_PASS // (channels * height * width))
+
+
+def _common(d: Tensor) -> Tensor:
+    """Mean inner product of different prompts' d [T,C,P,values]; [T,C]."""
+    prompts = d.shape[2]
+    if prompts == 1:
+        return d.new_zeros(d.shape[:2])
+    return (d.sum(2).square().sum(-1) - d.square().sum((2, 3))) / (prompts * (prompts - 1))
+
+
+def _ddim(x: Tensor, noise: Tensor, here: NoiseLevel, there: NoiseLevel) -> Tensor:
+    """One deterministic DDIM step."""
+    return there.a * (x - here.b * noise) / here.a + there.b * noise
