@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from seal_fast.noise_triggers import NoiseUnlearnSettings as NoiseUnlearnSettings
     from seal_fast.noise_triggers import SearchSettings as SearchSettings
     from seal_fast.noise_triggers import TerdSettings as TerdSettings
-    from seal_fast.noise_triggers import Verdict as Verdict
     from seal_fast.noise_triggers import reverse_trigger as reverse_trigger
     from seal_fast.noise_triggers import shipped_calibration as shipped_calibration
     from seal_fast.results.scan import ModelResult as ModelResult
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from seal_fast.text_triggers import TextTrigger as TextTrigger
     from seal_fast.text_triggers import TextUnlearnSettings as TextUnlearnSettings
     from seal_fast.text_triggers.evaluation import EvaluationSettings as EvaluationSettings
+    from seal_fast.verdict import Verdict as Verdict
     from seal_fast.workflows.scan import scan as scan
     from seal_fast.workflows.unlearn import UnlearnResult as UnlearnResult
     from seal_fast.workflows.unlearn import run_unlearning as run_unlearning
@@ -60,7 +60,7 @@ _MODULE_OF = {
     "TextUnlearning": "workflows.unlearn_text",
     "Trigger": "checkpoints.trigger",
     "UnlearnResult": "workflows.unlearn",
-    "Verdict": "noise_triggers",
+    "Verdict": "verdict",
     "attention_maps": "text_to_image",
     "load_denoiser": "checkpoints",
     "reverse_trigger": "noise_triggers",

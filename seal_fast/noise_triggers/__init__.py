@@ -7,14 +7,12 @@ from seal_fast.noise_triggers.search_settings import SearchSettings
 from seal_fast.noise_triggers.settings import DEFAULT_PRESET, PRESETS, Settings
 from seal_fast.noise_triggers.terd import TerdSettings
 from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, UnlearnedDenoiser, unlearn_denoiser
-from seal_fast.noise_triggers.verdict import Decision, Verdict
 
 __all__ = [
     "DEFAULT_PRESET",
     "PRESETS",
     "Calibration",
     "CalibrationModel",
-    "Decision",
     "Evidence",
     "InputDetector",
     "NoiseUnlearnSettings",
@@ -24,7 +22,6 @@ __all__ = [
     "TerdSettings",
     "TriedCandidate",
     "UnlearnedDenoiser",
-    "Verdict",
     "model_evidence",
     "reverse_trigger",
     "shipped_calibration",

@@ -12,11 +12,12 @@ from seal_fast.noise_triggers.calibration import group_of
 from seal_fast.report.table import Line, print_sentence, print_table
 
 if TYPE_CHECKING:
-    from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Verdict
+    from seal_fast.noise_triggers import Calibration, CalibrationModel
     from seal_fast.results.scan import ModelResult, ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
     from seal_fast.text_triggers.rate import Rate
+    from seal_fast.verdict import Decision, Verdict
 
 STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", "error": "magenta"}
 

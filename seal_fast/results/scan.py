@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Evidence, TriedCandidate, Verdict
+from seal_fast.noise_triggers import Evidence, TriedCandidate
+from seal_fast.verdict import Verdict
 
 RESUMED = "resumed from an earlier scan: same model, settings and version"
 """Note of a result that a scan took over instead of making it again."""

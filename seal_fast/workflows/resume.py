@@ -16,9 +16,10 @@ from typing import Any
 
 from seal_fast.checkpoints import CheckpointError, load_denoiser
 from seal_fast.diffusion import Denoiser, ModelFamily
-from seal_fast.noise_triggers import Evidence, TriedCandidate, Verdict
+from seal_fast.noise_triggers import Evidence, TriedCandidate
 from seal_fast.report.json import to_json
 from seal_fast.results.scan import RESUMED, ModelResult
+from seal_fast.verdict import Verdict
 from seal_fast.workflows.discovery import Checkpoint
 
 

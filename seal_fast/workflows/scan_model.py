@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seal_fast.checkpoints import CheckpointError, LoadedCheckpoint, load_denoiser
-from seal_fast.noise_triggers import Calibration, Reversion, Verdict, model_evidence
+from seal_fast.noise_triggers import Calibration, Reversion, model_evidence
 from seal_fast.results.progress import OnProgress, Progress
 from seal_fast.results.scan import ModelResult
+from seal_fast.verdict import Verdict
 from seal_fast.workflows.capacity import default_device
 from seal_fast.workflows.discovery import Checkpoint
 from seal_fast.workflows.processes import Died

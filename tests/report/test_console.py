@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Evidence, TerdSettings, Verdict
+from seal_fast.noise_triggers import Calibration, CalibrationModel, Evidence, TerdSettings
 from seal_fast.report.console import console_for, print_calibration, print_detection, print_report, safe
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.verdict import Decision, Verdict
 
 RESULT = ModelResult(
     path="models/" + "a-rather-long-name-" * 4,

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Evidence, TriedCandidate, Verdict
+from seal_fast.noise_triggers import Evidence, TriedCandidate
 from seal_fast.report.json import detection_json, report_json, to_json, write_report
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.verdict import Verdict
 
 EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
 CANDIDATE = TriedCandidate("fixed-point", "ddpm", 1.2, 8, 0.5, "rejected", "The score is below reject_below.")
