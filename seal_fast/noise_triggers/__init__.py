@@ -3,6 +3,7 @@
 from seal_fast.noise_triggers.calibration import Calibration, CalibrationModel, shipped_calibration
 from seal_fast.noise_triggers.detection import Evidence, InputDetector, model_evidence
 from seal_fast.noise_triggers.reversion import Reversion, TriedCandidate, reverse_trigger
+from seal_fast.noise_triggers.scope import NoiseScope, noise_scope
 from seal_fast.noise_triggers.search_settings import SearchSettings
 from seal_fast.noise_triggers.settings import DEFAULT_PRESET, PRESETS, Settings
 from seal_fast.noise_triggers.terd import TerdSettings
@@ -15,6 +16,7 @@ __all__ = [
     "CalibrationModel",
     "Evidence",
     "InputDetector",
+    "NoiseScope",
     "NoiseUnlearnSettings",
     "Reversion",
     "SearchSettings",
@@ -23,6 +25,7 @@ __all__ = [
     "TriedCandidate",
     "UnlearnedDenoiser",
     "model_evidence",
+    "noise_scope",
     "reverse_trigger",
     "shipped_calibration",
     "unlearn_denoiser",

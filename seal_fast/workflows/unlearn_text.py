@@ -118,7 +118,9 @@ class TextUnlearning:
         path = Path(self.model) if isinstance(self.model, str | os.PathLike) else None
         base = None if self.base is None else Path(self.base)
         checkpoint = (
-            load_pipeline(path, base=base, device=default_device()) if path else LoadedPipeline(self.model, "", "pipeline", ())
+            load_pipeline(path, base=base, device=default_device())
+            if path
+            else LoadedPipeline(self.model, "", "pipeline", "", ())
         )
         return _Loaded(checkpoint, as_triggers(self.triggers), *choose_prompts(self.prompts, base or path))
 
