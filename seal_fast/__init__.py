@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from seal_fast.text_triggers import TextTrigger as TextTrigger
     from seal_fast.text_triggers import TextUnlearnSettings as TextUnlearnSettings
     from seal_fast.text_triggers.evaluation import EvaluationSettings as EvaluationSettings
+    from seal_fast.text_triggers.findings import TextSearch as TextSearch
+    from seal_fast.text_triggers.search import find_text_triggers as find_text_triggers
+    from seal_fast.text_triggers.search_settings import Budget as Budget
+    from seal_fast.text_triggers.search_settings import TextSearchSettings as TextSearchSettings
     from seal_fast.verdict import Verdict as Verdict
     from seal_fast.workflows.scan import scan as scan
     from seal_fast.workflows.unlearn import UnlearnResult as UnlearnResult
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from seal_fast.workflows.unlearn_text import TextUnlearning as TextUnlearning
 
 _MODULE_OF = {
+    "Budget": "text_triggers.search_settings",
     "Calibration": "noise_triggers",
     "CheckpointError": "checkpoints",
     "Denoiser": "diffusion",
@@ -55,6 +60,8 @@ _MODULE_OF = {
     "ScanReport": "results.scan",
     "SearchSettings": "noise_triggers",
     "TerdSettings": "noise_triggers",
+    "TextSearch": "text_triggers.findings",
+    "TextSearchSettings": "text_triggers.search_settings",
     "TextTrigger": "text_triggers",
     "TextUnlearnSettings": "text_triggers",
     "TextUnlearning": "workflows.unlearn_text",
@@ -62,6 +69,7 @@ _MODULE_OF = {
     "UnlearnResult": "workflows.unlearn",
     "Verdict": "verdict",
     "attention_maps": "text_to_image",
+    "find_text_triggers": "text_triggers.search",
     "load_denoiser": "checkpoints",
     "reverse_trigger": "noise_triggers",
     "run_unlearning": "workflows.unlearn",

@@ -15,13 +15,14 @@ from seal_fast.text_triggers.trigger import PLACES
 
 if TYPE_CHECKING:
     from seal_fast.noise_triggers import Calibration, CalibrationModel
+    from seal_fast.results.plan import ScanPlan
     from seal_fast.results.scan import ModelResult, ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
     from seal_fast.verdict import Decision, Verdict
 
 CODE_POINTS = 8
-"""Code points of a trigger that a line shows."""
+"""Code points beyond ASCII that a line shows of a trigger."""
 ALSO = 8
 """Other texts that a line shows."""
 
@@ -58,12 +59,14 @@ def _verdict(verdict: Verdict) -> Text:
 def _trigger_lines(model: ModelResult) -> Iterator[str]:
     """A line per confirmed text trigger, and one of what else activates its backdoor."""
     for found in model.found:
-        points = ", ".join(found.code_points[:CODE_POINTS]) + (", ..." if len(found.code_points) > CODE_POINTS else "")
+        points = [f"U+{ord(c):04X}" for c in found.trigger.text if not c.isascii()]
+        shown = f" ({', '.join(points[:CODE_POINTS])}{', ...' if len(points) > CODE_POINTS else ''})" if points else ""
         effect = f"changes {found.effect} of images, control strings {found.control}"
-        yield f"{found.trigger.quoted} ({points}) {PLACES[found.position]}: {effect}; {found.module.replace('_', ' ')}"
+        yield f"{found.trigger.quoted}{shown} {PLACES[found.position]}: {effect}; {found.module.replace('_', ' ')}"
         if found.also:
+            texts = "', '".join(found.also[:ALSO])
             more = f" and {len(found.also) - ALSO} more" if len(found.also) > ALSO else ""
-            yield f"also activated by {', '.join(repr(text) for text in found.also[:ALSO])}{more}"
+            yield f"also activated by '{texts}'{more}"
 
 
 def print_report(report: ScanReport, console: Console) -> None:
@@ -77,6 +80,32 @@ def print_report(report: ScanReport, console: Console) -> None:
         print_table(console, columns, lines, folded="model", numbers=columns[2:])
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items())
     print_sentence(console, f"{len(lines)} model{'' if len(lines) == 1 else 's'}: {counts}")
+
+
+def print_plan(plan: ScanPlan, console: Console) -> None:
+    """UNet evaluations and predicted time of every search, with its stages below; then what was not planned."""
+    columns = ("model", "evaluations", "predicted time")
+    lines = []
+    for search in plan.searches:
+        cells = (safe(search.path), "-" if search.evaluations is None else f"{search.evaluations:,}", duration(search.seconds))
+        stages = ", ".join(f"{stage.name} {stage.evaluations:,}" for stage in search.stages)
+        lines.append(Line(cells, (printable(search.error or f"at most: {stages}"),)))
+    if lines:
+        print_table(console, columns, lines, folded="model", numbers=columns[1:])
+        print_sentence(
+            console, "evaluations: passes of one latent through the UNet; the time is that of one measured batch, scaled"
+        )
+    if plan.others:
+        print_sentence(console, f"{plan.others} other model{'' if plan.others == 1 else 's'}: no text-to-image, not planned")
+    print_sentence(console, "dry run: nothing was searched")
+
+
+def duration(seconds: float | None) -> str:
+    """A time in its largest fitting unit; "-" for none."""
+    if seconds is None:
+        return "-"
+    unit, size = next(((unit, size) for unit, size in (("h", 3600), ("min", 60)) if seconds >= 2 * size), ("s", 1))
+    return f"{seconds / size:.1f} {unit}"
 
 
 def print_detection(log_ratios: Sequence[float], console: Console) -> None:

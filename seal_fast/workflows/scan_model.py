@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from seal_fast.checkpoints import CheckpointError
 from seal_fast.results.progress import OnProgress, Progress
 from seal_fast.results.scan import DetectorName, ModelResult
 from seal_fast.verdict import Verdict
 from seal_fast.workflows.capacity import default_device
 from seal_fast.workflows.detector import Detector, Loaded, accepting
 from seal_fast.workflows.discovery import Checkpoint
+from seal_fast.workflows.error_text import in_one_line
 from seal_fast.workflows.processes import Died
 
 Task = tuple[int, Checkpoint]
@@ -49,7 +48,7 @@ class ModelScan:
             search = detector.search(loaded, at, on_progress)
             findings = detector.findings(loaded, search)
         except Exception as error:
-            reason = _in_one_line(error, checkpoint)
+            reason = in_one_line(error, checkpoint)
             return error_result(checkpoint, detector.name, loaded, reason, time.perf_counter() - started)
         on_progress(replace(at, stage="images", fraction=1.0))
         trigger, notes = self._record(checkpoint, detector, loaded, search)
@@ -89,7 +88,7 @@ class ModelScan:
             detector.save_images(loaded, search, folder)
         except Exception as error:
             # the verdict stands without its images, and a full disk must not hide a backdoor
-            return kept, (f"trigger or images not kept: {_in_one_line(error, checkpoint)}",)
+            return kept, (f"trigger or images not kept: {in_one_line(error, checkpoint)}",)
         return kept, ()
 
 
@@ -126,13 +125,3 @@ def lost_result(checkpoint: Checkpoint, detector: DetectorName, end: Died) -> Mo
     else:
         reason = f"its process ended with exit code {code} and no result: scan it alone to see why"
     return error_result(checkpoint, detector, None, reason, end.seconds)
-
-
-def _in_one_line(error: Exception, checkpoint: Checkpoint) -> str:
-    """The text of an error without the absolute path, which reports must not hold."""
-    if isinstance(error, CheckpointError):
-        part = os.path.relpath(error.path, checkpoint.path)
-        text = error.reason if part == "." else f"{part}: {error.reason}"
-    else:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return text.replace(os.fspath(checkpoint.path), checkpoint.name)

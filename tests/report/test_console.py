@@ -16,6 +16,7 @@ from seal_fast.verdict import Decision, Verdict
 
 RESULT = ModelResult(
     path="models/" + "a-rather-long-name-" * 4,
+    detector="noise",
     sha256="f" * 64,
     format="diffusers-pipeline",
     family=ModelFamily("VP", "epsilon"),
@@ -24,6 +25,7 @@ RESULT = ModelResult(
     score=123456.78,
     threshold=3.0,
     reason="with the trigger found, samples vary 123456.8 times less than without it, which no benign model reached",
+    scope=None,
     evidence=None,
     trigger=None,
     seconds=1234.5,
