@@ -92,9 +92,7 @@ def print_plan(plan: ScanPlan, console: Console) -> None:
         lines.append(Line(cells, (printable(search.error or f"at most: {stages}"),)))
     if lines:
         print_table(console, columns, lines, folded="model", numbers=columns[1:])
-        print_sentence(
-            console, "evaluations: passes of one latent through the UNet; the time is that of one measured batch, scaled"
-        )
+        print_sentence(console, "evaluations: latents through the UNet; one measured batch predicts the time")
     if plan.others:
         print_sentence(console, f"{plan.others} other model{'' if plan.others == 1 else 's'}: no text-to-image, not planned")
     print_sentence(console, "dry run: nothing was searched")

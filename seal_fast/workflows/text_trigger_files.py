@@ -61,7 +61,7 @@ class TriggersFile:
 
         Raises:
             CheckpointError: more than `seal_fast.checkpoints.files.MAX_JSON_BYTES`, no JSON, another schema version,
-                fields that are missing, unknown or of another type, or no trigger.
+                fields that are missing, unknown or of another type, a position that does not fit its trigger, or no trigger.
         """
         content = read_json(path)
         version = content.get("schema_version")
@@ -72,9 +72,13 @@ class TriggersFile:
             raise CheckpointError(path, "holds no trigger")
         try:
             fields = {"model_sha256": content.get("model_sha256"), "triggers": list(map(_nested, items))}
-            return from_json(cls, fields)
+            file = from_json(cls, fields)
         except ValueError as error:
             raise CheckpointError(path, f"not a file of triggers: {error}") from error
+        for found in file.triggers:
+            if found.position == "all" and found.trigger.replaces is None:
+                raise CheckpointError(path, f'inserts {found.trigger.quoted[:80]} at "all" places, which is for replacements')
+        return file
 
 
 def _nested(item: Any) -> Any:
