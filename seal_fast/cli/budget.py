@@ -21,8 +21,8 @@ def parse_budget(text: str) -> Budget:
     """
     from seal_fast.text_triggers.search_settings import Budget
 
-    if re.fullmatch(r"\d{1,18}", text) and int(text):
+    if re.fullmatch(r"[0-9]{1,18}", text) and int(text):
         return Budget(evaluations=int(text))
-    if (match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh])", text)) and float(match[1]):
+    if (match := re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh])", text)) and float(match[1]):
         return Budget(seconds=float(match[1]) * SECONDS[match[2]])
     raise typer.BadParameter(f"--budget is a number of UNet evaluations (200000) or a time (90s, 30m, 2h), not {text!r}")
