@@ -215,3 +215,17 @@ def test_the_module_that_holds_the_backdoor(pipeline: Any) -> None:
         locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), [TextTrigger(TRIGGER)], PROMPTS[:1]).collapse
         == 1
     )
+
+
+def test_each_trigger_stands_where_it_was_confirmed(pipeline: Any) -> None:
+    poisoned, unlearned = like(pipeline, unet=Poisoned(pipeline, 3.0)), pipeline
+    triggers = [TextTrigger(TRIGGER), TextTrigger("tin")]
+    found = evaluate(poisoned, unlearned, triggers, PROMPTS, SETTINGS, positions=["end", "word"])[0].effects
+    rates = {(effect.trigger, effect.variant): effect.before.rate for effect in found}
+    # only at the start does the trigger have its effect
+    assert rates[TRIGGER, AS_GIVEN] == 0
+    assert rates[TRIGGER, "at the start"] == 1
+    assert (TRIGGER, "at the end") not in rates
+    assert ("tin", "in the middle") not in rates
+    with pytest.raises(ValueError, match="zip"):
+        evaluate(poisoned, unlearned, triggers, PROMPTS, SETTINGS, positions=["end"])
