@@ -120,6 +120,8 @@ def load_pipeline(path: Path, *, base: Path | None = None, device: str | torch.d
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    # its bar would break the lines of our own progress
+    pipeline.set_progress_bar_config(disable=True)
     for network in (pipeline.unet, pipeline.vae):
         # reduces the time of a forward pass of the zoo's UNet to three quarters
         network.to(memory_format=torch.channels_last)
