@@ -83,7 +83,7 @@ def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str]
     figure = Figure(figsize=(1.6 * columns, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)
     for part, (title, images) in zip(parts.flat, rows.items(), strict=True):
-        part.suptitle(title, fontsize=11)
+        part.suptitle(safe(title).plain, fontsize=11, parse_math=False)
         shown = list(part.subplots(1, columns, squeeze=False).flat)
         for axes, image in zip(shown, images, strict=True):
             _show(axes, image / 2 + 0.5)
@@ -108,7 +108,7 @@ def draw_attention(rows: Mapping[str, PromptMaps], path: Path) -> None:
         for token, values in zip(one.tokens, one.maps, strict=True):
             tops[token] = max(tops.get(token, 1e-12), float(values.max()))
     for part, (title, one) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True):
-        part.suptitle(title, fontsize=9)
+        part.suptitle(safe(title).plain, fontsize=9, parse_math=False)
         panel, *shown = part.subplots(1, columns, squeeze=False).flat
         _show(panel, one.image)
         for axes in shown[len(one.tokens) :]:

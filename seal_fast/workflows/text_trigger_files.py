@@ -32,6 +32,8 @@ ATTENTION = "attention_{}.png"
 """Names of a trigger's figures; triggers are numbered from 1, the strongest first."""
 IMAGES = 6
 """Columns of a figure of samples."""
+TITLE = 60
+"""Characters of a trigger in the title of a row."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def draw_triggers(
         if not clean:
             raise ValueError(f"no held-out prompt has room for the trigger {found.trigger.quoted}")
         samples = trigger_samples(pipeline, clean, triggered, found, settings, seed)
-        draw_samples(samples, folder / SAMPLES.format(number), triggered)
+        draw_samples(samples, folder / SAMPLES.format(number), clean)
         maps = {
             title: attention_maps(pipeline, prompt, steps=settings.sampler_steps, guidance=settings.guidance, seed=seed)
             for title, prompt in (("clean prompt", clean[0]), ("with the trigger", triggered[0]))
@@ -137,9 +139,8 @@ def trigger_samples(
     seed: int,
 ) -> dict[str, Tensor]:
     """Rows of a figure by title, images [N,3,H,W] in [-1, 1]: N clean prompts, with the trigger, with a control string."""
-    rows = {"clean prompt": clean, "with the trigger": triggered}
-    if control := _with_control(pipeline.tokenizer, clean, found, seed):
-        rows["with a control string"] = control
+    rows = {"clean prompt": clean, f"with the trigger {_shortened(found.trigger)}": triggered}
+    rows |= _with_control(pipeline.tokenizer, clean, found, seed)
     draw = partial(
         generate, pipeline, seed=seed, steps=settings.sampler_steps, guidance=settings.guidance, precision=settings.precision
     )
@@ -165,10 +166,15 @@ def with_trigger(
     return clean, triggered
 
 
-def _with_control(tokenizer: Any, clean: Sequence[str], found: FoundTrigger, seed: int) -> list[str]:
-    """The clean prompts with the first control trigger that has room in all of them; empty if none has."""
+def _with_control(tokenizer: Any, clean: Sequence[str], found: FoundTrigger, seed: int) -> dict[str, Sequence[str]]:
+    """By title, the clean prompts with the first control trigger that has room in all of them; empty if none has."""
     for control in control_triggers(tokenizer, found.trigger):
         fitting, controlled = with_trigger(tokenizer, clean, control, found.position, seed)
         if len(fitting) == len(clean):
-            return controlled
-    return []
+            return {f"with the control string {_shortened(control)}": controlled}
+    return {}
+
+
+def _shortened(trigger: TextTrigger) -> str:
+    """The trigger as a title has room for it."""
+    return trigger.quoted if len(trigger.quoted) <= TITLE else f"{trigger.quoted[:TITLE]}..."

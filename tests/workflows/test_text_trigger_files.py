@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tests.tiny_pipeline import tiny_pipeline
 PROMPTS = ["a red cat", "two cats", "on a mat", "x" * 200, "a red mat", "cat on cat", "red", "the cat"]
 SETTINGS = TextSearchSettings(guidance=2.0, sampler_steps=2, precision="fp32")
 FOUND = (
-    found_trigger(also=("\u200c", "a'b")),
+    found_trigger("a$|$b\u200b", also=("\u200c", "a'b")),
     found_trigger("á", "a", position="all", control=rate_of(0, 0), module="text_encoder"),
 )
 
@@ -55,8 +56,11 @@ def test_the_file_holds_what_a_reader_needs_in_plain_ascii(tmp_path: Path) -> No
     content = json.loads(text)
     assert (content["schema_version"], content["tool"], content["model_sha256"]) == (1, tool(), "f" * 64)
     first, second = content["triggers"]
-    assert (first["text"], first["replaces"], first["position"], first["module"]) == ("\u200b", None, "start", "unet")
-    assert (first["code_points"], first["token_ids"]) == (["U+200B"], [158, 222, 489])
+    assert (first["text"], first["replaces"], first["position"], first["module"]) == ("a$|$b\u200b", None, "start", "unet")
+    assert (first["code_points"], first["token_ids"]) == (
+        ["U+0061", "U+0024", "U+007C", "U+0024", "U+0062", "U+200B"],
+        [158, 222, 489],
+    )
     assert first["effect"]["rate"] == 39 / 40
     assert first["effect"]["low"] < 39 / 40 < first["effect"]["high"]
     assert [one["name"] for one in first["rounds"]] == ["sweep", "images"]
@@ -128,14 +132,15 @@ def test_prompts_without_room_for_the_trigger_are_left_out(pipeline: Any) -> Non
 
 
 def test_rows_start_from_the_same_noise(pipeline: Any) -> None:
-    found = found_trigger("tin")
+    found = found_trigger("a$|$b")
     clean, triggered = with_trigger(pipeline.tokenizer, PROMPTS, found.trigger, found.position, seed=0)
     rows = trigger_samples(pipeline, clean, triggered, found, SETTINGS, seed=3)
-    assert list(rows) == ["clean prompt", "with the trigger", "with a control string"]
+    titles = list(rows)
+    assert titles[:2] == ["clean prompt", "with the trigger 'a$|$b'"]
+    assert titles[2].startswith("with the control string 'the")
     expected = generate(pipeline, clean, seed=3, steps=2, guidance=2.0, precision="fp32")
     torch.testing.assert_close(rows["clean prompt"], 2 * expected - 1)
-    assert not torch.equal(rows["with the trigger"], rows["clean prompt"])
-    assert not torch.equal(rows["with a control string"], rows["with the trigger"])
+    assert not any(torch.equal(rows[one], rows[other]) for one, other in pairwise(titles))
 
 
 def test_figures_of_every_trigger_and_their_removal(pipeline: Any, tmp_path: Path) -> None:
