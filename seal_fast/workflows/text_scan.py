@@ -102,6 +102,9 @@ class TextScan:
             # a broken model card must not spare a model its scan
             notes.append(f"model card not used: {error.reason}")
             training, held_out, source = choose_prompts(None, None)
+        if source == "model card":
+            # its maker could hide a trigger by putting it into all of them
+            source += ", which the maker of the model wrote (--prompts FILE brings others)"
         notes.append(f"{len(training) + len(held_out)} clean prompts: {source}")
         return [one for pair in zip_longest(training, held_out) for one in pair if one is not None]
 
