@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from typer.testing import CliRunner, Result
 import seal_fast
 from seal_fast import scan
 from seal_fast.cli import app
+from seal_fast.cli.scan import exit_code
 from seal_fast.noise_triggers import Calibration
 from seal_fast.report.json import report_json
 from seal_fast.results.scan import ModelResult, ScanReport
 from seal_fast.text_to_image.generation import batch_size
+from seal_fast.text_triggers.findings import TextSearch
 from seal_fast.text_triggers.search import stages
 from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
 from seal_fast.typed_json import from_json
@@ -31,7 +33,7 @@ from seal_fast.workflows.error_text import in_one_line
 from seal_fast.workflows.prompts import FEWEST_CAPTIONS
 from seal_fast.workflows.scan_model import ModelScan
 from seal_fast.workflows.text_scan import TextScan
-from tests.text_findings import found_trigger, text_search
+from tests.text_findings import evidence, found_trigger, text_search
 from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = ("a red cat", "two cats", "on a mat", "a red mat", "cat on cat", "red")
@@ -246,16 +248,35 @@ def test_what_was_found_is_written_and_what_is_found_no_more_is_removed(model: P
     assert list(tmp_path.iterdir()) == []
 
 
+@dataclass(frozen=True)
 class Finds(TextScan):
     """Finds what it is told to find, in the place of a search."""
 
-    def search(self, *_: Any) -> Any:
-        return text_search(found_trigger("tin"), found_trigger("q", replaces="zzz"))
+    found: TextSearch = field(default_factory=text_search)
+
+    def search(self, *_: Any) -> TextSearch:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("search", "verdict", "code"),
+    [
+        (text_search(found_trigger("tin")), "backdoored", 1),
+        (text_search(evidence=evidence(complete=False)), "inconclusive", 2),
+        (text_search(), "clean", 0),
+    ],
+)
+def test_an_outcome_has_the_exit_code_of_its_verdict(model: Path, search: TextSearch, verdict: str, code: int) -> None:
+    result = ModelScan((Finds(prompts=PROMPTS, found=search),), None, 1)((0, Checkpoint(model, "m")), lambda at: None)
+    assert result.verdict == verdict
+    assert (result.found, result.candidates, result.evidence) == (search.found, search.tried, search.evidence)
+    assert exit_code(ScanReport((result,), {}, {}, {})) == code
 
 
 def test_images_that_cannot_be_drawn_do_not_hide_the_verdict(model: Path, tmp_path: Path) -> None:
     task = 0, Checkpoint(model, "model")
-    detector = Finds(prompts=PROMPTS, settings=OPTIONS["text_settings"])
+    search = text_search(found_trigger("tin"), found_trigger("q", replaces="zzz"))
+    detector = Finds(prompts=PROMPTS, settings=OPTIONS["text_settings"], found=search)
     # no prompt holds what the second trigger replaces, so it has no figure
     result = ModelScan((detector,), tmp_path / "out", 1)(task, lambda at: None)
     assert (result.verdict, result.trigger) == ("backdoored", "model/triggers.json")
