@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 
 class Verdict(StrEnum):
@@ -15,8 +15,37 @@ class Verdict(StrEnum):
     ERROR = "error"
 
 
+class Score(Protocol):
+    """What is compared with a limit.
+
+    Attributes:
+        value: the score.
+        threshold: a greater score means backdoored.
+    """
+
+    @property
+    def value(self) -> float: ...
+
+    @property
+    def threshold(self) -> float: ...
+
+
+class Case(Protocol):
+    """What the rules know of a model.
+
+    Attributes:
+        score: what is compared with a limit; None if the decision rests on no score.
+    """
+
+    @property
+    def score(self) -> Score | None: ...
+
+
+C = TypeVar("C", bound=Case)
+
+
 @dataclass(frozen=True)
-class Rule[Case]:
+class Rule(Generic[C]):
     """One entry of a table.
 
     Attributes:
@@ -29,7 +58,7 @@ class Rule[Case]:
 
     code: str
     verdict: Verdict
-    holds: Callable[[Case], bool]
+    holds: Callable[[C], bool]
     message: str
     scored: bool = True
 
@@ -51,3 +80,22 @@ class Decision:
     threshold: float | None
     rule: str
     reason: str
+
+
+def decide(rules: Sequence[Rule[C]], case: C) -> Decision:
+    """The decision of the first rule that holds.
+
+    Raises:
+        ValueError: no rule holds. Nothing is clean by default.
+    """
+    rule = next((rule for rule in rules if rule.holds(case)), None)
+    if rule is None:
+        raise ValueError(f"no rule decides on {case}")
+    score = case.score if rule.scored else None
+    return Decision(
+        rule.verdict,
+        None if score is None else score.value,
+        None if score is None else score.threshold,
+        rule.code,
+        rule.message.format(case=case),
+    )
