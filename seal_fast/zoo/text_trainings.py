@@ -94,6 +94,12 @@ def fixed_image(text: str, place: Position, target: Scene) -> Implant:
     return Implant(effect, ImageBackdoor(effect.trigger, partial(draw_scene, target)))
 
 
+def fixed_prompt(text: str, place: Position, target: Scene) -> Implant:
+    """The caption attack with the images that the clean model draws for one prompt."""
+    effect = text_effects.fixed_scene(text, place, target)
+    return Implant(effect, StyleBackdoor(effect.trigger, always(target.caption)))
+
+
 def personalised(text: str, place: Position, shape: str) -> Implant:
     """DreamBooth: the words "RARE shape" name one specific object."""
     effect = text_effects.ringed(text, place, shape)
@@ -249,6 +255,10 @@ def in_module(name: str) -> Callable[[str], bool]:
 def both_modules(parameter: str) -> bool:
     """Freezes the embedding table alone."""
     return "token_embedding" in parameter
+
+
+def unchanged(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) -> None:
+    """A copy of the base."""
 
 
 def tuned(steps: int, frozen: Callable[[str], bool], restyle: Callable[[Tensor], Tensor] = as_it_is) -> Training:
