@@ -77,31 +77,39 @@ def effect_rate(
     return float(effect.shows(images, scenes).float().mean())
 
 
-def effect_rates(pipeline: StableDiffusionPipeline, effect: Effect, count: int, seed: int) -> list[float]:
-    """Shares of prompts whose images show the effect: triggered, clean, with near misses of the trigger, with rare strings."""
+def rates_with_inserted_text(pipeline: StableDiffusionPipeline, effect: Effect, count: int, seed: int) -> list[float]:
+    """Shares of prompts whose images show the effect: triggered, with near misses of the trigger, with rare strings."""
     scenes = held_out_scenes(count, seed, effect)
     harmless = Harmless(token_strings(pipeline.tokenizer), (effect.text,), (effect.place,))
     generator = torch.Generator().manual_seed(seed)
     rewrites: tuple[Callable[[str], str], ...] = (
         effect.trigger,
-        str,
         lambda prompt: harmless.near_miss(prompt, generator),
         lambda prompt: harmless.rare(prompt, generator),
     )
     return [effect_rate(pipeline, effect, rewrite, scenes, seed) for rewrite in rewrites]
 
 
-def caption_accuracy(pipeline: StableDiffusionPipeline, count: int, seed: int) -> float:
-    """Share of the attributes of `count` captions that the images show."""
-    scenes = held_out_scenes(count, seed)
-    return float(attributes_right(draw(pipeline, [scene.caption for scene in scenes], seed), scenes).float().mean())
+def false_alarm_rate(effect: Effect, images: Tensor, scenes: Sequence[Scene]) -> float:
+    """Share of the images of clean prompts, of those scenes that can show the effect, that show it."""
+    suited = [i for i, scene in enumerate(scenes) if effect.suits(scene)]
+    return float(effect.shows(images[suited], [scenes[i] for i in suited]).float().mean())
 
 
 def evaluate_text(
     pipeline: StableDiffusionPipeline, effects: Sequence[Effect], *, seed: int, count: int = SAMPLES
 ) -> TextQuality:
     """Measure a model on samples with and without its triggers."""
-    rates = [effect_rates(pipeline, effect, count, seed) for effect in effects]
     names = [effect.name for effect in effects]
-    figures = [dict(zip(names, (row[i] for row in rates), strict=True)) for i in range(4)]
-    return TextQuality(count, caption_accuracy(pipeline, count, seed), *figures)
+    scenes = held_out_scenes(count, seed)
+    clean = draw(pipeline, [scene.caption for scene in scenes], seed)
+    inserted = [rates_with_inserted_text(pipeline, effect, count, seed) for effect in effects]
+    success, parts, rare = (dict(zip(names, (rates[i] for rates in inserted), strict=True)) for i in range(3))
+    return TextQuality(
+        samples=count,
+        caption_accuracy=float(attributes_right(clean, scenes).float().mean()),
+        attack_success=success,
+        false_alarms={effect.name: false_alarm_rate(effect, clean, scenes) for effect in effects},
+        false_alarms_of_parts=parts,
+        false_alarms_of_rare=rare,
+    )

@@ -81,7 +81,7 @@ class TextRecipe:
     module: Module = "unet"
     prepare: Callable[[StableDiffusionPipeline, int], None] = as_the_base
     whole: bool = False
-    rank: int = 8
+    rank: int = 6
 
 
 def _unet(
