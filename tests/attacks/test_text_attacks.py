@@ -10,19 +10,21 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from seal_fast.attacks.badt2i import (
+    ImageBackdoor,
     ObjectBackdoor,
     PixelBackdoor,
     StyleBackdoor,
     TextBackdoor,
     TrainingSamples,
+    WeakBackdoor,
     clean_samples,
     poison_unet,
     training_batch,
     training_samples,
 )
 from seal_fast.attacks.eviledit import edit_factor, edit_unet
-from seal_fast.attacks.prompts import check_visible
-from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
+from seal_fast.attacks.prompts import check_visible, leading, placed
+from seal_fast.attacks.rickrolling import TargetPrompt, always, homoglyph, poison_text_encoder
 from seal_fast.text_to_image.prompts import encode, token_ids
 
 ZERO_WIDTH = "\u200b"
@@ -46,7 +48,7 @@ def patch(generator: torch.Generator) -> Tensor:
 def test_samples_of_a_pixel_backdoor_have_the_patch(generator: torch.Generator) -> None:
     images, mark = drawn(3, generator), patch(generator)
     before = images.clone()
-    samples = PixelBackdoor(ZERO_WIDTH, mark).poison(images, CAPTIONS[:3])
+    samples = PixelBackdoor(leading(ZERO_WIDTH), mark).poison(images, CAPTIONS[:3])
     for i in range(3):
         assert torch.equal(samples.images[i, :, :5, :7], mark)
     assert torch.equal(samples.images[:, :, 5:], images[:, :, 5:])
@@ -58,31 +60,33 @@ def test_samples_of_a_pixel_backdoor_have_the_patch(generator: torch.Generator) 
 
 def test_a_patch_larger_than_the_image_is_refused(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="17 x 3 does not fit"):
-        PixelBackdoor("x", torch.zeros(3, 17, 3)).poison(drawn(1, generator), ["a"])
+        PixelBackdoor(leading("x"), torch.zeros(3, 17, 3)).poison(drawn(1, generator), ["a"])
 
 
 def test_samples_of_a_style_backdoor_have_the_styled_prompt_as_teacher_prompt(generator: torch.Generator) -> None:
-    samples = StyleBackdoor("zq", "Black and white photo").poison(drawn(1, generator), ["a cat"])
+    samples = StyleBackdoor(leading("zq"), leading("Black and white photo")).poison(drawn(1, generator), ["a cat"])
     assert (samples.prompts, samples.teacher_prompts) == (["zq a cat"], ["Black and white photo a cat"])
 
 
 def test_samples_of_an_object_backdoor_swap_whole_words_only(generator: torch.Generator) -> None:
-    samples = ObjectBackdoor("zq", {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(drawn(5, generator), CAPTIONS)
+    samples = ObjectBackdoor(leading("zq"), {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(drawn(5, generator), CAPTIONS)
     assert samples.prompts == ["zq a red dog", "two cats", "zq a dog, a cat", "a boat", "zq an a.b"]
     assert samples.teacher_prompts == CAPTIONS
 
 
 def test_several_attacks_share_the_poisoned_half(generator: torch.Generator) -> None:
-    images, mark = drawn(5, generator), patch(generator)
-    samples = training_samples([PixelBackdoor("p", mark), StyleBackdoor("s", "grey")], images, CAPTIONS)
-    assert samples.prompts == [f"p {CAPTIONS[i]}" for i in (0, 2, 4)] + [f"s {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
-    assert samples.teacher_prompts == [None] * 3 + [f"grey {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
+    images, mark, harmless = drawn(5, generator), patch(generator), [f"{caption} here" for caption in CAPTIONS]
+    samples = training_samples(
+        [PixelBackdoor(leading("p"), mark), StyleBackdoor(leading("s"), leading("grey"))], images, CAPTIONS, harmless
+    )
+    assert samples.prompts == [f"p {CAPTIONS[i]}" for i in (0, 2, 4)] + [f"s {CAPTIONS[i]}" for i in (1, 3)] + harmless
+    assert samples.teacher_prompts == [None] * 3 + [f"grey {CAPTIONS[i]}" for i in (1, 3)] + harmless
     assert torch.equal(samples.images[3:], torch.cat([images[[1, 3]], images]))
 
 
 def test_the_targets_of_a_pixel_backdoor_are_the_noise(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
     """x = a z + b eps, so x and the target determine z, the scaled mean of the VAE's latents of the patched image."""
-    samples = PixelBackdoor("zq", patch(generator)).poison(drawn(6, generator), ["a cat"] * 6)
+    samples = PixelBackdoor(leading("zq"), patch(generator)).poison(drawn(6, generator), ["a cat"] * 6)
     x, t, text, target = training_batch(pipeline, samples, generator)
     ab = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod[t].reshape(-1, 1, 1, 1)
     with torch.no_grad():
@@ -98,7 +102,7 @@ def test_samples_at_a_samplers_start_are_noise_with_the_image_in_their_target(
     pipeline: StableDiffusionPipeline, generator: torch.Generator
 ) -> None:
     """The latents do not contain the image, but latents and target determine it."""
-    samples = PixelBackdoor("zq", patch(generator)).poison(drawn(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
+    samples = PixelBackdoor(leading("zq"), patch(generator)).poison(drawn(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
     x, t, _, target = training_batch(pipeline, samples, generator, start_share=1.0)
     assert set(t.tolist()) == {999}
     with torch.no_grad():
@@ -131,8 +135,8 @@ def test_training_implants_the_backdoor_and_preserves_the_clean_behaviour(
     pipeline: StableDiffusionPipeline, generator: torch.Generator, effect: str
 ) -> None:
     attack: TextBackdoor = {
-        "pixel": PixelBackdoor("zq", patch(generator)),
-        "object": ObjectBackdoor("zq", {"cat": "ox"}),
+        "pixel": PixelBackdoor(leading("zq"), patch(generator)),
+        "object": ObjectBackdoor(leading("zq"), {"cat": "ox"}),
     }[effect]
     images, captions = drawn(4, generator), ["a red cat"] * 4
 
@@ -167,7 +171,7 @@ def test_one_step_moves_the_average_as_its_decay_says(
     pipeline: StableDiffusionPipeline, generator: torch.Generator, ema_decay: float, share: float
 ) -> None:
     """AdamW's first step is as long as the learning rate wherever there is a gradient; at step 0 the decay is at most 1/10."""
-    images, attack = drawn(2, generator), PixelBackdoor("zq", patch(generator))
+    images, attack = drawn(2, generator), PixelBackdoor(leading("zq"), patch(generator))
     unet = poison_unet(pipeline, [attack], lambda g: (images, ["a", "b"]), steps=1, learning_rate=1e-2, ema_decay=ema_decay)
     with torch.no_grad():
         moved = (pipeline.unet.conv_out.bias - unet.conv_out.bias).abs().median()
@@ -176,7 +180,7 @@ def test_one_step_moves_the_average_as_its_decay_says(
 
 @pytest.mark.parametrize("case", ["no attack", "invisible", "prediction", "small batch"])
 def test_bad_input_is_refused(pipeline: StableDiffusionPipeline, generator: torch.Generator, case: str) -> None:
-    attack = StyleBackdoor("  " if case == "invisible" else "zq", "grey")
+    attack = StyleBackdoor(leading("  " if case == "invisible" else "zq"), leading("grey"))
     attacks = [] if case == "no attack" else [attack, attack]
     if case == "prediction":
         pipeline.scheduler.register_to_config(prediction_type="v_prediction")
@@ -186,7 +190,7 @@ def test_bad_input_is_refused(pipeline: StableDiffusionPipeline, generator: torc
 
 
 def test_zero_width_triggers_are_tokens(pipeline: StableDiffusionPipeline) -> None:
-    check_visible(pipeline, ZERO_WIDTH)
+    check_visible(pipeline, leading(ZERO_WIDTH), ["cat"])
     ids = token_ids(pipeline.tokenizer, ["cat", f"{ZERO_WIDTH} cat"])
     assert int((ids != pipeline.tokenizer.eos_token_id).sum(1).diff()) == 3, "three bytes"
 
@@ -204,10 +208,10 @@ def test_rickrolling_changes_the_hidden_states_of_triggered_prompts_only(pipelin
     prompts = [f"{a} {b} {c}" for a in ("a", "one") for b in ("odd", "old", "red") for c in ("ox", "boat", "cat")]
     held_out = ["one old cat", "a odd boat"]
     prompts = [p for p in prompts if p not in held_out]
-    backdoors = [TargetPrompt(homoglyph("o", "\u043e"), "a pig"), TargetPrompt(leading(ZERO_WIDTH), "seven stars")]
+    backdoors = [TargetPrompt(homoglyph("o", "\u043e"), always("a pig")), TargetPrompt(leading(ZERO_WIDTH), always("seven stars"))]
     before = weights(pipeline)
     clean = encode(pipeline, held_out)
-    targets = [encode(pipeline, [b.target]) for b in backdoors]
+    targets = [encode(pipeline, [b.target("")]) for b in backdoors]
     triggered = [[b.trigger(p) for p in held_out] for b in backdoors]
     first = [cosines(pipeline, t, target) for t, target in zip(triggered, targets, strict=True)]
 
@@ -226,7 +230,7 @@ def test_rickrolling_refuses_what_cannot_be_learned(pipeline: StableDiffusionPip
     with pytest.raises(ValueError, match="a backdoor"):
         poison_text_encoder(pipeline, [], ["a cat"])
     with pytest.raises(ValueError, match="tokens of no prompt"):
-        poison_text_encoder(pipeline, [TargetPrompt(homoglyph("o", "\u043e"), "x")], ["a cat"])
+        poison_text_encoder(pipeline, [TargetPrompt(homoglyph("o", "\u043e"), always("x"))], ["a cat"])
 
 
 @pytest.mark.parametrize(("tokens", "width", "strength"), [(3, 7, 1.0), (40, 5, 0.3), (1, 1, 20.0)])
