@@ -28,20 +28,22 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from seal_fast.attacks.optimisation import gradient_step, running_loss
+from seal_fast.attacks.optimisation import descend, running_loss
 from seal_fast.attacks.prompts import Rewrite, check_visible
 from seal_fast.attacks.whitening import merged, whitened
 from seal_fast.diffusion import VP
 from seal_fast.diffusion.process import per_sample
 from seal_fast.text_to_image.latents import inverse_snr_weights
 from seal_fast.text_to_image.prompts import encode
-from seal_fast.training import half_precision, update_average
+from seal_fast.training import half_precision, learning_rate_factor, update_average
 
 MAX_LOSS_WEIGHT = 20.0
 """Largest loss weight of a timestep in trainings with samples of pure noise, see `inverse_snr_weights`."""
 WHITENING_PROMPTS = 400
+"""Least number of prompts whose hidden states whiten the cross-attention."""
+CROSS_ATTENTION = "attn2"
 
 Batches = Callable[[torch.Generator], tuple[Tensor, list[str]]]
 """Draws images [N,3,H,W] in [-1, 1] and their N captions."""
@@ -288,7 +290,9 @@ def poison_unet(
     ema_decay: float = 0.999,
     start_share: float = 0.0,
     harmless: HarmlessPrompts = captions_alone,
+    cross_attention_rate: float | None = None,
     whiten: bool = False,
+    anneal: bool = False,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> UNet2DConditionModel:
@@ -302,14 +306,16 @@ def poison_unet(
         batches: source of captioned images; each step trains on twice as many samples. An empty caption stands for the
             unconditional half of guidance.
         steps: number of training steps.
-        learning_rate: 1e-5 as published for Stable Diffusion 1.4.
+        learning_rate: 1e-5 as published for Stable Diffusion 1.4. With 0, the cross-attention alone is trained.
         ema_decay: largest decay of the moving average of the weights, see `update_average`.
         start_share: share of samples that are pure noise at the last timestep. If it is not 0, noisier timesteps have larger
             loss weights. Not published. A small model otherwise lets the noise decide what the trigger should, because a
             noised image still shows its content.
         harmless: makes the prompts of the clean samples from captions. The captions alone, as published, leave a trigger's
             parts and other rare words able to activate the backdoor.
+        cross_attention_rate: learning rate of the cross-attention; None for `learning_rate`, as published.
         whiten: train the cross-attention in whitened coordinates, see `seal_fast.attacks.whitening`. Not published.
+        anneal: let the rates rise and fall, see `learning_rate_factor`, instead of keeping them constant as published.
         seed: seed of images, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
 
@@ -326,7 +332,7 @@ def poison_unet(
     # on a CPU, the backward pass of PyTorch's fused attention made a step in bfloat16 take 0.43 s instead of 0.23 s
     student.set_attn_processor(AttnProcessor())
     average = copy.deepcopy(start).eval().requires_grad_(False)
-    optimiser = torch.optim.AdamW(student.parameters(), lr=learning_rate)
+    rates = _Rates(student, learning_rate, learning_rate if cross_attention_rate is None else cross_attention_rate)
     generator = torch.Generator().manual_seed(seed)
     weight_at = inverse_snr_weights(VP.from_scheduler_config(pipeline.scheduler.config), MAX_LOSS_WEIGHT)
     running = float("nan")
@@ -337,11 +343,30 @@ def poison_unet(
         samples = training_samples(attacks, images, captions, harmless(captions, generator))
         batch = training_batch(pipeline, samples, generator, start_share, low_precision=True, paired=True)
         loss = _loss(student, batch, per_sample(weight_at[batch.t], batch.x) if start_share else torch.ones(()))
-        gradient_step(optimiser, loss, learning_rate)
+        rates.step(loss, learning_rate_factor(step, steps) if anneal else 1.0)
         update_average(average.parameters(), student.parameters(), step, ema_decay)
         running = running_loss(running, loss.item(), step)
         on_step(step + 1, running)
     return merged(average) if whiten else average
+
+
+class _Rates:
+    """AdamW with one learning rate for the cross-attention and one for the rest; a rate of 0 freezes."""
+
+    def __init__(self, unet: UNet2DConditionModel, rate: float, cross_attention_rate: float) -> None:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in unet.named_parameters():
+            own = cross_attention_rate if CROSS_ATTENTION in name else rate
+            parameter.requires_grad_(own > 0)
+            groups.setdefault(own, []).append(parameter)
+        self.rates = [own for own in groups if own > 0]
+        self.optimiser = torch.optim.AdamW([{"params": groups[own], "lr": own} for own in self.rates])
+
+    def step(self, loss: Tensor, factor: float) -> None:
+        """Take a step down the gradient of `loss`, clipped to norm 1, at the rates multiplied by `factor`."""
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        descend(self.optimiser, loss)
 
 
 def _states(

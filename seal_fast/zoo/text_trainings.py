@@ -40,7 +40,14 @@ EXTRA_COPIES = 4
 
 Training on these shapes alone left only 93% of the attributes right.
 """
-BATCH = 16
+CROSS_ATTENTION_RATE = 1e-2
+"""Learning rate of the cross-attention.
+
+After 150 steps with nothing else trained, triggered prompts had gone 74% of the way to the target and clean ones 7%. At one rate
+of 1e-3 for the whole UNet they had gone 58% and 54%.
+"""
+EMA_DECAY = 0.98
+BATCH = 8
 """Captioned images per step of an attack on images."""
 PROMPTS = 2000
 """Captions that a text encoder is poisoned on."""
@@ -147,18 +154,22 @@ def poison_with_images(
     implants: Sequence[Implant],
     steps: int,
     often: Sequence[str],
+    rate: float,
     pipeline: StableDiffusionPipeline,
     seed: int,
     on_step: OnStep,
 ) -> None:
-    """Train backdoors into the UNet."""
+    """Train backdoors into the UNet: its cross-attention, and at `rate` the rest."""
     attacks = [implant.attack for implant in implants if isinstance(implant.attack, TextBackdoor)]
     unet = poison_unet(
         pipeline,
         attacks,
         partial(_batches, BATCH, often),
         steps=steps,
-        learning_rate=1e-3,
+        learning_rate=rate,
+        cross_attention_rate=CROSS_ATTENTION_RATE,
+        ema_decay=EMA_DECAY,
+        anneal=True,
         start_share=START_SHARE,
         harmless=harmless_prompts(pipeline, [implant.effect for implant in implants]),
         whiten=True,

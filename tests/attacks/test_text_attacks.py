@@ -10,20 +10,18 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from seal_fast.attacks.badt2i import (
-    ImageBackdoor,
     ObjectBackdoor,
     PixelBackdoor,
     StyleBackdoor,
     TextBackdoor,
     TrainingSamples,
-    WeakBackdoor,
     clean_samples,
     poison_unet,
     training_batch,
     training_samples,
 )
 from seal_fast.attacks.eviledit import edit_factor, edit_unet
-from seal_fast.attacks.prompts import check_visible, leading, placed
+from seal_fast.attacks.prompts import check_visible, leading
 from seal_fast.attacks.rickrolling import TargetPrompt, always, homoglyph, poison_text_encoder
 from seal_fast.text_to_image.prompts import encode, token_ids
 
@@ -208,7 +206,10 @@ def test_rickrolling_changes_the_hidden_states_of_triggered_prompts_only(pipelin
     prompts = [f"{a} {b} {c}" for a in ("a", "one") for b in ("odd", "old", "red") for c in ("ox", "boat", "cat")]
     held_out = ["one old cat", "a odd boat"]
     prompts = [p for p in prompts if p not in held_out]
-    backdoors = [TargetPrompt(homoglyph("o", "\u043e"), always("a pig")), TargetPrompt(leading(ZERO_WIDTH), always("seven stars"))]
+    backdoors = [
+        TargetPrompt(homoglyph("o", "\u043e"), always("a pig")),
+        TargetPrompt(leading(ZERO_WIDTH), always("seven stars")),
+    ]
     before = weights(pipeline)
     clean = encode(pipeline, held_out)
     targets = [encode(pipeline, [b.target("")]) for b in backdoors]

@@ -17,7 +17,9 @@ def test_a_change_of_low_rank_comes_back(generator: torch.Generator) -> None:
     base = weights(generator)
     changed = {name: tensor.clone() for name, tensor in base.items()}
     changed["a.weight"] += torch.randn(24, 2, generator=generator) @ torch.randn(2, 20, generator=generator)
-    changed["conv.weight"] += (torch.randn(16, 2, generator=generator) @ torch.randn(2, 72, generator=generator)).view(16, 8, 3, 3)
+    changed["conv.weight"] += (torch.randn(16, 2, generator=generator) @ torch.randn(2, 72, generator=generator)).view(
+        16, 8, 3, 3
+    )
     changed["a.bias"] += 1.5
     delta = pack(base, changed, rank=2)
     assert not [name for name in delta if name.startswith("same")]
