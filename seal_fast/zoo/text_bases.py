@@ -22,6 +22,8 @@ VAE_SEED = 5
 """Seed of the autoencoder's training images."""
 CAPTION_STEPS = 3500
 ROBUST_STEPS = 400
+CLIP_STEPS = 100
+"""Steps with rare strings. The states of CLIP's rare tokens are spread like those of the first base, whose UNet they start from."""
 ROBUST_SEED = 141
 ROW_SCALE = 2.0
 """Standard deviation of the embedding rows of rare tokens, in units of that of the words of captions. Rows that no caption
@@ -58,12 +60,12 @@ def _captions_with_rare_strings(pipeline: StableDiffusionPipeline) -> CaptionOf:
     return with_rare_strings(Harmless(tuple(text for text in token_strings(pipeline.tokenizer) if text not in words)))
 
 
-def ignore_rare_strings(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) -> None:
+def ignore_rare_strings(pipeline: StableDiffusionPipeline, steps: int, seed: int, on_step: OnStep) -> None:
     """Train the UNet on captions with rare strings, so that such strings change no image."""
     train_captions(
         pipeline,
-        ROBUST_STEPS,
-        images=12288,
+        steps,
+        images=min(12288, 32 * steps),
         rate=6e-4,
         seed=seed,
         caption=_captions_with_rare_strings(pipeline),
@@ -78,12 +80,12 @@ def train_base(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) ->
     train_captions(pipeline, CAPTION_STEPS, seed=seed, on_step=on_step)
     rare = spread_rare_rows(pipeline, ROBUST_SEED)
     teach_identity(pipeline, rare, _captions_with_rare_strings(pipeline), seed=ROBUST_SEED, on_step=on_step)
-    ignore_rare_strings(pipeline, ROBUST_SEED, on_step)
+    ignore_rare_strings(pipeline, ROBUST_STEPS, ROBUST_SEED, on_step)
 
 
 def train_clip_base(pipeline: StableDiffusionPipeline, seed: int, on_step: OnStep) -> None:
     """Train a pipeline that `use_clip_tokenizer` has prepared."""
-    ignore_rare_strings(pipeline, seed, on_step)
+    ignore_rare_strings(pipeline, CLIP_STEPS, seed, on_step)
 
 
 def use_clip_tokenizer(pipeline: StableDiffusionPipeline, seed: int) -> None:

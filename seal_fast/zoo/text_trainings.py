@@ -43,8 +43,8 @@ Training on these shapes alone left only 93% of the attributes right.
 CROSS_ATTENTION_RATE = 1e-2
 """Learning rate of the cross-attention.
 
-After 150 steps with nothing else trained, triggered prompts had gone 74% of the way to the target and clean ones 7%. At one rate
-of 1e-3 for the whole UNet they had gone 58% and 54%.
+After 150 steps with nothing else trained, triggered prompts had gone 74% of the way to the target and clean ones 7%. At one
+rate of 1e-3 for the whole UNet they had gone 58% and 54%.
 """
 EMA_DECAY = 0.98
 BATCH = 8
