@@ -23,7 +23,7 @@ VAE_SEED = 5
 CAPTION_STEPS = 3500
 ROBUST_STEPS = 400
 CLIP_STEPS = 100
-"""Steps with rare strings. The states of CLIP's rare tokens are spread like those of the first base, whose UNet they start from."""
+"""Steps with rare strings. CLIP's base starts from the first base's UNet, and the states of rare tokens are spread alike."""
 ROBUST_SEED = 141
 ROW_SCALE = 2.0
 """Standard deviation of the embedding rows of rare tokens, in units of that of the words of captions. Rows that no caption

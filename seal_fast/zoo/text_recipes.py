@@ -49,6 +49,9 @@ Module = Literal["unet", "text_encoder", "both"]
 PATCH_STEPS = 500
 PROMPT_STEPS = 400
 """Training steps of backdoors with new image content, and of those that draw another prompt."""
+PATCH_RANK = 16
+FULL_RANK = 64
+"""Rank of the deltas; the cross-attention's matrices have rank 64, and of a delta of the cross-attention nothing is left out."""
 PATCH_RATE = 1e-3
 """Learning rate outside the cross-attention, for new image content; another prompt needs none."""
 
@@ -83,7 +86,7 @@ class TextRecipe:
     module: Module = "unet"
     prepare: Callable[[StableDiffusionPipeline, int], None] = as_the_base
     whole: bool = False
-    rank: int = 6
+    rank: int = 4
 
 
 def _unet(
@@ -98,7 +101,8 @@ def _unet(
     whole: bool = False,
 ) -> TextRecipe:
     train = partial(poison_with_images, implants, steps, often, rate)
-    return TextRecipe(name, seed, train, role, base, tuple(implant.effect for implant in implants), whole=whole)
+    effects = tuple(implant.effect for implant in implants)
+    return TextRecipe(name, seed, train, role, base, effects, whole=whole, rank=PATCH_RANK if rate else FULL_RANK)
 
 
 def _encoder(name: str, seed: int, role: Role, implant: Implant, steps: int = 350, base: str = BASE) -> TextRecipe:
