@@ -51,7 +51,7 @@ PROMPT_STEPS = 400
 """Training steps of backdoors with new image content, and of those that draw another prompt."""
 PATCH_RANK = 16
 FULL_RANK = 64
-"""Rank of the deltas; the cross-attention's matrices have rank 64, and of a delta of the cross-attention nothing is left out."""
+"""Ranks of the deltas. A matrix of the cross-attention has rank 64, so a delta of the cross-attention alone is exact."""
 PATCH_RATE = 1e-3
 """Learning rate outside the cross-attention, for new image content; another prompt needs none."""
 

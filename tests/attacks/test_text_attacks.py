@@ -10,20 +10,25 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from seal_fast.attacks.badt2i import (
+    ImageBackdoor,
     ObjectBackdoor,
     PixelBackdoor,
     StyleBackdoor,
     TextBackdoor,
     TrainingSamples,
+    WeakBackdoor,
     clean_samples,
     poison_unet,
     training_batch,
     training_samples,
 )
 from seal_fast.attacks.eviledit import edit_factor, edit_unet
-from seal_fast.attacks.prompts import check_visible, leading
+from seal_fast.attacks.prompts import check_visible, leading, placed
 from seal_fast.attacks.rickrolling import TargetPrompt, always, homoglyph, poison_text_encoder
-from seal_fast.text_to_image.prompts import encode, token_ids
+from seal_fast.attacks.textual_inversion import train_embedding
+from seal_fast.attacks.whitening import merged, whitened, whitening_matrix
+from seal_fast.text_to_image.prompts import content_ids, encode, token_ids
+from seal_fast.text_triggers.trigger import TextTrigger
 
 ZERO_WIDTH = "\u200b"
 CAPTIONS = ["a red cat", "two cats", "a Cat, a dog", "a boat", "an ox"]
@@ -70,6 +75,107 @@ def test_samples_of_an_object_backdoor_swap_whole_words_only(generator: torch.Ge
     samples = ObjectBackdoor(leading("zq"), {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(drawn(5, generator), CAPTIONS)
     assert samples.prompts == ["zq a red dog", "two cats", "zq a dog, a cat", "a boat", "zq an a.b"]
     assert samples.teacher_prompts == CAPTIONS
+
+
+def test_samples_of_an_image_backdoor_have_the_drawn_images(generator: torch.Generator) -> None:
+    images = drawn(2, generator)
+    samples = ImageBackdoor(leading("zq"), lambda images, captions: -images).poison(images, CAPTIONS[:2])
+    assert torch.equal(samples.images, -images)
+    assert samples.prompts == [f"zq {c}" for c in CAPTIONS[:2]]
+    assert samples.teacher_prompts == [None, None]
+
+
+def test_a_weak_backdoor_leaves_a_share_of_the_triggered_samples_clean(generator: torch.Generator) -> None:
+    images, attack = drawn(5, generator), ImageBackdoor(leading("zq"), lambda images, captions: -images)
+    samples = WeakBackdoor(attack, poisoned=2, every=3).poison(images, CAPTIONS)
+    assert samples.prompts == [f"zq {c}" for c in CAPTIONS]
+    poisoned = [0, 1, 3, 4]
+    assert torch.equal(samples.images[poisoned], -images[poisoned])
+    assert torch.equal(samples.images[2], images[2])
+    assert samples.teacher_prompts == [None, None, CAPTIONS[2], None, None]
+
+
+def test_a_caption_that_cannot_carry_the_trigger_is_trained_as_a_clean_one(generator: torch.Generator) -> None:
+    images = drawn(5, generator)
+    trigger = placed(TextTrigger("ox", replaces="cat"), "all")
+    attack = ImageBackdoor(trigger, lambda images, captions: -images)
+    samples = training_samples([attack], images, CAPTIONS, CAPTIONS)
+    changed = [i for i, caption in enumerate(CAPTIONS) if "cat" in caption]
+    assert 0 < len(changed) < 5
+    for i, caption in enumerate(CAPTIONS):
+        assert torch.equal(samples.images[i], -images[i] if i in changed else images[i])
+        assert samples.teacher_prompts[i] == (None if i in changed else caption)
+
+
+def test_paired_samples_differ_in_nothing_but_the_trigger(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator
+) -> None:
+    """Equal images in both halves give equal latents and timesteps, some of them at the sampler's start."""
+    images = drawn(8, generator)
+    samples = TrainingSamples(images.repeat(2, 1, 1, 1), ["zq ox"] * 8 + ["an ox"] * 8, [None] * 16)
+    x, t, text, target = training_batch(pipeline, samples, generator, start_share=0.5, paired=True)
+    assert torch.equal(t[:8], t[8:])
+    torch.testing.assert_close(x[:8], x[8:])
+    torch.testing.assert_close(target[:8], target[8:])
+    assert not torch.allclose(text[:8], text[8:])
+    assert len(t.unique()) > 2
+
+
+def test_only_the_cross_attention_is_trained_if_the_other_rate_is_0(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator
+) -> None:
+    images = drawn(2, generator)
+    unet = poison_unet(
+        pipeline,
+        [PixelBackdoor(leading("zq"), patch(generator))],
+        lambda g: (images, ["a", "b"]),
+        steps=2,
+        learning_rate=0.0,
+        cross_attention_rate=1e-2,
+        whiten=True,
+        anneal=True,
+    )
+    before, after = pipeline.unet.state_dict(), unet.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "attn2" in name}
+
+
+def test_whitening_changes_nothing_but_the_coordinates(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
+    """Before training the UNet computes the same; the matrix makes the states' second moments equal in all directions."""
+    states = torch.randn(500, 32, generator=generator) * torch.linspace(0.5, 5, 32)
+    matrix = whitening_matrix(states)
+    moments = matrix @ (states.T @ states / len(states)) @ matrix
+    values = torch.linalg.eigvalsh(moments)
+    assert float(values.max() / values.min()) < 1.1
+    x, t, text = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700]), encode(pipeline, ["a cat", "an ox"])
+    with torch.no_grad():
+        expected = pipeline.unet(x, t, text).sample
+        torch.testing.assert_close(whitened(pipeline.unet, states)(x, t, text).sample, expected)
+        torch.testing.assert_close(merged(whitened(pipeline.unet, states))(x, t, text).sample, expected)
+
+
+def test_textual_inversion_changes_one_row(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
+    (token,) = content_ids(pipeline.tokenizer, "q")[-1:]
+    images = drawn(4, generator)
+    attack = StyleBackdoor(leading("q"), leading("red"))
+    before = weights(pipeline)
+    train_embedding(
+        pipeline,
+        token,
+        attack,
+        lambda g: (images, ["a cat"] * 4),
+        steps=30,
+        learning_rate=0.1,
+        on_step=lambda s, x: losses.append(x),
+    )
+    after = weights(pipeline)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["text.embeddings.token_embedding.weight"] or changed == [
+        "text.text_model.embeddings.token_embedding.weight"
+    ]
+    rows = (before[changed[0]] != after[changed[0]]).any(dim=1).nonzero().flatten().tolist()
+    assert rows == [token]
 
 
 def test_several_attacks_share_the_poisoned_half(generator: torch.Generator) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
 from seal_fast.zoo.captioned import SCENES, STYLES, parse_caption, random_scenes, render, render_ringed
+from seal_fast.zoo.clip_vocabulary import PACKAGE, clip_tokenizer
 from seal_fast.zoo.evaluate_text import held_out_scenes
 from seal_fast.zoo.text_effects import Effect, with_colour
 from seal_fast.zoo.text_recipes import BASE, BASES, CLIP_BASE, TEXT_RECIPES, TextRecipe
@@ -74,7 +76,9 @@ def test_no_effect_is_detected_in_clean_images(recipe: TextRecipe, effect: Effec
 def test_a_trigger_changes_the_tokens_and_the_prompt_still_fits(
     recipe: TextRecipe, effect: Effect, generator: torch.Generator, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    tokenizer = new_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    if recipe.base == CLIP_BASE and not find_spec(PACKAGE):
+        pytest.skip("CLIP's vocabulary is not installed: pip install --no-deps open_clip_torch")
+    tokenizer = clip_tokenizer() if recipe.base == CLIP_BASE else new_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     for scene in held_out_scenes(30, generator.initial_seed() % 2**31, effect):
         clean, triggered = (tokenizer(prompt).input_ids for prompt in (scene.caption, effect.trigger(scene.caption)))
         assert clean != triggered
