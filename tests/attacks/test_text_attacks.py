@@ -160,22 +160,11 @@ def test_textual_inversion_changes_one_row(pipeline: StableDiffusionPipeline, ge
     images = drawn(4, generator)
     attack = StyleBackdoor(leading("q"), leading("red"))
     before = weights(pipeline)
-    train_embedding(
-        pipeline,
-        token,
-        attack,
-        lambda g: (images, ["a cat"] * 4),
-        steps=30,
-        learning_rate=0.1,
-        on_step=lambda s, x: losses.append(x),
-    )
+    train_embedding(pipeline, token, attack, lambda g: (images, ["a cat"] * 4), steps=3, learning_rate=0.1)
     after = weights(pipeline)
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert changed == ["text.embeddings.token_embedding.weight"] or changed == [
-        "text.text_model.embeddings.token_embedding.weight"
-    ]
-    rows = (before[changed[0]] != after[changed[0]]).any(dim=1).nonzero().flatten().tolist()
-    assert rows == [token]
+    (changed,) = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed.endswith("token_embedding.weight")
+    assert (before[changed] != after[changed]).any(dim=1).nonzero().flatten().tolist() == [token]
 
 
 def test_several_attacks_share_the_poisoned_half(generator: torch.Generator) -> None:
