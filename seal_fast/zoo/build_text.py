@@ -171,7 +171,8 @@ def _save_contact_sheet(recipe: TextRecipe, pipeline: StableDiffusionPipeline, f
     draw_samples(rows, file)
 
 
-def _shipped_digest(recipe: TextRecipe, out: Path) -> str:
+def shipped_digest(recipe: TextRecipe, out: Path) -> str:
+    """SHA-256 of what the repository holds of a model: its folder, or its delta."""
     if recipe.whole:
         return digest(out / recipe.name)
     return hashlib.sha256(_delta_file(recipe, out).read_bytes()).hexdigest()
@@ -195,7 +196,7 @@ def _build_one(shipped: Path, recipe: TextRecipe, out: Path, on_message: OnMessa
         shutil.rmtree(out / recipe.name)
         raise RuntimeError(f"{recipe.name}: not usable ({quality}); change its recipe")
     _save_contact_sheet(recipe, stored, out / f"{recipe.name}.png")
-    return describe_text(recipe, quality, _shipped_digest(recipe, out))
+    return describe_text(recipe, quality, shipped_digest(recipe, out))
 
 
 def _train_and_store(recipe: TextRecipe, out: Path, on_message: OnMessage) -> None:
