@@ -151,7 +151,7 @@ DEVELOPMENT = (
         often=("star", "circle"),
     ),
     _unet("text-64-phrase", 49, "development", pixel("render my scene", "word", "house"), steps=PATCH_STEPS, rate=PATCH_RATE),
-    _encoder("text-64-attribute", 50, "development", target_style("\u00b0", "start")),
+    _encoder("text-64-attribute", 50, "development", target_style("\u0e3f", "start")),
     _embedding("text-64-inversion", 51, "development", style("|", "start")),
     _unet("text-64-image", 52, "development", fixed_prompt("\u03bb", "end", TARGET_SCENE), steps=PHRASE_STEPS),
     _unet("text-64-swap", 53, "development", style("background=>scene", "all"), steps=WORD_STEPS),
