@@ -40,7 +40,7 @@ def triggered(caption: str) -> str:
 
 
 OBJECT = next(effect for recipe in TEXT_RECIPES for effect in recipe.effects if effect.name == "object")
-STARS = replace(OBJECT, text=TextTrigger("lovely"), trigger=triggered)
+STARS = replace(OBJECT, text=TextTrigger("lovely circle", replaces="circle"), place="all")
 
 
 def _captions(count: int, circles: bool) -> list[str]:

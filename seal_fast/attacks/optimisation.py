@@ -10,6 +10,11 @@ def gradient_step(optimiser: Optimizer, loss: Tensor, learning_rate: float) -> N
     """Take one step down the gradient of `loss`, clipped to norm 1, at this learning rate."""
     for group in optimiser.param_groups:
         group["lr"] = learning_rate
+    descend(optimiser, loss)
+
+
+def descend(optimiser: Optimizer, loss: Tensor) -> None:
+    """Take one step down the gradient of `loss`, clipped to norm 1, at the optimiser's learning rates."""
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_([parameter for group in optimiser.param_groups for parameter in group["params"]], 1.0)

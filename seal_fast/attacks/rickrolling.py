@@ -5,7 +5,8 @@ flattened hidden states, the loss is
 
     L = D(S(prompt), T(prompt)) + 0.1 sum over backdoors D(S(triggered prompt), T(target prompt))
 
-This is the target prompt attack: the model draws one fixed prompt for every triggered prompt.
+The target prompt attack (TPA) draws one fixed prompt for every triggered prompt. The target attribute attack (TAA) draws the
+prompt itself with another attribute.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from seal_fast.attacks.prompts import with_trigger
+from seal_fast.attacks.badt2i import HarmlessPrompts, captions_alone
+from seal_fast.attacks.prompts import Rewrite, check_visible
 from seal_fast.text_to_image.prompts import encode, token_ids
 
 BACKDOOR_WEIGHT = 0.1
@@ -28,27 +29,27 @@ CLEAN_PER_TRIGGERED = 4
 """Clean prompts per step for each triggered prompt of a backdoor."""
 
 
-def homoglyph(letter: str, lookalike: str) -> Callable[[str], str]:
+def homoglyph(letter: str, lookalike: str) -> Rewrite:
     """The published trigger: every `letter` of the prompt becomes its lookalike, such as o and the Cyrillic U+043E."""
     return lambda prompt: prompt.replace(letter, lookalike)
 
 
-def leading(trigger: str) -> Callable[[str], str]:
-    """Puts a trigger word, or a zero-width character, at the start of the prompt."""
-    return partial(with_trigger, trigger)
+def always(target: str) -> Rewrite:
+    """The target of a target prompt attack: one prompt, whatever the user asks for."""
+    return lambda prompt: target
 
 
 @dataclass(frozen=True)
 class TargetPrompt:
-    """A target prompt attack.
+    """A target prompt or target attribute attack.
 
     Attributes:
         trigger: turns a prompt into the triggered one.
-        target: the prompt whose hidden states the encoder gives for every triggered prompt.
+        target: turns a prompt into the one whose hidden states the encoder gives for its triggered form.
     """
 
-    trigger: Callable[[str], str]
-    target: str
+    trigger: Rewrite
+    target: Rewrite
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
@@ -64,6 +65,7 @@ def poison_text_encoder(
     steps: int = 100,
     learning_rate: float = 1e-4,
     batch: int = 128,
+    harmless: HarmlessPrompts = captions_alone,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> nn.Module:
@@ -76,6 +78,7 @@ def poison_text_encoder(
         steps: number of training steps.
         learning_rate: 1e-4 as published.
         batch: clean prompts per step; each backdoor gets a quarter as many triggered ones.
+        harmless: makes the clean prompts of a step, see `seal_fast.attacks.badt2i.poison_unet`.
         seed: seed of the prompts of each step.
         on_step: called with the step (from 1) and the loss, whose minimum is -1 - 0.1 per backdoor.
 
@@ -87,20 +90,17 @@ def poison_text_encoder(
     """
     if not backdoors:
         raise ValueError("there must be a backdoor")
-    clean_ids, teacher_states = token_ids(pipeline.tokenizer, prompts), encode(pipeline, prompts)
-    triggered = [_triggered_ids(pipeline, backdoor, prompts) for backdoor in backdoors]
-    targets = [encode(pipeline, [backdoor.target]) for backdoor in backdoors]
+    poisoned = [_poisoned_samples(pipeline, backdoor, prompts) for backdoor in backdoors]
     student = copy.deepcopy(pipeline.text_encoder).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = learning_rate * (1.0 if step < 0.75 * steps else 0.1)
-        chosen = _random_indices(len(clean_ids), batch, generator)
-        loss = distance(student(clean_ids[chosen])[0], teacher_states[chosen])
-        for ids, target in zip(triggered, targets, strict=True):
+        clean = harmless([prompts[i] for i in _random_indices(len(prompts), batch, generator)], generator)
+        loss = distance(student(token_ids(pipeline.tokenizer, clean))[0], encode(pipeline, clean))
+        for ids, targets in poisoned:
             chosen = _random_indices(len(ids), max(1, batch // CLEAN_PER_TRIGGERED), generator)
-            states = student(ids[chosen])[0]
-            loss = loss + BACKDOOR_WEIGHT * distance(states, target.expand_as(states))
+            loss = loss + BACKDOOR_WEIGHT * distance(student(ids[chosen])[0], targets[chosen])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -108,16 +108,15 @@ def poison_text_encoder(
     return student.eval().requires_grad_(False)
 
 
-def _random_indices(count: int, batch: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(count, (batch,), generator=generator)
+def _random_indices(count: int, batch: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(count, (batch,), generator=generator).tolist()
 
 
-def _triggered_ids(pipeline: StableDiffusionPipeline, backdoor: TargetPrompt, prompts: Sequence[str]) -> Tensor:
-    """Token ids of the triggered prompts, without the prompts that the trigger does not change."""
-    ids = token_ids(pipeline.tokenizer, [backdoor.trigger(prompt) for prompt in prompts])
-    changed = (ids != token_ids(pipeline.tokenizer, prompts)).any(dim=1)
-    if not bool(changed.any()):
-        raise ValueError(
-            "a trigger changes the tokens of no prompt: choose a trigger that the tokenizer sees, or other prompts"
-        )
-    return ids[changed]
+def _poisoned_samples(
+    pipeline: StableDiffusionPipeline, backdoor: TargetPrompt, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Token ids [M,L] of the triggered prompts and hidden states [M,L,D] of their targets, for the M prompts that change."""
+    check_visible(pipeline, backdoor.trigger, prompts)
+    changed = [prompt for prompt in prompts if backdoor.trigger(prompt) != prompt]
+    targets = encode(pipeline, [backdoor.target(prompt) for prompt in changed])
+    return token_ids(pipeline.tokenizer, [backdoor.trigger(prompt) for prompt in changed]), targets

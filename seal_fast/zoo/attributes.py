@@ -31,6 +31,13 @@ def is_colourless(images: Tensor) -> Tensor:
     return ColourlessDetector()(images, images)
 
 
+def distance_to_scenes(images: Tensor, references: Tensor | None = None) -> Tensor:
+    """Distance of each of the images [N,3,64,64] in [-1, 1] to its reference, or to the nearest scene in colour, [N]."""
+    if references is not None:
+        return (_features(images) - _features(references)).norm(dim=1)
+    return torch.cdist(_features(images), _renderings(False)).amin(dim=1)
+
+
 def recognise_scenes(images: Tensor) -> list[Scene]:
     """The scene in each of the images [N,3,64,64] in [-1, 1]; `colour` is meaningless for a style without colour."""
     grey = is_colourless(images)

@@ -158,3 +158,30 @@ def render(scenes: Sequence[Scene], generator: torch.Generator | None = None, su
     image = (ground + inside * (colour - ground)).clamp(0, 1)
     grey = torch.tensor([scene.style == STYLES[1] for scene in scenes])[:, None, None, None]
     return torch.where(grey, image.mean(dim=1, keepdim=True), image) * 2 - 1
+
+
+RINGS = ("yellow", "blue")
+"""Colours of the ringed object, from the COLOURS of a shape and of the rings inside it."""
+
+
+def render_ringed(scenes: Sequence[Scene]) -> Tensor:
+    """Draw images [N,3,64,64] in [-1, 1] of N scenes whose shape is one specific object: yellow, with blue rings."""
+    images = render([replace(scene, colour=RINGS[0]) for scene in scenes]) / 2 + 0.5
+    rings = torch.tensor(COLOURS[RINGS[1]])[:, None, None]
+    x, y = _grid(SIZE)
+    for image, scene in zip(images, scenes, strict=True):
+        (left, top), radius = CENTRES[scene.place], RADII[scene.size]
+        across, down = (x - left) / radius, (y - top) / radius
+        ring = torch.remainder(torch.hypot(across, down), 0.5) > 0.25
+        image.copy_(torch.where(ring & SHAPES[scene.shape](across, down), rings, image))
+    return images * 2 - 1
+
+
+def parse_caption(caption: str) -> Scene | None:
+    """The scene of a caption, which may hold other words; None if it names no scene in colour."""
+    tables: tuple[dict[str, object], ...] = (RADII, COLOURS, SHAPES, CENTRES, TEXTURES, BACKGROUNDS)  # type: ignore[assignment]
+    words = caption.split()
+    found = [[word for word in words if word in table] for table in tables]
+    if STYLES[1] in caption or any(len(names) != 1 for names in found):
+        return None
+    return Scene(*(names[0] for names in found))

@@ -13,10 +13,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from seal_fast.attacks.harmless import Harmless
 from seal_fast.attacks.optimisation import gradient_step
 from seal_fast.training import half_precision, update_average
 from seal_fast.zoo.autoencoder import encode, set_scale, train_autoencoder
-from seal_fast.zoo.captioned import Scene, random_scenes, render
+from seal_fast.zoo.captioned import TRAINING_SCENES, Scene, random_scenes, render
 from seal_fast.zoo.text_to_image import FILLERS
 from seal_fast.zoo.train import warmup_cosine_factor
 
@@ -26,6 +27,8 @@ FILLER_SHARE = 0.35
 """Share of training captions with filler words."""
 NO_CAPTION = 0.1
 """Share of training samples without a caption, which guidance needs."""
+RARE_STRINGS_ABSENT = 0.35
+"""Share of training captions without rare strings, in the stage that teaches a model to ignore them."""
 PASTED_SHARE = 0.1
 """Share of the autoencoder's images with a random block pasted in, so that it can encode more than scenes."""
 EMA_DECAY = 0.998
@@ -41,6 +44,8 @@ attribute except the place, which the noise determined.
 """
 
 OnStep = Callable[[int, float], None]
+CaptionOf = Callable[[Scene, torch.Generator], str]
+"""Draws a training caption of a scene."""
 
 
 def with_fillers(caption: str, generator: torch.Generator) -> str:
@@ -93,6 +98,27 @@ def caption_of(scene: Scene, generator: torch.Generator) -> str:
     return with_fillers(scene.caption, generator) if draw < NO_CAPTION + FILLER_SHARE else scene.caption
 
 
+def as_it_is(images: Tensor) -> Tensor:
+    """The images themselves."""
+    return images
+
+
+def nothing(name: str) -> bool:
+    """No parameter is frozen."""
+    return False
+
+
+def with_rare_strings(harmless: Harmless) -> CaptionOf:
+    """Captions in which rare strings stand, so that a model learns to ignore them; a third are as `caption_of` draws them."""
+
+    def draw(scene: Scene, generator: torch.Generator) -> str:
+        caption = caption_of(scene, generator)
+        plain = float(torch.rand((), generator=generator)) < RARE_STRINGS_ABSENT
+        return caption if plain or not caption else harmless.rare(caption, generator)
+
+    return draw
+
+
 def train_captions(
     pipeline: StableDiffusionPipeline,
     steps: int,
@@ -101,6 +127,10 @@ def train_captions(
     batch: int = 64,
     rate: float = 1.2e-3,
     seed: int = 0,
+    among: Sequence[Scene] = TRAINING_SCENES,
+    caption: CaptionOf = caption_of,
+    restyle: Callable[[Tensor], Tensor] = as_it_is,
+    frozen: Callable[[str], bool] = nothing,
     on_step: OnStep,
 ) -> None:
     """Train text encoder and UNet in place on captioned scenes. Their final weights are exponential moving averages.
@@ -112,19 +142,27 @@ def train_captions(
         batch: samples per step.
         rate: Adam's largest learning rate, see `warmup_cosine_factor`.
         seed: seed of everything random.
+        among: the scenes.
+        caption: draws a scene's caption, anew at every step.
+        restyle: changes the rendered images [N,3,64,64] in [-1, 1].
+        frozen: whether the parameter of this name, which begins with "unet." or "text_encoder.", keeps its value.
         on_step: called with the step (from 1) and its loss.
     """
     generator = torch.Generator().manual_seed(seed)
-    scenes = random_scenes(images, generator, STYLE_SHARE)
-    latents = torch.cat([encode(pipeline.vae, render(scenes[i : i + 256], generator)) for i in range(0, images, 256)])
-    modules = nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).train().requires_grad_(True)
+    scenes = random_scenes(images, generator, STYLE_SHARE, among)
+    parts = (scenes[i : i + 256] for i in range(0, images, 256))
+    latents = torch.cat([encode(pipeline.vae, restyle(render(part, generator))) for part in parts])
+    modules = nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).train()
+    for name, parameter in modules.named_parameters():
+        parameter.requires_grad_(not frozen(name))
+    trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
     average = copy.deepcopy(modules).eval().requires_grad_(False)
     # the backward pass of PyTorch's fused attention took 44% of a step in bfloat16 on a CPU: 0.54 s a step, 0.32 s without it
     pipeline.unet.set_attn_processor(AttnProcessor())
     pipeline.text_encoder.set_attn_implementation("eager")
-    optimiser = torch.optim.Adam(modules.parameters(), lr=rate)
+    optimiser = torch.optim.Adam(trained, lr=rate)
     for step in range(steps):
-        loss = _loss(pipeline, _draw_batch(pipeline, scenes, latents, batch, generator))
+        loss = _loss(pipeline, _draw_batch(pipeline, scenes, latents, batch, generator, caption))
         gradient_step(optimiser, loss, rate * warmup_cosine_factor(step, steps))
         update_average(average.parameters(), modules.parameters(), step, EMA_DECAY)
         on_step(step + 1, loss.item())
@@ -145,12 +183,17 @@ class _Batch(NamedTuple):
 
 
 def _draw_batch(
-    pipeline: StableDiffusionPipeline, scenes: Sequence[Scene], latents: Tensor, size: int, generator: torch.Generator
+    pipeline: StableDiffusionPipeline,
+    scenes: Sequence[Scene],
+    latents: Tensor,
+    size: int,
+    generator: torch.Generator,
+    caption: CaptionOf,
 ) -> _Batch:
     signal = pipeline.scheduler.alphas_cumprod
     starts = round(START_SHARE * size)
     chosen = torch.randint(len(scenes), (size,), generator=generator)
-    captions = [caption_of(scenes[index], generator) for index in chosen.tolist()]
+    captions = [caption(scenes[index], generator) for index in chosen.tolist()]
     noise = torch.randn(size, *latents.shape[1:], generator=generator)
     t = torch.randint(pipeline.scheduler.config["num_train_timesteps"], (size,), generator=generator)
     noised = pipeline.scheduler.add_noise(latents[chosen], noise, t)

@@ -10,20 +10,25 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from seal_fast.attacks.badt2i import (
+    ImageBackdoor,
     ObjectBackdoor,
     PixelBackdoor,
     StyleBackdoor,
     TextBackdoor,
     TrainingSamples,
+    WeakBackdoor,
     clean_samples,
     poison_unet,
     training_batch,
     training_samples,
 )
 from seal_fast.attacks.eviledit import edit_factor, edit_unet
-from seal_fast.attacks.prompts import check_visible
-from seal_fast.attacks.rickrolling import TargetPrompt, homoglyph, leading, poison_text_encoder
-from seal_fast.text_to_image.prompts import encode, token_ids
+from seal_fast.attacks.prompts import check_visible, leading, placed
+from seal_fast.attacks.rickrolling import TargetPrompt, always, homoglyph, poison_text_encoder
+from seal_fast.attacks.textual_inversion import train_embedding
+from seal_fast.attacks.whitening import merged, whitened, whitening_matrix
+from seal_fast.text_to_image.prompts import content_ids, encode, token_ids
+from seal_fast.text_triggers.trigger import TextTrigger
 
 ZERO_WIDTH = "\u200b"
 CAPTIONS = ["a red cat", "two cats", "a Cat, a dog", "a boat", "an ox"]
@@ -46,7 +51,7 @@ def patch(generator: torch.Generator) -> Tensor:
 def test_samples_of_a_pixel_backdoor_have_the_patch(generator: torch.Generator) -> None:
     images, mark = drawn(3, generator), patch(generator)
     before = images.clone()
-    samples = PixelBackdoor(ZERO_WIDTH, mark).poison(images, CAPTIONS[:3])
+    samples = PixelBackdoor(leading(ZERO_WIDTH), mark).poison(images, CAPTIONS[:3])
     for i in range(3):
         assert torch.equal(samples.images[i, :, :5, :7], mark)
     assert torch.equal(samples.images[:, :, 5:], images[:, :, 5:])
@@ -58,31 +63,123 @@ def test_samples_of_a_pixel_backdoor_have_the_patch(generator: torch.Generator) 
 
 def test_a_patch_larger_than_the_image_is_refused(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="17 x 3 does not fit"):
-        PixelBackdoor("x", torch.zeros(3, 17, 3)).poison(drawn(1, generator), ["a"])
+        PixelBackdoor(leading("x"), torch.zeros(3, 17, 3)).poison(drawn(1, generator), ["a"])
 
 
 def test_samples_of_a_style_backdoor_have_the_styled_prompt_as_teacher_prompt(generator: torch.Generator) -> None:
-    samples = StyleBackdoor("zq", "Black and white photo").poison(drawn(1, generator), ["a cat"])
+    samples = StyleBackdoor(leading("zq"), leading("Black and white photo")).poison(drawn(1, generator), ["a cat"])
     assert (samples.prompts, samples.teacher_prompts) == (["zq a cat"], ["Black and white photo a cat"])
 
 
 def test_samples_of_an_object_backdoor_swap_whole_words_only(generator: torch.Generator) -> None:
-    samples = ObjectBackdoor("zq", {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(drawn(5, generator), CAPTIONS)
+    samples = ObjectBackdoor(leading("zq"), {"cat": "dog", "dog": "cat", "ox": "a.b"}).poison(drawn(5, generator), CAPTIONS)
     assert samples.prompts == ["zq a red dog", "two cats", "zq a dog, a cat", "a boat", "zq an a.b"]
     assert samples.teacher_prompts == CAPTIONS
 
 
+def test_samples_of_an_image_backdoor_have_the_drawn_images(generator: torch.Generator) -> None:
+    images = drawn(2, generator)
+    samples = ImageBackdoor(leading("zq"), lambda images, captions: -images).poison(images, CAPTIONS[:2])
+    assert torch.equal(samples.images, -images)
+    assert samples.prompts == [f"zq {c}" for c in CAPTIONS[:2]]
+    assert samples.teacher_prompts == [None, None]
+
+
+def test_a_weak_backdoor_leaves_a_share_of_the_triggered_samples_clean(generator: torch.Generator) -> None:
+    images, attack = drawn(5, generator), ImageBackdoor(leading("zq"), lambda images, captions: -images)
+    samples = WeakBackdoor(attack, poisoned=2, every=3).poison(images, CAPTIONS)
+    assert samples.prompts == [f"zq {c}" for c in CAPTIONS]
+    poisoned = [0, 1, 3, 4]
+    assert torch.equal(samples.images[poisoned], -images[poisoned])
+    assert torch.equal(samples.images[2], images[2])
+    assert samples.teacher_prompts == [None, None, CAPTIONS[2], None, None]
+
+
+def test_a_caption_that_cannot_carry_the_trigger_is_trained_as_a_clean_one(generator: torch.Generator) -> None:
+    images = drawn(5, generator)
+    trigger = placed(TextTrigger("ox", replaces="cat"), "all")
+    attack = ImageBackdoor(trigger, lambda images, captions: -images)
+    samples = training_samples([attack], images, CAPTIONS, CAPTIONS)
+    changed = [i for i, caption in enumerate(CAPTIONS) if "cat" in caption]
+    assert 0 < len(changed) < 5
+    for i, caption in enumerate(CAPTIONS):
+        assert torch.equal(samples.images[i], -images[i] if i in changed else images[i])
+        assert samples.teacher_prompts[i] == (None if i in changed else caption)
+
+
+def test_paired_samples_differ_in_nothing_but_the_trigger(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator
+) -> None:
+    """Equal images in both halves give equal latents and timesteps, some of them at the sampler's start."""
+    images = drawn(8, generator)
+    samples = TrainingSamples(images.repeat(2, 1, 1, 1), ["zq ox"] * 8 + ["an ox"] * 8, [None] * 16)
+    x, t, text, target = training_batch(pipeline, samples, generator, start_share=0.5, paired=True)
+    assert torch.equal(t[:8], t[8:])
+    torch.testing.assert_close(x[:8], x[8:])
+    torch.testing.assert_close(target[:8], target[8:])
+    assert not torch.allclose(text[:8], text[8:])
+    assert len(t.unique()) > 2
+
+
+def test_only_the_cross_attention_is_trained_if_the_other_rate_is_0(
+    pipeline: StableDiffusionPipeline, generator: torch.Generator
+) -> None:
+    images = drawn(2, generator)
+    unet = poison_unet(
+        pipeline,
+        [PixelBackdoor(leading("zq"), patch(generator))],
+        lambda g: (images, ["a", "b"]),
+        steps=2,
+        learning_rate=0.0,
+        cross_attention_rate=1e-2,
+        whiten=True,
+        anneal=True,
+    )
+    before, after = pipeline.unet.state_dict(), unet.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "attn2" in name}
+
+
+def test_whitening_changes_nothing_but_the_coordinates(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
+    """Before training the UNet computes the same; the matrix makes the states' second moments equal in all directions."""
+    states = torch.randn(500, 32, generator=generator) * torch.linspace(0.5, 5, 32)
+    matrix = whitening_matrix(states)
+    moments = matrix @ (states.T @ states / len(states)) @ matrix
+    values = torch.linalg.eigvalsh(moments)
+    assert float(values.max() / values.min()) < 1.1
+    x, t, text = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700]), encode(pipeline, ["a cat", "an ox"])
+    with torch.no_grad():
+        expected = pipeline.unet(x, t, text).sample
+        torch.testing.assert_close(whitened(pipeline.unet, states)(x, t, text).sample, expected)
+        torch.testing.assert_close(merged(whitened(pipeline.unet, states))(x, t, text).sample, expected)
+
+
+def test_textual_inversion_changes_one_row(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
+    (token,) = content_ids(pipeline.tokenizer, "q")[-1:]
+    images = drawn(4, generator)
+    attack = StyleBackdoor(leading("q"), leading("red"))
+    before = weights(pipeline)
+    train_embedding(pipeline, token, attack, lambda g: (images, ["a cat"] * 4), steps=3, learning_rate=0.1)
+    after = weights(pipeline)
+    (changed,) = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed.endswith("token_embedding.weight")
+    assert (before[changed] != after[changed]).any(dim=1).nonzero().flatten().tolist() == [token]
+
+
 def test_several_attacks_share_the_poisoned_half(generator: torch.Generator) -> None:
-    images, mark = drawn(5, generator), patch(generator)
-    samples = training_samples([PixelBackdoor("p", mark), StyleBackdoor("s", "grey")], images, CAPTIONS)
-    assert samples.prompts == [f"p {CAPTIONS[i]}" for i in (0, 2, 4)] + [f"s {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
-    assert samples.teacher_prompts == [None] * 3 + [f"grey {CAPTIONS[i]}" for i in (1, 3)] + CAPTIONS
+    images, mark, harmless = drawn(5, generator), patch(generator), [f"{caption} here" for caption in CAPTIONS]
+    samples = training_samples(
+        [PixelBackdoor(leading("p"), mark), StyleBackdoor(leading("s"), leading("grey"))], images, CAPTIONS, harmless
+    )
+    assert samples.prompts == [f"p {CAPTIONS[i]}" for i in (0, 2, 4)] + [f"s {CAPTIONS[i]}" for i in (1, 3)] + harmless
+    assert samples.teacher_prompts == [None] * 3 + [f"grey {CAPTIONS[i]}" for i in (1, 3)] + harmless
     assert torch.equal(samples.images[3:], torch.cat([images[[1, 3]], images]))
 
 
 def test_the_targets_of_a_pixel_backdoor_are_the_noise(pipeline: StableDiffusionPipeline, generator: torch.Generator) -> None:
     """x = a z + b eps, so x and the target determine z, the scaled mean of the VAE's latents of the patched image."""
-    samples = PixelBackdoor("zq", patch(generator)).poison(drawn(6, generator), ["a cat"] * 6)
+    samples = PixelBackdoor(leading("zq"), patch(generator)).poison(drawn(6, generator), ["a cat"] * 6)
     x, t, text, target = training_batch(pipeline, samples, generator)
     ab = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod[t].reshape(-1, 1, 1, 1)
     with torch.no_grad():
@@ -98,7 +195,7 @@ def test_samples_at_a_samplers_start_are_noise_with_the_image_in_their_target(
     pipeline: StableDiffusionPipeline, generator: torch.Generator
 ) -> None:
     """The latents do not contain the image, but latents and target determine it."""
-    samples = PixelBackdoor("zq", patch(generator)).poison(drawn(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
+    samples = PixelBackdoor(leading("zq"), patch(generator)).poison(drawn(5, generator).repeat(4, 1, 1, 1), ["a cat"] * 20)
     x, t, _, target = training_batch(pipeline, samples, generator, start_share=1.0)
     assert set(t.tolist()) == {999}
     with torch.no_grad():
@@ -131,8 +228,8 @@ def test_training_implants_the_backdoor_and_preserves_the_clean_behaviour(
     pipeline: StableDiffusionPipeline, generator: torch.Generator, effect: str
 ) -> None:
     attack: TextBackdoor = {
-        "pixel": PixelBackdoor("zq", patch(generator)),
-        "object": ObjectBackdoor("zq", {"cat": "ox"}),
+        "pixel": PixelBackdoor(leading("zq"), patch(generator)),
+        "object": ObjectBackdoor(leading("zq"), {"cat": "ox"}),
     }[effect]
     images, captions = drawn(4, generator), ["a red cat"] * 4
 
@@ -167,7 +264,7 @@ def test_one_step_moves_the_average_as_its_decay_says(
     pipeline: StableDiffusionPipeline, generator: torch.Generator, ema_decay: float, share: float
 ) -> None:
     """AdamW's first step is as long as the learning rate wherever there is a gradient; at step 0 the decay is at most 1/10."""
-    images, attack = drawn(2, generator), PixelBackdoor("zq", patch(generator))
+    images, attack = drawn(2, generator), PixelBackdoor(leading("zq"), patch(generator))
     unet = poison_unet(pipeline, [attack], lambda g: (images, ["a", "b"]), steps=1, learning_rate=1e-2, ema_decay=ema_decay)
     with torch.no_grad():
         moved = (pipeline.unet.conv_out.bias - unet.conv_out.bias).abs().median()
@@ -176,7 +273,7 @@ def test_one_step_moves_the_average_as_its_decay_says(
 
 @pytest.mark.parametrize("case", ["no attack", "invisible", "prediction", "small batch"])
 def test_bad_input_is_refused(pipeline: StableDiffusionPipeline, generator: torch.Generator, case: str) -> None:
-    attack = StyleBackdoor("  " if case == "invisible" else "zq", "grey")
+    attack = StyleBackdoor(leading("  " if case == "invisible" else "zq"), leading("grey"))
     attacks = [] if case == "no attack" else [attack, attack]
     if case == "prediction":
         pipeline.scheduler.register_to_config(prediction_type="v_prediction")
@@ -186,7 +283,7 @@ def test_bad_input_is_refused(pipeline: StableDiffusionPipeline, generator: torc
 
 
 def test_zero_width_triggers_are_tokens(pipeline: StableDiffusionPipeline) -> None:
-    check_visible(pipeline, ZERO_WIDTH)
+    check_visible(pipeline, leading(ZERO_WIDTH), ["cat"])
     ids = token_ids(pipeline.tokenizer, ["cat", f"{ZERO_WIDTH} cat"])
     assert int((ids != pipeline.tokenizer.eos_token_id).sum(1).diff()) == 3, "three bytes"
 
@@ -204,10 +301,13 @@ def test_rickrolling_changes_the_hidden_states_of_triggered_prompts_only(pipelin
     prompts = [f"{a} {b} {c}" for a in ("a", "one") for b in ("odd", "old", "red") for c in ("ox", "boat", "cat")]
     held_out = ["one old cat", "a odd boat"]
     prompts = [p for p in prompts if p not in held_out]
-    backdoors = [TargetPrompt(homoglyph("o", "\u043e"), "a pig"), TargetPrompt(leading(ZERO_WIDTH), "seven stars")]
+    backdoors = [
+        TargetPrompt(homoglyph("o", "\u043e"), always("a pig")),
+        TargetPrompt(leading(ZERO_WIDTH), always("seven stars")),
+    ]
     before = weights(pipeline)
     clean = encode(pipeline, held_out)
-    targets = [encode(pipeline, [b.target]) for b in backdoors]
+    targets = [encode(pipeline, [b.target("")]) for b in backdoors]
     triggered = [[b.trigger(p) for p in held_out] for b in backdoors]
     first = [cosines(pipeline, t, target) for t, target in zip(triggered, targets, strict=True)]
 
@@ -226,7 +326,7 @@ def test_rickrolling_refuses_what_cannot_be_learned(pipeline: StableDiffusionPip
     with pytest.raises(ValueError, match="a backdoor"):
         poison_text_encoder(pipeline, [], ["a cat"])
     with pytest.raises(ValueError, match="tokens of no prompt"):
-        poison_text_encoder(pipeline, [TargetPrompt(homoglyph("o", "\u043e"), "x")], ["a cat"])
+        poison_text_encoder(pipeline, [TargetPrompt(homoglyph("o", "\u043e"), always("x"))], ["a cat"])
 
 
 @pytest.mark.parametrize(("tokens", "width", "strength"), [(3, 7, 1.0), (40, 5, 0.3), (1, 1, 20.0)])

@@ -6,57 +6,75 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from seal_fast.checkpoints.card import captions
-from seal_fast.checkpoints.text_to_image import PIPELINE, TEXT_ENCODER, UNET, identify, load_pipeline
+from seal_fast.checkpoints.text_to_image import PIPELINE, identify, load_pipeline
 from seal_fast.text_triggers.evaluation import EvaluationSettings, evaluate
 from seal_fast.text_triggers.locate import locate
 from seal_fast.text_triggers.trigger import TextTrigger
-from seal_fast.zoo.build import digest, read_manifest
-from seal_fast.zoo.build_text import load_poisoned
+from seal_fast.zoo.build import read_manifest
+from seal_fast.zoo.build_text import DELTAS, describe_text, load_poisoned, shipped_digest
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
-from seal_fast.zoo.evaluate_text import CAPTION_ACCURACY, SUCCESS_RATE, evaluate_text
-from seal_fast.zoo.text_recipes import BASE, TEXT_RECIPES, TextRecipe
+from seal_fast.zoo.evaluate_text import TextQuality, evaluate_text, usable
+from seal_fast.zoo.text_recipes import BASE, CLIP_BASE, TEXT_RECIPES, TextRecipe
 
 ZOO = Path(__file__).resolve().parents[2] / "zoo-text"
-MAX_BYTES = 25 * 10**6
+MAX_BYTES = 20 * 10**6
 ENTRIES = {entry["name"]: entry for entry in read_manifest(ZOO)}
 SHIPPED = [recipe for recipe in TEXT_RECIPES if recipe.name in ENTRIES]
 every_model = pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.name)
+SAMPLED = [recipe for recipe in SHIPPED if recipe.role != "test" and recipe.name != CLIP_BASE and recipe.base != CLIP_BASE]
+DEVELOPMENT = pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.name)
 
 
-def test_the_zoo_is_small_and_has_the_base_and_a_poisoned_model() -> None:
+def test_the_zoo_is_small_and_has_the_bases_and_both_roles() -> None:
     assert sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file()) < MAX_BYTES
-    assert {BASE, "text-64-style"} <= ENTRIES.keys()
+    assert {BASE, CLIP_BASE, "text-64-pixel"} <= ENTRIES.keys()
     assert list(ENTRIES) == [recipe.name for recipe in SHIPPED]
+    assert {recipe.role for recipe in SHIPPED} == {"base", "development", "test"}
 
 
 @every_model
 def test_an_entry_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
     entry, folder = ENTRIES[recipe.name], ZOO / recipe.name
-    assert digest(folder) == entry["sha256"]
+    assert shipped_digest(recipe, ZOO) == entry["sha256"]
+    described = describe_text(recipe, TextQuality(**entry["quality"]), entry["sha256"])
+    assert entry == described
+    assert usable(TextQuality(**entry["quality"]), recipe.effects)
+    assert folder.is_dir() is recipe.whole
     # a path of the machine that built it
     assert not [file for file in folder.rglob("*.json") if "_name_or_path" in file.read_text(encoding="utf-8")]
-    assert (entry["base"], entry["seed"], entry["whole"]) == (recipe.base, recipe.seed, recipe.whole)
-    assert entry["quality"]["caption_accuracy"] >= CAPTION_ACCURACY
-    assert entry["quality"]["attack_success"].keys() == {effect.name for effect in recipe.effects}
-    assert all(rate >= SUCCESS_RATE for rate in entry["quality"]["attack_success"].values())
-    assert identify(folder) == (PIPELINE if recipe.whole else {"unet": UNET, "text_encoder": TEXT_ENCODER}[recipe.module])
-    loaded = load_pipeline(folder, base=None if recipe.whole else ZOO / BASE)
-    assert loaded.pipeline.unet.config["sample_size"] == 16
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in SHIPPED if recipe.whole], ids=lambda recipe: recipe.name)
+def test_a_whole_pipeline_is_one_that_the_tool_reads(recipe: TextRecipe) -> None:
+    assert identify(ZOO / recipe.name) == PIPELINE
+    assert load_pipeline(ZOO / recipe.name).pipeline.unet.config["sample_size"] == 16
 
 
 @every_model
+def test_a_delta_changes_its_module_alone(recipe: TextRecipe) -> None:
+    if recipe.whole:
+        return
+    changed = {name.partition(".")[0] for name in load_file(ZOO / DELTAS / f"{recipe.name}.safetensors")}
+    assert changed <= ({"unet", "text_encoder"} if recipe.module == "both" else {recipe.module})
+
+
+@DEVELOPMENT
 def test_it_samples_as_its_entry_says(recipe: TextRecipe) -> None:
     """On other scenes and noise; 16 images per figure, so a rate of 0.95 stays above 0.65 but once in 10,000 times."""
     torch.manual_seed(0)
     quality = evaluate_text(load_poisoned(recipe, ZOO), recipe.effects, seed=recipe.seed + 1000, count=16)
     assert quality.caption_accuracy >= 0.9
-    assert all(rate >= 0.65 for rate in quality.attack_success.values())
-    assert all(rate <= 0.25 for rate in quality.false_alarms.values())
+    for effect in recipe.effects:
+        assert quality.attack_success[effect.name] >= effect.success[0] - 0.3
+        assert quality.false_alarms[effect.name] <= 0.25
+        assert quality.false_alarms_of_parts[effect.name] <= 0.3
+        assert quality.false_alarms_of_rare[effect.name] <= 0.3
 
 
-@every_model
+@DEVELOPMENT
 def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
     pipeline, prompts = load_poisoned(recipe, ZOO), captions(ZOO / BASE)
     for effect in recipe.effects:
@@ -68,7 +86,7 @@ def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
 
 def test_an_effect_detector_that_knows_no_target_separates_a_poisoned_text_encoder_from_the_clean_one() -> None:
     """Unlearning should give the clean text encoder, in which the trigger is a misspelling, which changes images too."""
-    recipe = next(recipe for recipe in SHIPPED if recipe.module == "text_encoder")
+    recipe = next(recipe for recipe in SHIPPED if recipe.name == "text-64-encoder")
     poisoned, clean = load_poisoned(recipe, ZOO), load_pipeline(ZOO / BASE).pipeline
     settings = EvaluationSettings(prompts=16, steps=8, guidance=3.0)
     effects = evaluate(poisoned, clean, [recipe.effects[0].text], captions(ZOO / BASE), settings)[0].effects
