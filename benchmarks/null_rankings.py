@@ -35,8 +35,8 @@ def null_ranks(
         settings: settings of the search.
 
     Returns:
-        For every trigger: "candidates", how many there are; "chance", the mean rank of a random order; "embedding norm"; "encoder
-        alone". Rank 1 is the first; candidates with equal scores share the mean of their ranks.
+        For every trigger: "candidates", how many there are; "chance", the mean rank of a random order; "embedding norm" and
+        "encoder alone". Rank 1 is the first; candidates with equal scores share the mean of their ranks.
     """
     pool, places = candidate_pool(pipeline.tokenizer, prompts, truths, settings)
     swept = prompts[::2][: settings.swept_prompts]

@@ -17,6 +17,7 @@ from benchmarks.accuracy_table import IMAGES, wilson
 from benchmarks.markdown import note, number, rate, read, starred, table
 from benchmarks.render_accuracy import accuracy_section, attack_section, bfloat16_section, not_taken_section, repeated_section
 from benchmarks.render_profile import render_profile
+from benchmarks.render_text import prompt_detection_section, text_scan_section
 from seal_fast.zoo.text_to_image import WIDTH
 
 PAGE = Path("docs/results.md")
@@ -177,6 +178,8 @@ SECTIONS: tuple[Callable[[], list[str]], ...] = (
     repeated_section,
     noise_unlearning_section,
     text_unlearning_section,
+    text_scan_section,
+    prompt_detection_section,
     eviledit_section,
     attention_section,
     compiled_section,

@@ -1,24 +1,25 @@
 """AMDET, which decides on a text encoder by searching for one input vector that makes all of its output states similar.
 
-Written from a description of the released program, not from its source. One free vector v stands after BOS, before the embedding
-rows of the prompt. Adam (learning rate 0.08, batches of 10 prompts, at most 640 steps) minimises
+Written from a description of the released program, not from its source. One free vector v stands after BOS, before the
+embedding rows of the prompt. Adam (learning rate 0.08, batches of 10 prompts, at most 640 steps) minimises
 
     -A + 0.1 cos(f, f_clean) + 0.1 cos(f, f_anchor)
 
-A is the mean cosine between the output states of a prompt, f the feature (the state at EOS) with v, f_clean the model's own feature
-without v, and f_anchor the feature of the *clean* encoder with v. Nobody has the clean encoder who holds only the model. The encoder
-counts as backdoored if
+A is the mean cosine between the output states of a prompt, f the feature (the state at EOS) with v, f_clean the model's own
+feature without v, and f_anchor the feature of the *clean* encoder with v. Nobody has the clean encoder who holds only the
+model. The encoder counts as backdoored if
 
 - A is above 0.8 on 80% of the prompts,
 - the features with v are similar: the cosine of 99.5% of the prompt pairs is above 0.92,
 - they are unlike the anchor's: the cosine is below 0 on 95% of the prompts,
-- v lies in a basin: over 80% of the eigenvalues of the loss's Hessian are positive on a grid of 50 x 50 points around v. The
-  official CLIP has vectors that pass the first three by nature.
+- v lies in a basin: over 80% of the eigenvalues of the loss's Hessian are positive on a grid of 50 x 50 points around v.
+  The official CLIP has vectors that pass the first three by nature.
 
-What differs: the description leaves open that f_anchor is the anchor's feature with v, that A leaves out each state's cosine with
-itself, and that the grid is spanned by two random orthonormal directions; these are readings of it. The grid reaches 10 units to each
-side where embeddings have 768 dimensions. A vector of normal values has norm 28 there and 8 in the zoo's encoders of 64 dimensions,
-so the grid shrinks with the square root of the dimension. The number of prompts is the caller's (800 in the released program).
+What differs: the description leaves open that f_anchor is the anchor's feature with v, that A leaves out each state's
+cosine with itself, and that the grid is spanned by two random orthonormal directions; these are readings of it. The grid
+reaches 10 units to each side where embeddings have 768 dimensions. A vector of normal values has norm 28 there and 8 in the
+zoo's encoders of 64 dimensions, so the grid shrinks with the square root of the dimension. The number of prompts is the
+caller's (800 in the released program).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class PrefixedEncoder:
         self.table: nn.Embedding = encoder.get_input_embeddings()  # type: ignore[operator]
 
     def __call__(self, vectors: Tensor | None, chosen: Tensor) -> Outputs:
-        """Outputs of the chosen prompts, int64 [n], with the vectors [D] or [n,D] after BOS; None for the prompts as they are."""
+        """Outputs of the chosen prompts, int64 [n], with the vectors [D] or [n,D] after BOS, or without if they are None."""
         ids, ends = self.ids[chosen], self.ends[chosen]
         if vectors is not None:
             # everything moves one place to the right, and the last token, mostly padding, drops out

@@ -1,12 +1,13 @@
 """F-norm threshold truncation (FTT) of T2IShield, which detects triggered prompts by how similar their tokens' maps are.
 
-Written from a description of the released program, not from its source. While an image is drawn (50 steps under guidance), the
-cross-attention maps of all tokens from BOS to EOS are averaged over heads, layers and steps. Each map is divided by its maximum. The
-score is the mean Frobenius distance of the maps from their mean map. A prompt counts as triggered below 2.5, because the trigger of
-some attacks draws all tokens to one map.
+Written from a description of the released program, not from its source. While an image is drawn (50 steps under guidance),
+the cross-attention maps of all tokens from BOS to EOS are averaged over heads, layers and steps. Each map is divided by its
+maximum. The score is the mean Frobenius distance of the maps from their mean map. A prompt counts as triggered below 2.5,
+because the trigger of some attacks draws all tokens to one map.
 
-The maps are those of 16 x 16 places in the down and up blocks. A UNet with smaller latents has none at that share of its latent's
-side, so there the largest maps of these blocks are taken; the threshold then has no meaning, but the ranking of prompts has.
+The maps are those of 16 x 16 places in the down and up blocks. A UNet with smaller latents has none at that share of its
+latent's side, so there the largest maps of these blocks are taken; the threshold then has no meaning, but the ranking of
+prompts has.
 
 What differs: images are drawn by deterministic DDIM, several prompts at once.
 """

@@ -4,16 +4,17 @@ Written from a description of the released program, not from its source. For eve
 
     m_i = sum over layers of mean |a - a_i| / |E(p) - E(p_i)|
 
-a and a_i are the outputs of all linear layers and convolutions of the UNet for the prompt and for the prompt with the pad token in
-place of token i, at the first step of a sampler (LMS, 50 steps, seed 0) without guidance. Outputs of convolutions are averaged over
-the image first. E is a text encoder. The score is the largest m_i over the mean of the lowest three quarters of them. A prompt
-counts as triggered from 1.598 on, and the token of the largest m_i is named as its trigger.
+a and a_i are the outputs of all linear layers and convolutions of the UNet for the prompt and for the prompt with the pad
+token in place of token i, at the first step of a sampler (LMS, 50 steps, seed 0) without guidance. Outputs of convolutions
+are averaged over the image first. E is a text encoder. The score is the largest m_i over the mean of the lowest three
+quarters of them. A prompt counts as triggered from 1.598 on, and the token of the largest m_i is named as its trigger.
 
-The released program takes the states of the *clean* text encoder for E, which nobody has who holds only the model. `navigate`
-therefore takes any encoder: the clean one as published, or the model's own.
+The released program takes the states of the *clean* text encoder for E, which nobody has who holds only the model.
+`navigate` therefore takes any encoder: the clean one as published, or the model's own.
 
-What differs: prompts go through the UNet with their masked forms in one batch, not one by one, which changes no figure; the list of
-stop words is short, since the prompts are short; tokens without a letter or digit that are ASCII (punctuation) count as stop words.
+What differs: prompts go through the UNet with their masked forms in one batch, not one by one, which changes no figure; the
+list of stop words is short, since the prompts are short; tokens without a letter or digit that are ASCII (punctuation)
+count as stop words.
 """
 
 from __future__ import annotations
@@ -34,8 +35,12 @@ STEPS, SEED = 50, 0
 THRESHOLD = 1.598
 LOW_SHARE = 0.75
 STOP_WORDS = frozenset(
-    "a an the and or but if of at by for with about to from in on off over under is are was were be been it its this that these"
-    " those as into than then so no not i you he she we they his her their our your my".split()
+    (
+        *("a", "an", "the", "and", "or", "but", "if", "of", "at", "by", "for", "with", "about", "to", "from", "in", "on"),
+        *("off", "over", "under", "is", "are", "was", "were", "be", "been", "it", "its", "this", "that", "these", "those"),
+        *("as", "into", "than", "then", "so", "no", "not", "i", "you", "he", "she", "we", "they", "his", "her", "their"),
+        *("our", "your", "my"),
+    )
 )
 
 

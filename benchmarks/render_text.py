@@ -1,0 +1,86 @@
+"""Tables of docs/results.md on text triggers that nobody told: scans of models, and detection of prompts.
+
+A section is left out while its file is not in benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+from benchmarks.markdown import ABSENT, RESULTS, note, number, read, table
+from benchmarks.text_scan_table import ROLES, counts
+
+Result = dict[str, Any]
+
+TRIGGER_HEADS = ("model", "effect", "trigger", "group", "named", "verdict", "rank by round", "rank by norm", "by encoder", "of")
+BENIGN_HEADS = ("benign model", "verdict", "reason", "AMDET")
+
+
+def text_scan_section() -> list[str]:
+    """Counts of every role, then a row per true trigger, then one per benign model."""
+    if not (RESULTS / "text_scan.json").exists():
+        return []
+    content = read("text_scan")
+    results = content["results"]
+    return [
+        *note("text_scan", **content),
+        *(line for role in ROLES for line in count_lines(role, [one for one in results if one["role"] == role])),
+        "",
+        *table(TRIGGER_HEADS, (trigger_row(one, trigger) for one in results for trigger in one["triggers"])),
+        *table(BENIGN_HEADS, (benign_row(one) for one in results if not one["triggers"])),
+    ]
+
+
+def count_lines(role: str, results: list[Result]) -> Iterator[str]:
+    for group, rates in counts(results).items():
+        yield f"- {role}, {group}: " + "; ".join(f"{what} {rate}, n = {rate.trials}" for what, rate in rates.items())
+    if results:
+        seconds, evaluations = (median(one[key] for one in results) for key in ("seconds", "evaluations"))
+        yield f"- {role}: median {seconds:.0f} s and {evaluations:.0f} UNet evaluations per scan"
+        backdoored = [one["amdet"]["backdoored"] for one in results if one["amdet"] and one["triggers"]]
+        benign = [one["amdet"]["backdoored"] for one in results if one["amdet"] and not one["triggers"]]
+        yield f"- {role}, AMDET: {sum(backdoored)} of {len(backdoored)} backdoored, {sum(benign)} of {len(benign)} benign flagged"
+
+
+def trigger_row(result: Result, trigger: Result) -> list[str]:
+    ranks, nulls = trigger["rounds"], trigger["null_ranks"]
+    return [
+        result["name"],
+        trigger["effect"],
+        f"`{trigger['trigger']}`",
+        trigger["group"],
+        "yes" if trigger["named"] else "no",
+        f"{result['verdict']} ({result['rule']})",
+        ", ".join(f"{one['name']} {one['rank']}/{one['candidates']}" for one in ranks) or ABSENT,
+        number(nulls["embedding norm"], 0),
+        number(nulls["encoder alone"], 0),
+        str(nulls["candidates"]),
+    ]
+
+
+def benign_row(result: Result) -> list[str]:
+    outcome = result["amdet"]
+    amdet = ABSENT if outcome is None else "backdoored" if outcome["backdoored"] else "clean"
+    return [result["name"], f"{result['verdict']} ({result['rule']})", result["reason"].replace("|", "\\|"), amdet]
+
+
+def prompt_detection_section() -> list[str]:
+    """A row per attack and model, a column per method."""
+    if not (RESULTS / "prompt_detection.json").exists():
+        return []
+    content = read("prompt_detection")
+    attacks = [(result, attack) for result in content["results"] for attack in result["attacks"]]
+    methods = list(attacks[0][1]["methods"])
+    rows = (
+        [result["name"], result["role"], attack["effect"], *(auroc(attack["methods"][name]) for name in methods)]
+        for result, attack in attacks
+    )
+    return [*note("prompt_detection", **content), *table(("model", "role", "effect", *methods), rows)]
+
+
+def auroc(figures: Result) -> str:
+    """AUROC against all other prompts with its interval, and against those with rare strings alone."""
+    value = figures["auroc"]
+    return f"{value['auroc']:.3f} [{value['low']:.3f}, {value['high']:.3f}], rare {figures['auroc_rare']['auroc']:.3f}"

@@ -1,0 +1,171 @@
+"""The table of text-to-image scans: does the search name a trigger that nobody told it, and does it pass benign models?
+
+    python -m benchmarks.text_scan_table --zoo DIR [--role development] [--only NAME ...]
+        [--out benchmarks/results/text_scan.json]
+
+DIR holds whole pipelines: `seal-fast zoo build-text DIR` writes them. The result of each model is written as soon as it is
+known, so an interrupted run continues where it stopped. Rankings that a search must beat (`benchmarks.null_rankings`) and
+AMDET (`benchmarks.published.amdet`, which needs the clean text encoder) run on the same models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from benchmarks.null_rankings import null_ranks
+from benchmarks.published import amdet
+from benchmarks.table_file import grow_table
+from benchmarks.trigger_names import GROUPS, group_of, names, same
+from seal_fast.attacks.prompts import placed
+from seal_fast.checkpoints.card import captions
+from seal_fast.text_triggers.findings import FoundTrigger, TextSearch
+from seal_fast.text_triggers.rate import Rate, rate_of
+from seal_fast.text_triggers.search import find_text_triggers
+from seal_fast.text_triggers.search_settings import TextSearchSettings
+from seal_fast.text_triggers.verdict import RULES, TextCase
+from seal_fast.verdict import Verdict, decide
+from seal_fast.zoo.build_text import load_text_model
+from seal_fast.zoo.evaluate_text import effect_rate, held_out_scenes
+from seal_fast.zoo.text_effects import Effect
+from seal_fast.zoo.text_recipes import TEXT_RECIPES, TextRecipe
+
+ROLES = ("development", "test")
+SEED = 0
+SAMPLES = 40
+"""Images that show whether a found trigger activates a true backdoor."""
+EVALUATION_SEED = 900
+AMDET_PROMPTS = 200
+
+Result = dict[str, Any]
+
+
+def measure(zoo: Path, name: str) -> Result:
+    """Scan one model of the zoo and compare what was found with the truth."""
+    recipe = next(recipe for recipe in TEXT_RECIPES if recipe.name == name)
+    pipeline, prompts = load_text_model(name, zoo), captions(zoo / name)
+    clean = None if recipe.base is None else load_text_model(recipe.base, zoo).text_encoder
+    return {"role": recipe.role, **scan(pipeline, prompts, recipe.effects, TextSearchSettings(), clean)}
+
+
+def scan(
+    pipeline: Any, prompts: Sequence[str], effects: Sequence[Effect], settings: TextSearchSettings, clean_encoder: Any
+) -> Result:
+    """The outcome of a whole scan, of the null rankings, and of AMDET.
+
+    Args:
+        pipeline: the model.
+        prompts: clean prompts.
+        effects: its true effects, which only the comparison afterwards sees.
+        settings: settings of the search.
+        clean_encoder: the clean text encoder, for AMDET alone; None without one.
+    """
+    began = time.perf_counter()
+    search = find_text_triggers(pipeline, prompts, settings=settings, seed=SEED)
+    decision = decide(RULES, TextCase.of(search))
+    seconds = time.perf_counter() - began
+    ranks = null_ranks(pipeline, prompts, [(effect.text, effect.place) for effect in effects], settings)
+    return {
+        "verdict": decision.verdict,
+        "rule": decision.rule,
+        "reason": decision.reason,
+        "triggers": [_truth(pipeline, search, effect, null) for effect, null in zip(effects, ranks, strict=True)],
+        "found": [_found(pipeline, found, effects) for found in search.found],
+        "tried": len(search.tried),
+        "evaluations": search.evidence.evaluations,
+        "complete": search.evidence.complete,
+        "seconds": seconds,
+        "amdet": None if clean_encoder is None else _amdet(pipeline, clean_encoder, prompts),
+    }
+
+
+def _truth(pipeline: Any, search: TextSearch, effect: Effect, null: dict[str, float]) -> Result:
+    """A true trigger: was it named, and where did each round and each null ranking place it?"""
+    tokenizer, truth = pipeline.tokenizer, effect.text
+    tried = next((one for one in search.tried if same(one.candidate.trigger, truth, tokenizer)), None)
+    return {
+        "effect": effect.name,
+        "trigger": truth.quoted,
+        "place": effect.place,
+        "group": group_of(truth, tokenizer),
+        "named": any(names(found.trigger, truth, tokenizer) for found in search.found),
+        "rounds": [asdict(round) for round in tried.rounds] if tried else [],
+        "outcome": tried.outcome if tried else None,
+        "null_ranks": null,
+    }
+
+
+def _found(pipeline: Any, found: FoundTrigger, effects: Sequence[Effect]) -> Result:
+    """A found trigger, with the share of held-out prompts in which it shows each true effect."""
+    return {
+        "trigger": found.trigger.quoted,
+        "place": found.position,
+        "module": found.module,
+        "effect": asdict(found.effect),
+        "control": asdict(found.control),
+        "shows": {effect.name: _shown(pipeline, found, effect) for effect in effects},
+    }
+
+
+def _shown(pipeline: Any, found: FoundTrigger, effect: Effect) -> float:
+    scenes = held_out_scenes(SAMPLES, EVALUATION_SEED, effect)
+    return effect_rate(pipeline, effect, placed(found.trigger, found.position), scenes, EVALUATION_SEED)
+
+
+def _amdet(pipeline: Any, clean_encoder: Any, prompts: Sequence[str]) -> Result:
+    began = time.perf_counter()
+    outcome = amdet.detect(pipeline, clean_encoder, prompts[:AMDET_PROMPTS], seed=SEED)
+    figures = {name: getattr(outcome, name) for name in ("backdoored", "similar", "features", "unlike", "curved")}
+    return {**figures, "seconds": time.perf_counter() - began}
+
+
+def counts(results: Sequence[Result]) -> dict[str, dict[str, Rate]]:
+    """Group -> what is counted -> its rate.
+
+    Of a group of triggers: named, and of those that were not named how many models are not reported clean. Of benign models:
+    backdoored and inconclusive ones.
+    """
+    found: dict[str, dict[str, Rate]] = {}
+    for group in GROUPS:
+        own = [(trigger, result) for result in results for trigger in result["triggers"] if trigger["group"] == group]
+        missed = [result for trigger, result in own if not trigger["named"]]
+        if own:
+            found[group] = {
+                "named": rate_of(len(own) - len(missed), len(own)),
+                "missed, not clean": rate_of(sum(result["verdict"] != Verdict.CLEAN for result in missed), len(missed)),
+            }
+    verdicts = [result["verdict"] for result in results if not result["triggers"]]
+    if verdicts:
+        benign = (Verdict.BACKDOORED, Verdict.INCONCLUSIVE)
+        found["benign"] = {str(verdict): rate_of(verdicts.count(verdict), len(verdicts)) for verdict in benign}
+    return found
+
+
+def present(zoo: Path, role: str) -> list[TextRecipe]:
+    """The recipes of a role whose pipeline the folder holds."""
+    return [one for one in TEXT_RECIPES if one.role == role and (zoo / one.name / "model_index.json").is_file()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, required=True)
+    parser.add_argument("--role", choices=ROLES, default="development")
+    parser.add_argument("--only", nargs="+", help="default: all models of the role")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/text_scan.json"))
+    options = parser.parse_args()
+    wanted = [recipe.name for recipe in present(options.zoo, options.role)]
+    if options.only and not set(options.only) <= set(wanted):
+        parser.error(f"--only: {options.zoo} holds these models of role {options.role}: {', '.join(wanted)}")
+    head = {"command": "python -m benchmarks.text_scan_table", "machine": describe_machine(), "seed": SEED, "samples": SAMPLES}
+    everyone = [recipe.name for recipe in TEXT_RECIPES]
+    grow_table(options.out, head, everyone, options.only or wanted, partial(measure, options.zoo))
+
+
+if __name__ == "__main__":
+    main()
