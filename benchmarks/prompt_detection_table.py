@@ -3,10 +3,10 @@
     python -m benchmarks.prompt_detection_table --zoo DIR [--role development] [--only NAME ...]
         [--out benchmarks/results/prompt_detection.json]
 
-DIR holds whole pipelines: `seal-fast zoo build-text DIR` writes them. Captions of scenes that no model was trained on are scored
-as they are, with harmless rare strings, and with the trigger. The result of each model is written as soon as it is known, so an
-interrupted run continues where it stopped. "NaviT2I" is handed the clean text encoder, which a user does not have; "NaviT2I, own
-encoder" takes the model's own in its place.
+DIR holds whole pipelines: `seal-fast zoo build-text DIR` writes them. Captions of scenes that no model was trained on are
+scored as they are, with harmless rare strings, and with the trigger. The result of each model is written as soon as it is known,
+so an interrupted run continues where it stopped. "NaviT2I" is handed the clean text encoder, which a user does not have;
+"NaviT2I, own encoder" takes the model's own in its place.
 """
 
 from __future__ import annotations

@@ -39,9 +39,14 @@ def count_lines(role: str, results: list[Result]) -> Iterator[str]:
     if results:
         seconds, evaluations = (median(one[key] for one in results) for key in ("seconds", "evaluations"))
         yield f"- {role}: median {seconds:.0f} s and {evaluations:.0f} UNet evaluations per scan"
-        backdoored = [one["amdet"]["backdoored"] for one in results if one["amdet"] and one["triggers"]]
-        benign = [one["amdet"]["backdoored"] for one in results if one["amdet"] and not one["triggers"]]
-        yield f"- {role}, AMDET: {sum(backdoored)} of {len(backdoored)} backdoored, {sum(benign)} of {len(benign)} benign flagged"
+        yield f"- {role}, AMDET: " + "; ".join(f"{kind} {flagged(results, kind)}" for kind in ("backdoored", "benign"))
+
+
+def flagged(results: list[Result], kind: str) -> str:
+    """How many models of a kind AMDET reports backdoored."""
+    outcomes = [one["amdet"]["backdoored"] for one in results if one["amdet"] and bool(one["triggers"]) == (kind == "backdoored")]
+    return f"{sum(outcomes)} of {len(outcomes)} flagged"
+
 
 
 def trigger_row(result: Result, trigger: Result) -> list[str]:
