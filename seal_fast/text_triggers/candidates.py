@@ -55,8 +55,3 @@ def swapped_words(tokenizer: Any, swept: Sequence[str], prompts: Sequence[str], 
         for word in [word for word in words_of(swept) if len(word) > 2][:old]
         for text in known
     ]
-
-
-def is_swap(candidate: TextCandidate) -> bool:
-    """Whether the candidate takes the place of a whole word."""
-    return candidate.trigger.replaces is not None and len(candidate.trigger.replaces) > 1

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.candidates import is_swap
 from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.encoder_sweep import encoder_deviations
 from seal_fast.text_triggers.findings import FoundTrigger, Module, TextCandidate, TriedText
@@ -47,10 +46,9 @@ def verify(context: SearchContext, ranked: Ranked) -> Tried:
     if not check.promising:
         return Tried(ranked, check, "images change no more often than with control strings")
     check = context.images.check(candidate, controls, settings.prompts, settings.fresh_prompts)
-    least = settings.least_effect_of_swap if is_swap(candidate) else 0.0
-    return Tried(
-        ranked, check, CONFIRMED if check.confirmed and (check.effect.low or 0.0) > least else "not confirmed on fresh prompts"
-    )
+    least = 0.0 if candidate.trigger.replaces is None else settings.least_effect_of_replacement
+    enough = check.confirmed and (check.effect.low or 0.0) > least
+    return Tried(ranked, check, CONFIRMED if enough else "not confirmed on fresh prompts")
 
 
 def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:

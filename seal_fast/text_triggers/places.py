@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.findings import TextCandidate
-from seal_fast.text_triggers.ranking import best
-from seal_fast.text_triggers.sweep import Ranked, at_each_place, in_place, kind_and_place, sweep_round
+from seal_fast.text_triggers.sweep import Ranked, at_each_place, in_place, sweep_round
 
 
 def by_place(context: SearchContext, kept: Sequence[Ranked], harmless: Sequence[TextCandidate]) -> Iterator[Ranked]:
-    """The candidates at those places where they deserve images, the strongest response first.
+    """The candidates at those places where they deserve images, the largest deviation first.
 
     Args:
         context: the search.
@@ -22,12 +21,12 @@ def by_place(context: SearchContext, kept: Sequence[Ranked], harmless: Sequence[
     placed = [Ranked(place, entry.rounds) for entry in kept for place in at_each_place(entry.candidate)]
     known = [place for one in harmless for place in at_each_place(one)]
     entries = sweep_round("places", context.probe, placed, known, in_place, settings.places, settings)
-    kinds = [kind_and_place(entry.candidate) for entry in entries]
-    left = [entries[index] for index in best([entry.last.deviation for entry in entries], kinds, settings.places)]
     suspicious = [
         entry
-        for entry in left
-        if entry.last.response >= verification.least_response and entry.last.deviation >= verification.least_deviation
+        for entry in entries
+        if entry.last.response >= verification.least_response
+        and entry.last.deviation >= verification.least_deviation
+        and entry.last.rank <= verification.per_kind
     ]
     context.meter.begin("verification")
-    yield from sorted(suspicious, key=lambda entry: -entry.last.response)[: verification.candidates]
+    yield from suspicious[: verification.candidates]

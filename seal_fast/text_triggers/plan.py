@@ -36,7 +36,7 @@ def _paths(settings: TextSearchSettings) -> int:
 
 def _places(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
     kinds = {one.kind for one in pool}
-    kept = settings.sweep.kept + settings.sweep.kept_per_kind * len(kinds) + settings.encoder_kept
+    kept = settings.kept + settings.kept_per_kind * len(kinds) + settings.encoder_kept
     return (kept + settings.harmless * len(kinds)) * len(POSITIONS) * _evaluations(settings.places)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seal_fast.text_triggers.search_settings import RoundSettings, TextSearchSettings
+from seal_fast.text_triggers.search_settings import TextSearchSettings
 
 NORMAL_MAD = 1.4826
 """Standard deviation of a normal distribution, divided by its median absolute deviation."""
@@ -48,13 +48,13 @@ def members_of(kinds: Sequence[str]) -> dict[str, list[int]]:
     return dict(members)
 
 
-def best(scores: Sequence[float], kinds: Sequence[str], kept: RoundSettings) -> list[int]:
-    """Indices of the best candidates, and of the best of every kind, as a round keeps them; the best first."""
+def best(scores: Sequence[float], kinds: Sequence[str], count: int, per_kind: int) -> list[int]:
+    """Indices of the `count` best candidates, and of the `per_kind` best of every kind; the best first."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    left = set(order[: kept.kept])
+    left = set(order[:count])
     seen: Counter[str] = Counter()
     for index in order:
         seen[kinds[index]] += 1
-        if seen[kinds[index]] <= kept.kept_per_kind:
+        if seen[kinds[index]] <= per_kind:
             left.add(index)
     return [index for index in order if index in left]

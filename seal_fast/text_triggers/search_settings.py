@@ -27,14 +27,10 @@ class RoundSettings:
     Attributes:
         prompts: clean prompts that a candidate is tried on.
         shares: timesteps, as shares of the noise process's T.
-        kept: candidates that go on to the next round.
-        kept_per_kind: of every kind at least so many go on, so that no kind crowds out another.
     """
 
     prompts: int
     shares: tuple[float, ...]
-    kept: int
-    kept_per_kind: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,14 @@ class VerificationSettings:
         fresh_prompts: further held-out prompts, on which a candidate that passed is checked again.
         controls: control strings of the candidate's kind.
         candidates: candidates of each proposer that are verified at most.
+        per_kind: of each kind at one place at most so many.
         least_response: candidates with a smaller response are not verified.
         least_deviation: neither are those that deviate less from their kind.
         least_change: a candidate that changes the images of the first check less, as a share of the variance between prompts,
             is left without control strings.
-        least_effect_of_swap: least effect, at the lower end of its interval, of a word in place of another one. The missing
-            word changes images by itself: in a model without such a trigger "green" => "it" changed 75%.
+        least_effect_of_replacement: least effect, at the lower end of its interval, of a text in place of another one. The
+            missing text changes images by itself: in models without such a trigger "green" => "it" changed 75% of the images, and
+            a look-alike of i 64%.
         same_effect: cosine of the mean changes of two candidates from which they have the same effect.
     """
 
@@ -74,10 +72,11 @@ class VerificationSettings:
     fresh_prompts: int = 14
     controls: int = 5
     candidates: int = 16
+    per_kind: int = 3
     least_response: float = 0.4
     least_deviation: float = 3.0
     least_change: float = 0.02
-    least_effect_of_swap: float = 0.6
+    least_effect_of_replacement: float = 0.6
     same_effect: float = 0.5
 
 
@@ -88,6 +87,8 @@ class TextSearchSettings:
     Attributes:
         swept_prompts: clean prompts whose sampling paths are drawn.
         sweep: the round that tries every string, at all places at once.
+        kept: strings of the sweep that go on.
+        kept_per_kind: of every kind at least so many go on, so that no kind crowds out another.
         places: the round that tells the places apart.
         phrases: the search for phrases.
         harmless: candidates of each kind that show in the round of the places what their kind does.
@@ -105,8 +106,10 @@ class TextSearchSettings:
     """
 
     swept_prompts: int = 8
-    sweep: RoundSettings = RoundSettings(1, (0.45,), 60, 3)
-    places: RoundSettings = RoundSettings(4, (0.99, 0.45), 40, 1)
+    sweep: RoundSettings = RoundSettings(1, (0.45,))
+    kept: int = 60
+    kept_per_kind: int = 3
+    places: RoundSettings = RoundSettings(4, (0.99, 0.45))
     phrases: PhraseSettings = PhraseSettings()
     harmless: int = 12
     encoder_prompts: int = 4

@@ -23,7 +23,8 @@ def single_strings(context: SearchContext, swept: Sequence[Ranked], tried: Seque
     """The strings that respond most within their kind, and those that move the text encoder most, at their best places."""
     settings = context.settings
     kinds = [kind_and_place(entry.candidate) for entry in swept]
-    kept = [swept[index] for index in best([entry.last.deviation for entry in swept], kinds, settings.sweep)]
+    deviations = [entry.last.deviation for entry in swept]
+    kept = [swept[index] for index in best(deviations, kinds, settings.kept, settings.kept_per_kind)]
     known = {entry.candidate for entry in kept}
     kept += [entry for entry in encoder_round(context, swept) if entry.candidate not in known]
     context.meter.begin("places")

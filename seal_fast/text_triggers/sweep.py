@@ -91,10 +91,12 @@ def sweep_round(
 def ranked_by(name: str, entries: Sequence[Ranked], scores: Tensor, responses: Tensor) -> list[Ranked]:
     """The entries by their score, the largest first, with their place in the round."""
     ranks = _ranks(scores, [kind_and_place(entry.candidate) for entry in entries])
-    return [
-        replace(entries[i], rounds=(*entries[i].rounds, Round(name, *ranks[i], float(scores[i]), float(responses[i]))))
-        for i in scores.argsort(descending=True).tolist()
-    ]
+    found = []
+    for index in scores.argsort(descending=True).tolist():
+        rank, candidates = ranks[index]
+        round = Round(name, rank, candidates, float(scores[index]), float(responses[index]))
+        found.append(replace(entries[index], rounds=(*entries[index].rounds, round)))
+    return found
 
 
 def _responses(probe: ResponseProbe, candidates: Sequence[TextCandidate], change: Change, round: RoundSettings) -> Tensor:
