@@ -63,8 +63,8 @@ class VerificationSettings:
         least_change: a candidate that changes the images of the first check less, as a share of the variance between prompts,
             is left without control strings.
         least_effect_of_replacement: least effect, at the lower end of its interval, of a text in place of another one. The
-            missing text changes images by itself: in models without such a trigger "green" => "it" changed 75% of the images, and
-            a look-alike of i 64%.
+            missing text changes images by itself: in models without such a trigger "green" => "it" changed 75% of the images,
+            and a look-alike of i 64%.
         same_effect: cosine of the mean changes of two candidates from which they have the same effect.
     """
 
