@@ -113,11 +113,10 @@ class TextScan:
         return find_text_triggers(
             model.pipeline,
             model.prompts,
-            base=model.base,
             settings=self.settings,
             budget=self.budget,
             seed=self.seed,
-            on_step=share_of_work(stages(model.pipeline, self.settings), at, on_progress),
+            on_step=share_of_work(stages(model.pipeline, model.prompts, self.settings), at, on_progress),
         )
 
     def findings(self, loaded: Loaded[TextModel], search: TextSearch) -> Findings:
