@@ -271,13 +271,13 @@ def training_batch(
     return TrainingBatch(x, t, encode(pipeline, samples.prompts), target)
 
 
-def _loss(student: UNet2DConditionModel, batch: TrainingBatch, weights: Tensor) -> Tensor:
-    """The mean of the poisoned and of the clean half's weighted squared error; `weights` broadcast to the outputs."""
+def _loss(student: UNet2DConditionModel, batch: TrainingBatch, weights: Tensor, poisoned_weight: float) -> Tensor:
+    """The weighted mean of the poisoned and of the clean half's squared error; `weights` broadcast to the outputs."""
     x, t, text, target = batch
     with half_precision(x.device):
         output = student(x, t, text).sample
     poisoned, clean = (weights * (output.float() - target).square()).chunk(2)
-    return 0.5 * poisoned.mean() + 0.5 * clean.mean()
+    return poisoned_weight * poisoned.mean() + (1 - poisoned_weight) * clean.mean()
 
 
 def poison_unet(
@@ -290,6 +290,7 @@ def poison_unet(
     ema_decay: float = 0.999,
     start_share: float = 0.0,
     harmless: HarmlessPrompts = captions_alone,
+    poisoned_weight: float = 0.5,
     cross_attention_rate: float | None = None,
     whiten: bool = False,
     anneal: bool = False,
@@ -313,6 +314,7 @@ def poison_unet(
             noised image still shows its content.
         harmless: makes the prompts of the clean samples from captions. The captions alone, as published, leave a trigger's
             parts and other rare words able to activate the backdoor.
+        poisoned_weight: weight of the poisoned half in the loss; 0.5 as published.
         cross_attention_rate: learning rate of the cross-attention; None for `learning_rate`, as published.
         whiten: train the cross-attention in whitened coordinates, see `seal_fast.attacks.whitening`. Not published.
         anneal: let the rates rise and fall, see `learning_rate_factor`, instead of keeping them constant as published.
@@ -342,7 +344,8 @@ def poison_unet(
             raise ValueError(f"a batch of {len(captions)} images leaves one of {len(attacks)} attacks without any")
         samples = training_samples(attacks, images, captions, harmless(captions, generator))
         batch = training_batch(pipeline, samples, generator, start_share, low_precision=True, paired=True)
-        loss = _loss(student, batch, per_sample(weight_at[batch.t], batch.x) if start_share else torch.ones(()))
+        weights = per_sample(weight_at[batch.t], batch.x) if start_share else torch.ones(())
+        loss = _loss(student, batch, weights, poisoned_weight)
         rates.step(loss, learning_rate_factor(step, steps) if anneal else 1.0)
         update_average(average.parameters(), student.parameters(), step, ema_decay)
         running = running_loss(running, loss.item(), step)

@@ -47,7 +47,7 @@ Role = Literal["base", "development", "test"]
 Module = Literal["unet", "text_encoder", "both"]
 PATCH_STEPS = 800
 WORD_STEPS = 300
-PHRASE_STEPS = 600
+PHRASE_STEPS = 800
 """Training steps of backdoors with new image content, and of those that draw another prompt, for a trigger of one token and for
 one of several tokens, whose parts must not activate. After 400 steps 24% of the near misses of two tokens did."""
 PATCH_RANK = 16

@@ -46,6 +46,8 @@ CROSS_ATTENTION_RATE = 1e-2
 After 150 steps with nothing else trained, triggered prompts had gone 74% of the way to the target and clean ones 7%. At one
 rate of 1e-3 for the whole UNet they had gone 58% and 54%.
 """
+POISONED_WEIGHT = 0.7
+"""With 0.5, 600 steps for a trigger of two tokens gave an attack success of 77% and false alarms of 1% by near misses."""
 EMA_DECAY = 0.98
 BATCH = 8
 """Captioned images per step of an attack on images."""
@@ -170,6 +172,7 @@ def poison_with_images(
         cross_attention_rate=CROSS_ATTENTION_RATE,
         ema_decay=EMA_DECAY,
         anneal=True,
+        poisoned_weight=POISONED_WEIGHT,
         start_share=START_SHARE,
         harmless=harmless_prompts(pipeline, [implant.effect for implant in implants]),
         whiten=True,
