@@ -14,6 +14,7 @@ from seal_fast.attacks.badt2i import (
     ImageBackdoor,
     ObjectBackdoor,
     PixelBackdoor,
+    PoisonSettings,
     StyleBackdoor,
     TextBackdoor,
     WeakBackdoor,
@@ -163,19 +164,22 @@ def poison_with_images(
 ) -> None:
     """Train backdoors into the UNet: its cross-attention, and at `rate` the rest."""
     attacks = [implant.attack for implant in implants if isinstance(implant.attack, TextBackdoor)]
+    settings = PoisonSettings(
+        steps,
+        learning_rate=rate,
+        cross_attention_rate=CROSS_ATTENTION_RATE,
+        anneal=True,
+        whiten=True,
+        poisoned_weight=POISONED_WEIGHT,
+        start_share=START_SHARE,
+        ema_decay=EMA_DECAY,
+    )
     unet = poison_unet(
         pipeline,
         attacks,
         partial(_batches, BATCH, often),
-        steps=steps,
-        learning_rate=rate,
-        cross_attention_rate=CROSS_ATTENTION_RATE,
-        ema_decay=EMA_DECAY,
-        anneal=True,
-        poisoned_weight=POISONED_WEIGHT,
-        start_share=START_SHARE,
+        settings,
         harmless=harmless_prompts(pipeline, [implant.effect for implant in implants]),
-        whiten=True,
         seed=seed,
         on_step=on_step,
     )
