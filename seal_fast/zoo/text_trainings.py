@@ -197,7 +197,7 @@ def poison_with_prompts(
         [implant.attack for implant in implants if isinstance(implant.attack, TargetPrompt)],
         captions,
         steps=steps,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         harmless=harmless_prompts(pipeline, [implant.effect for implant in implants]),
         seed=seed,
         on_step=on_step,
