@@ -14,7 +14,7 @@ from seal_fast.text_triggers.evaluation import EvaluationSettings, evaluate
 from seal_fast.text_triggers.locate import locate
 from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.zoo.build import read_manifest
-from seal_fast.zoo.build_text import DELTAS, describe_text, load_poisoned, shipped_digest
+from seal_fast.zoo.build_text import DELTAS, build_text_zoo, describe_text, load_poisoned, shipped_digest
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
 from seal_fast.zoo.evaluate_text import TextQuality, evaluate_text, usable
 from seal_fast.zoo.text_recipes import BASE, CLIP_BASE, TEXT_RECIPES, TextRecipe
@@ -102,3 +102,16 @@ def test_captions_of_a_card_are_trained_and_measured_on_in_turn(recipe: TextReci
     assert set(prompts[::2]) <= {scene.caption for scene in TRAINING_SCENES}
     assert set(prompts[1::2]) <= {scene.caption for scene in HELD_OUT_SCENES}
     assert len(prompts) == 200
+
+
+def test_a_shipped_delta_is_restored_to_a_whole_pipeline(tmp_path: Path) -> None:
+    """The written pipeline has the weights that the zoo's loader computes, in half precision."""
+    recipe = next(recipe for recipe in SAMPLED if not recipe.whole)
+    build_text_zoo(tmp_path, [BASE, recipe.name], shipped=ZOO)
+    assert [entry["name"] for entry in read_manifest(tmp_path)] == [BASE, recipe.name]
+    assert identify(tmp_path / recipe.name) == PIPELINE
+    restored, expected = load_pipeline(tmp_path / recipe.name).pipeline, load_poisoned(recipe, ZOO)
+    for module in ("unet", "text_encoder"):
+        weights = getattr(expected, module).state_dict()
+        for name, tensor in getattr(restored, module).state_dict().items():
+            torch.testing.assert_close(tensor.float(), weights[name].half().float())
