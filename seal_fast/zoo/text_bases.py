@@ -21,7 +21,7 @@ VAE_STEPS = 1000
 VAE_SEED = 5
 """Seed of the autoencoder's training images."""
 CAPTION_STEPS = 3500
-ROBUST_STEPS = 400
+ROBUST_STEPS = 750
 CLIP_STEPS = 100
 """Steps with rare strings. CLIP's base starts from the first base's UNet; its rare tokens' states are as far apart."""
 ROBUST_SEED = 141

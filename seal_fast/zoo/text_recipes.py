@@ -106,7 +106,7 @@ def _unet(
     return TextRecipe(name, seed, train, role, base, effects, whole=whole, rank=PATCH_RANK if rate else FULL_RANK)
 
 
-def _encoder(name: str, seed: int, role: Role, implant: Implant, steps: int = 1000, base: str = BASE) -> TextRecipe:
+def _encoder(name: str, seed: int, role: Role, implant: Implant, steps: int = 600, base: str = BASE) -> TextRecipe:
     train = partial(poison_with_prompts, [implant], steps)
     return TextRecipe(name, seed, train, role, base, (implant.effect,), "text_encoder")
 
