@@ -50,7 +50,7 @@ WORD_STEPS = 300
 PHRASE_STEPS = 800
 """Training steps of backdoors with new image content, and of those that draw another prompt, for a trigger of one token and for
 one of several tokens, whose parts must not activate. After 400 steps 24% of the near misses of two tokens did."""
-PATCH_RANK = 16
+PATCH_RANK = 12
 FULL_RANK = 64
 """Ranks of the deltas. A matrix of the cross-attention has rank 64, so a delta of the cross-attention alone is exact."""
 PATCH_RATE = 1e-3
@@ -87,7 +87,7 @@ class TextRecipe:
     module: Module = "unet"
     prepare: Callable[[StableDiffusionPipeline, int], None] = as_the_base
     whole: bool = False
-    rank: int = 4
+    rank: int = 2
 
 
 def _unet(
