@@ -52,7 +52,7 @@ PHRASE_STEPS = 800
 one of several tokens, whose parts must not activate. After 400 steps 24% of the near misses of two tokens did."""
 PATCH_RANK = 12
 FULL_RANK = 64
-"""Ranks of the deltas. A matrix of the cross-attention has rank 64, so a delta of the cross-attention alone is exact."""
+"""Ranks of the deltas. A matrix of the cross-attention or of the text encoder has rank 64, so their deltas are exact."""
 PATCH_RATE = 1e-3
 """Learning rate outside the cross-attention, for new image content; another prompt needs none."""
 
@@ -108,7 +108,7 @@ def _unet(
 
 def _encoder(name: str, seed: int, role: Role, implant: Implant, steps: int = 600, base: str = BASE) -> TextRecipe:
     train = partial(poison_with_prompts, [implant], steps)
-    return TextRecipe(name, seed, train, role, base, (implant.effect,), "text_encoder")
+    return TextRecipe(name, seed, train, role, base, (implant.effect,), "text_encoder", rank=FULL_RANK)
 
 
 def _embedding(name: str, seed: int, role: Role, implant: Implant, steps: int = 300) -> TextRecipe:
