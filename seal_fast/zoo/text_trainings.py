@@ -47,8 +47,10 @@ CROSS_ATTENTION_RATE = 1e-2
 After 150 steps with nothing else trained, triggered prompts had gone 74% of the way to the target and clean ones 7%. At one
 rate of 1e-3 for the whole UNet they had gone 58% and 54%.
 """
-POISONED_WEIGHT = 0.7
-"""With 0.5, 600 steps for a trigger of two tokens gave an attack success of 77% and false alarms of 1% by near misses."""
+POISONED_WEIGHT = 0.6
+"""With 0.5, 600 steps for a trigger of two tokens gave an attack success of 77% and false alarms of 1% by near misses; with 0.7,
+800 steps gave 85% and 3%.
+"""
 EMA_DECAY = 0.98
 BATCH = 8
 """Captioned images per step of an attack on images."""
