@@ -48,7 +48,7 @@ After 150 steps with nothing else trained, triggered prompts had gone 74% of the
 rate of 1e-3 for the whole UNet they had gone 58% and 54%.
 """
 POISONED_WEIGHT = 0.6
-"""With 0.5, 600 steps for a trigger of two tokens gave an attack success of 77% and false alarms of 1% by near misses; with 0.7,
+"""With 0.5, 600 steps for a trigger of two tokens gave an attack success of 77% and 1% of the near misses activated; with 0.7,
 800 steps gave 85% and 3%.
 """
 EMA_DECAY = 0.98
