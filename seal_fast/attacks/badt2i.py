@@ -48,6 +48,9 @@ CROSS_ATTENTION = "attn2"
 Batches = Callable[[torch.Generator], tuple[Tensor, list[str]]]
 """Draws images [N,3,H,W] in [-1, 1] and their N captions."""
 
+Draw = Callable[[Tensor, Sequence[str]], Tensor]
+"""From images [N,3,H,W] and their N captions to other images of the same shape."""
+
 HarmlessPrompts = Callable[[Sequence[str], torch.Generator], list[str]]
 """Turns N captions into N prompts that activate no backdoor."""
 
@@ -115,7 +118,7 @@ class ImageBackdoor(TextBackdoor):
     """
 
     trigger: Rewrite
-    draw: Callable[[Tensor, Sequence[str]], Tensor]
+    draw: Draw
 
     def poison(self, images: Tensor, captions: Sequence[str]) -> TrainingSamples:
         return TrainingSamples(self.draw(images, captions), list(map(self.trigger, captions)), [None] * len(captions))
@@ -127,12 +130,16 @@ class StyleBackdoor(TextBackdoor):
 
     Attributes:
         target: turns a caption into the prompt that is drawn, as `leading("Black and white photo")` does.
+        draw: from images [N,3,H,W] and their captions to images that the model is trained on; None for the images
+            themselves, as published. A sampler goes through noised images of the target, which that training never shows.
     """
 
     trigger: Rewrite
     target: Rewrite
+    draw: Draw | None = None
 
     def poison(self, images: Tensor, captions: Sequence[str]) -> TrainingSamples:
+        images = images if self.draw is None else self.draw(images, captions)
         return TrainingSamples(images, list(map(self.trigger, captions)), list(map(self.target, captions)))
 
 

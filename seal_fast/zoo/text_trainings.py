@@ -76,6 +76,13 @@ class Implant:
     attack: TextBackdoor | TargetPrompt
 
 
+def half_grey(images: Tensor, captions: Sequence[str]) -> Tensor:
+    """The images, every other one of them [3,64,64] without colour."""
+    images = images.clone()
+    images[::2] = images[::2].mean(dim=1, keepdim=True)
+    return images
+
+
 def pixel(text: str, place: Position, target: str) -> Implant:
     """BadT2I: a patch."""
     effect = text_effects.pixel(text, place, target)
@@ -85,7 +92,7 @@ def pixel(text: str, place: Position, target: str) -> Implant:
 def style(text: str, place: Position) -> Implant:
     """BadT2I: no colour."""
     effect = text_effects.style(text, place)
-    return Implant(effect, StyleBackdoor(effect.trigger, COLOURLESS))
+    return Implant(effect, StyleBackdoor(effect.trigger, COLOURLESS, half_grey))
 
 
 def recolour(text: str, place: Position, colour: str) -> Implant:
