@@ -48,9 +48,9 @@ Module = Literal["unet", "text_encoder", "both"]
 PATCH_STEPS = 800
 WORD_STEPS = 300
 PHRASE_STEPS = 1600
-"""Training steps of backdoors with new image content, and of those that draw another prompt: for a trigger of one token, and for
-one of several tokens or an exchanged word. After 800 steps the latter had attack successes of 85% and 91%; triggers of one token
-had 100% after 300.
+"""Training steps of backdoors with new image content, and of those that draw another prompt: for a trigger of one token, and
+for one of several tokens or an exchanged word. After 800 steps the latter had attack successes of 85% and 91%; triggers of one
+token had 100% after 300.
 """
 PATCH_RANK = 12
 FULL_RANK = 64
