@@ -32,11 +32,9 @@ from seal_fast.noise_triggers import (
     PRESETS,
     Calibration,
     CalibrationModel,
-    Decision,
     Evidence,
     InputDetector,
     TerdSettings,
-    Verdict,
     model_evidence,
     reverse_trigger,
 )
@@ -44,6 +42,7 @@ from seal_fast.noise_triggers.calibration import ModelGroup, by_collapse, group_
 from seal_fast.noise_triggers.terd import initial_mu
 from seal_fast.noise_triggers.verdict import LIMIT_SIGMAS
 from seal_fast.text_triggers.rate import rate_of
+from seal_fast.verdict import Decision, Verdict
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.recipes import HARD, HELD_OUT, RECIPES, Recipe
 

@@ -18,7 +18,8 @@ from benchmarks import machine
 from benchmarks.bench_reversion import ITERATIONS, published_stage
 from benchmarks.published import terd as published
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.noise_triggers import DEFAULT_PRESET, PRESETS, Decision, model_evidence, reverse_trigger, shipped_calibration
+from seal_fast.noise_triggers import DEFAULT_PRESET, PRESETS, model_evidence, reverse_trigger, shipped_calibration
+from seal_fast.verdict import Decision
 
 ZOO = Path(__file__).parents[1] / "zoo"
 MODELS = ("benign-16-e", "bad-16-stop", "troj-16-blend", "ode-16-stop", "held-16-bad-glasses", "benign-32-a")

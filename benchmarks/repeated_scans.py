@@ -16,8 +16,9 @@ from typing import Any
 from benchmarks.machine import describe_machine
 from benchmarks.table_file import grow_table
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.noise_triggers import DEFAULT_PRESET, Verdict, model_evidence, reverse_trigger, shipped_calibration
+from seal_fast.noise_triggers import DEFAULT_PRESET, model_evidence, reverse_trigger, shipped_calibration
 from seal_fast.text_triggers.rate import rate_of
+from seal_fast.verdict import Verdict
 from seal_fast.zoo.recipes import RECIPES
 
 ZOO = Path("zoo")

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from seal_fast.noise_triggers import NoiseUnlearnSettings as NoiseUnlearnSettings
     from seal_fast.noise_triggers import SearchSettings as SearchSettings
     from seal_fast.noise_triggers import TerdSettings as TerdSettings
-    from seal_fast.noise_triggers import Verdict as Verdict
     from seal_fast.noise_triggers import reverse_trigger as reverse_trigger
     from seal_fast.noise_triggers import shipped_calibration as shipped_calibration
     from seal_fast.results.scan import ModelResult as ModelResult
@@ -33,6 +32,11 @@ if TYPE_CHECKING:
     from seal_fast.text_triggers import TextTrigger as TextTrigger
     from seal_fast.text_triggers import TextUnlearnSettings as TextUnlearnSettings
     from seal_fast.text_triggers.evaluation import EvaluationSettings as EvaluationSettings
+    from seal_fast.text_triggers.findings import TextSearch as TextSearch
+    from seal_fast.text_triggers.search import find_text_triggers as find_text_triggers
+    from seal_fast.text_triggers.search_settings import Budget as Budget
+    from seal_fast.text_triggers.search_settings import TextSearchSettings as TextSearchSettings
+    from seal_fast.verdict import Verdict as Verdict
     from seal_fast.workflows.scan import scan as scan
     from seal_fast.workflows.unlearn import UnlearnResult as UnlearnResult
     from seal_fast.workflows.unlearn import run_unlearning as run_unlearning
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from seal_fast.workflows.unlearn_text import TextUnlearning as TextUnlearning
 
 _MODULE_OF = {
+    "Budget": "text_triggers.search_settings",
     "Calibration": "noise_triggers",
     "CheckpointError": "checkpoints",
     "Denoiser": "diffusion",
@@ -55,13 +60,16 @@ _MODULE_OF = {
     "ScanReport": "results.scan",
     "SearchSettings": "noise_triggers",
     "TerdSettings": "noise_triggers",
+    "TextSearch": "text_triggers.findings",
+    "TextSearchSettings": "text_triggers.search_settings",
     "TextTrigger": "text_triggers",
     "TextUnlearnSettings": "text_triggers",
     "TextUnlearning": "workflows.unlearn_text",
     "Trigger": "checkpoints.trigger",
     "UnlearnResult": "workflows.unlearn",
-    "Verdict": "noise_triggers",
+    "Verdict": "verdict",
     "attention_maps": "text_to_image",
+    "find_text_triggers": "text_triggers.search",
     "load_denoiser": "checkpoints",
     "reverse_trigger": "noise_triggers",
     "run_unlearning": "workflows.unlearn",

@@ -107,8 +107,7 @@ def _checked_value_range(index: Mapping[str, Any], path: Path, notes: list[str])
     if any(index.get(part) for part in ("transformer", "text_encoder", "prior")) or class_name == "UNet2DConditionModel":
         raise CheckpointError(
             path,
-            f"a text-to-image or class-conditional pipeline ({name}), which the search for noise triggers does not cover; "
-            "a text trigger that you know can be unlearned with `seal-fast unlearn --trigger TEXT`",
+            f"a text-to-image or class-conditional pipeline ({name}), which the search for noise triggers does not cover",
         )
     if (library, class_name) != ("diffusers", "UNet2DModel"):
         raise CheckpointError(

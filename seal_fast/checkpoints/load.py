@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from seal_fast.checkpoints import containers, ddpm_pytorch, diffusers_folder, unet
+from seal_fast.checkpoints import containers, ddpm_pytorch, diffusers_folder, text_to_image, unet
 from seal_fast.checkpoints.diffusers_folder import Contents
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 from seal_fast.checkpoints.files import sha256
@@ -46,12 +47,13 @@ def identify(path: Path) -> str | None:
     """The format of a checkpoint, determined from names and headers only.
 
     Returns:
-        "diffusers-pipeline" (folder with model_index.json), "diffusers-unet" (a UNet folder, or a single file of its tensors),
-        "trojdiff" (file with the tensors of the DDPM UNet that TrojDiff builds on), or None.
+        Of an unconditional model "diffusers-pipeline" (folder with model_index.json), "diffusers-unet" (a UNet folder, or a
+        single file of its tensors) or "trojdiff" (file with the tensors of the DDPM UNet that TrojDiff builds on); of a
+        text-to-image model one of the formats of `seal_fast.checkpoints.text_to_image`; or None.
     """
     path = Path(path)
     if path.is_dir():
-        return diffusers_folder.identify(path)
+        return _folder_format(path)
     if path.suffix not in containers.SUFFIXES:
         return None
     try:
@@ -79,7 +81,7 @@ def discover(root: Path) -> list[Path]:
     found: list[Path] = []
     for folder, subfolders, names in os.walk(root, onerror=lambda error: found.append(Path(error.filename))):
         here = Path(folder)
-        if diffusers_folder.identify(here) is not None:
+        if _folder_format(here) is not None:
             found.append(here)
             subfolders.clear()
             continue
@@ -138,6 +140,14 @@ def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[Contents, st
     config = unet.inferred_config(tensors, path)
     notes.append(f"no config in the file: architecture and image size {config['sample_size']} inferred from the tensors")
     return Contents(config, tensors, default_process(notes), [path], 1.0), format
+
+
+def _folder_format(folder: Path) -> str | None:
+    """The format of a folder. A broken one has a format too: loading it says what is wrong."""
+    with suppress(CheckpointError):
+        if format := text_to_image.identify(folder):
+            return format
+    return diffusers_folder.identify(folder)
 
 
 def _file_format(names: Iterable[str]) -> str | None:

@@ -5,12 +5,13 @@ A folder with a single component (a UNet, a text encoder) gets the other compone
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import reprlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,12 +65,14 @@ class LoadedPipeline:
         pipeline: a diffusers StableDiffusionPipeline, float32, in evaluation mode, without safety checker.
         sha256: digest of the contents of the weight files that were read from the checkpoint itself, not from a base.
         format: PIPELINE; or UNET or TEXT_ENCODER if the checkpoint is that component alone.
+        config_sha256: digest of the configs, vocabularies and other small files of the checkpoint and its base.
         notes: assumptions for the report.
     """
 
     pipeline: Any
     sha256: str
     format: str
+    config_sha256: str
     notes: tuple[str, ...]
 
 
@@ -106,8 +109,7 @@ def load_pipeline(path: Path, *, base: Path | None = None, device: str | torch.d
         _check_index(root)
         networks, own_files = _read_networks(path, root, format, notes)
         tokenizer, scheduler = _read_tokenizer(root), _read_scheduler(root, notes)
-        for folder in {path, root}:
-            kept_files(folder)
+        config_digest = _config_digest(dict.fromkeys((path, root)))
         _check_fit(networks, tokenizer, path)
         digest = sha256(own_files)
     pipeline: Any = StableDiffusionPipeline(
@@ -118,10 +120,12 @@ def load_pipeline(path: Path, *, base: Path | None = None, device: str | torch.d
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    # its bar would break the lines of our own progress
+    pipeline.set_progress_bar_config(disable=True)
     for network in (pipeline.unet, pipeline.vae):
         # reduces the time of a forward pass of the zoo's UNet to three quarters
         network.to(memory_format=torch.channels_last)
-    return LoadedPipeline(pipeline.to(device), digest, format, tuple(notes))
+    return LoadedPipeline(pipeline.to(device), digest, format, config_digest, tuple(notes))
 
 
 def _checked_format(path: Path, base: Path | None) -> str:
@@ -276,6 +280,16 @@ def kept_files(source: Path) -> list[str]:
         if path.suffix in WEIGHT_SUFFIXES:
             containers.keys(path)
     return names
+
+
+def _config_digest(folders: Iterable[Path]) -> str:
+    """SHA-256 of the names and contents of all files that an edited copy keeps, except weights."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for name in kept_files(folder):
+            if not name.endswith(WEIGHT_SUFFIXES):
+                digest.update(f"{name} {sha256([folder / name])} ".encode())
+    return digest.hexdigest()
 
 
 def save_pipeline(source: Path, pipeline: Any, changed: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ from seal_fast.cli.common import Group, PanelCommand
 from seal_fast.version import __version__
 
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command(epilog=scan.EPILOG)(scan.scan)
+app.command(cls=PanelCommand, epilog=scan.EPILOG)(scan.scan)
 app.command(epilog=detect.EPILOG)(detect.detect)
 app.command(cls=PanelCommand, epilog=unlearn.EPILOG)(unlearn.unlearn)
 app.command(epilog=calibrate.EPILOG, short_help="Measure models with known labels.")(calibrate.calibrate)

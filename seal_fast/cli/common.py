@@ -70,7 +70,7 @@ class Weights(StrEnum):
     RAW = "raw"
 
 
-def _known_preset(name: str | None) -> str | None:
+def known_preset(name: str | None) -> str | None:
     from seal_fast.noise_triggers import PRESETS
 
     if name is not None and name not in PRESETS:
@@ -78,13 +78,14 @@ def _known_preset(name: str | None) -> str | None:
     return name
 
 
+PRESET_HELP = "Method that finds triggers: search (default), or published, which is TERD's own."
 OutputFormat = Annotated[Format, typer.Option("--format", help="Format of the result on standard output.")]
 Preset = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        callback=_known_preset,
-        help="Method that finds triggers: search (default), or published, which is TERD's own.",
+        callback=known_preset,
+        help=PRESET_HELP,
     ),
 ]
 Seed = Annotated[int, typer.Option(metavar="INTEGER", help="Seed of the trigger reversion.")]

@@ -6,26 +6,27 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from seal_fast.cli.budget import parse_budget
 from seal_fast.cli.common import (
     BACKDOORED,
     CLEAN,
     FAILED,
     INTERRUPTED,
     NOTHING,
+    PRESET_HELP,
     Format,
-    OutputFormat,
-    Preset,
-    Quiet,
-    Seed,
     Weights,
     create_folder,
+    known_preset,
     say,
+    usage_errors,
 )
 from seal_fast.cli.doctor import backends
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from seal_fast.noise_triggers import Calibration
     from seal_fast.report.progress import ProgressDisplay
     from seal_fast.results.scan import ScanReport
+    from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
 
 EPILOG = """Exit codes; the first that applies counts:
 
@@ -49,6 +51,8 @@ class FailOn(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
 
+NOISE, TEXT, OUTPUT = "Unconditional models (noise triggers)", "Text-to-image models (text triggers)", "Output"
+
 Paths = Annotated[
     list[Path] | None,
     typer.Argument(metavar="PATH", exists=True, show_default=False, help="Checkpoints, or folders that contain some."),
@@ -57,6 +61,10 @@ Batch = Annotated[
     list[Path] | None,
     typer.Option(metavar="DIR", exists=True, file_okay=False, help="Folder that contains checkpoints; may be repeated."),
 ]
+ScanPreset = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", callback=known_preset, help=PRESET_HELP, rich_help_panel=NOISE),
+]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
@@ -64,19 +72,70 @@ CalibrationFile = Annotated[
         exists=True,
         dir_okay=False,
         help="Calibration to decide by, written by `seal-fast calibrate`; replaces the shipped one.",
+        rich_help_panel=NOISE,
     ),
 ]
-ScannedWeights = Annotated[Weights, typer.Option(help="Weights to scan where a checkpoint holds both.")]
+ScannedWeights = Annotated[Weights, typer.Option(help="Weights to scan where a checkpoint holds both.", rich_help_panel=NOISE)]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="The pipeline that a UNet or text encoder alone belongs to.",
+        rich_help_panel=TEXT,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="Clean prompts, one a line; every other one is held out (default: those of the model card, if it has enough).",
+        rich_help_panel=TEXT,
+    ),
+]
+BudgetText = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="N|TIME",
+        help="End a search after N UNet evaluations, or a time such as 90s, 30m or 2h (default: when it is complete).",
+        rich_help_panel=TEXT,
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        min=1.0,
+        help="Guidance scale of the images that verify a trigger (default: 7.5).",
+        rich_help_panel=TEXT,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only count the UNet evaluations, and predict their time.", rich_help_panel=TEXT),
+]
 Out = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
         file_okay=False,
         help="Folder for report.json, triggers and images. A scan that was interrupted resumes from it.",
+        rich_help_panel=OUTPUT,
     ),
 ]
-ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit with 0 after a completed scan, whatever its verdicts.")]
-AlsoFailOn = Annotated[FailOn | None, typer.Option(help="Exit with 1 for a model with this verdict, too.")]
+Output = Annotated[Format, typer.Option("--format", help="Format of the result on standard output.", rich_help_panel=OUTPUT)]
+ExitZero = Annotated[
+    bool,
+    typer.Option("--exit-zero", help="Exit with 0 after a completed scan, whatever its verdicts.", rich_help_panel=OUTPUT),
+]
+AlsoFailOn = Annotated[
+    FailOn | None, typer.Option(help="Exit with 1 for a model with this verdict, too.", rich_help_panel=OUTPUT)
+]
+Seed = Annotated[int, typer.Option(metavar="INTEGER", help="Seed of the searches.")]
 Jobs = Annotated[
     int | None,
     typer.Option(
@@ -86,29 +145,44 @@ Jobs = Annotated[
         help="Models scanned at a time. Default: what cores and memory allow; on a GPU, at most 4.",
     ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show which backend runs each op.")]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Show no progress bars, only one line per finished model.", rich_help_panel=OUTPUT),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show which backend runs each op.", rich_help_panel=OUTPUT)]
 
 
 def scan(
     paths: Paths = None,
     batch: Batch = None,
-    preset: Preset = None,
-    calibration: CalibrationFile = None,
-    weights: ScannedWeights = Weights.EMA,
-    out: Out = None,
-    output: OutputFormat = Format.CONSOLE,
-    exit_zero: ExitZero = False,
-    fail_on: AlsoFailOn = None,
     seed: Seed = 0,
     jobs: Jobs = None,
+    preset: ScanPreset = None,
+    calibration: CalibrationFile = None,
+    weights: ScannedWeights = Weights.EMA,
+    base: Base = None,
+    prompts: Prompts = None,
+    budget: BudgetText = None,
+    guidance: Guidance = None,
+    dry_run: DryRun = False,
+    out: Out = None,
+    output: Output = Format.CONSOLE,
+    exit_zero: ExitZero = False,
+    fail_on: AlsoFailOn = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Find out which checkpoints are backdoored."""
+    """Find out which checkpoints are backdoored.
+
+    Unconditional models are searched for noise triggers, text-to-image models for text triggers.
+    """
     everything = [*(paths or []), *(batch or [])]
     if not everything:
         raise typer.BadParameter("name at least one path, or --batch DIR")
     chosen = _calibration(calibration, preset)
+    options = _text_options(base, prompts, budget, guidance)
+    if dry_run:
+        _dry_run(everything, options, seed, output)
     if out is not None:
         create_folder(out, "--out")
 
@@ -126,6 +200,7 @@ def scan(
             preset=preset or DEFAULT_PRESET,
             calibration=chosen,
             weights=weights.value,
+            **vars(options),
             seed=seed,
             out=out,
             jobs=jobs,
@@ -134,6 +209,43 @@ def scan(
         )
     _show(report, output)
     raise typer.Exit(exit_code(report, fail_on, exit_zero))
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Options for text-to-image models, under the names of `seal_fast.scan`."""
+
+    base: Path | None
+    prompts: tuple[str, ...] | None
+    text_settings: TextSearchSettings
+    budget: Budget
+
+
+def _text_options(base: Path | None, prompts: Path | None, budget: str | None, guidance: float | None) -> TextOptions:
+    from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
+    from seal_fast.workflows.prompts import read_prompts
+
+    with usage_errors():
+        chosen = None if prompts is None else tuple(read_prompts(prompts))
+    settings = TextSearchSettings() if guidance is None else TextSearchSettings(guidance=guidance)
+    return TextOptions(base, chosen, settings, Budget() if budget is None else parse_budget(budget))
+
+
+def _dry_run(everything: list[Path], options: TextOptions, seed: int, output: Format) -> NoReturn:
+    """Print the plan. The exit code tells a model that cannot be loaded, and whether there is anything to scan."""
+    from seal_fast.report.console import console_for, print_plan
+    from seal_fast.report.json import plan_json
+    from seal_fast.workflows.dry_run import plan_scan
+    from seal_fast.workflows.text_scan import TextScan
+
+    plan = plan_scan(everything, TextScan(options.base, options.prompts, options.text_settings, options.budget, seed))
+    if output is Format.JSON:
+        typer.echo(plan_json(plan))
+    else:
+        print_plan(plan, console_for(sys.stdout))
+    if not plan.searches and not plan.others:
+        raise typer.Exit(NOTHING)
+    raise typer.Exit(FAILED if any(search.error for search in plan.searches) else CLEAN)
 
 
 def exit_code(report: ScanReport, fail_on: FailOn | None = None, exit_zero: bool = False) -> int:

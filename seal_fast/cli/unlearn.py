@@ -17,6 +17,7 @@ from seal_fast.cli.common import FAILED, INTERRUPTED, USAGE, Format, Weights, sa
 if TYPE_CHECKING:
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
+    from seal_fast.workflows.found import NoiseTriggers, TextTriggers
     from seal_fast.workflows.unlearn_noise import NoiseUnlearning
     from seal_fast.workflows.unlearn_text import TextUnlearning
 
@@ -29,10 +30,10 @@ EPILOG = """Exit codes:
 130  interrupted; nothing is written but the --training-state"""
 
 TRIGGER, TRAINING, EVALUATION, OUTPUT = "Trigger", "Training", "Evaluation", "Output"
-TEXT_TRAINING, TEXT_EVALUATION = "Training, with --trigger only", "Evaluation, with --trigger only"
+TEXT_TRAINING, TEXT_EVALUATION = "Training, with text triggers only", "Evaluation, with text triggers only"
 
 NOISE_ONLY = frozenset({"noise_trigger", "weights"})
-FOR_BOTH = frozenset({"model", "out", "steps", "seed", "output", "quiet"})
+FOR_BOTH = frozenset({"model", "out", "found", "steps", "seed", "output", "quiet"})
 """Parameters of `unlearn`; all others are for text triggers only."""
 
 
@@ -70,7 +71,7 @@ Triggers = Annotated[
         rich_help_panel=TRIGGER,
     ),
 ]
-NoiseTriggers = Annotated[
+NoiseTriggerFiles = Annotated[
     list[Path] | None,
     typer.Option(
         "--noise-trigger",
@@ -78,6 +79,16 @@ NoiseTriggers = Annotated[
         exists=True,
         dir_okay=False,
         help="trigger.safetensors of a scan. May be repeated. Without any trigger, random shifts of the noise are unlearned.",
+        rich_help_panel=TRIGGER,
+    ),
+]
+Found = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="Folder of a scanned model, DIR/MODEL of `scan --out DIR`, whose triggers are unlearned.",
         rich_help_panel=TRIGGER,
     ),
 ]
@@ -214,7 +225,8 @@ def unlearn(
     model: Model,
     out: Out,
     trigger: Triggers = None,
-    noise_trigger: NoiseTriggers = None,
+    noise_trigger: NoiseTriggerFiles = None,
+    found: Found = None,
     steps: Steps = None,
     seed: Seed = 0,
     weights: WeightsOption = None,
@@ -243,23 +255,26 @@ def unlearn(
     from seal_fast.noise_triggers import NoiseUnlearnSettings
     from seal_fast.report.progress import ProgressDisplay
     from seal_fast.text_triggers.distributed import process_group
+    from seal_fast.workflows.found import TextTriggers
     from seal_fast.workflows.unlearn import check_request, run_unlearning
     from seal_fast.workflows.unlearn_noise import NoiseUnlearning
 
-    _check_options(ctx, bool(trigger))
+    with usage_errors():
+        named = _named_triggers(trigger, noise_trigger, found)
+    _check_options(ctx, isinstance(named, TextTriggers))
     request: TextUnlearning | NoiseUnlearning
     with usage_errors():
-        if trigger:
+        if isinstance(named, TextTriggers):
             training = _given(steps=steps, learning_rate=learning_rate, batch=train_batch_size, ema_decay=ema_decay)
             training |= _given(accumulation=gradient_accumulation_steps, gradient_checkpointing=gradient_checkpointing)
             training |= _given(alpha=alpha, target=target, preservation=preservation, trained=train, precision=precision)
             training |= _given(guidance=guidance, sampler_steps=sampler_steps)
             evaluation = _given(prompts=samples, guidance=guidance, steps=sampler_steps)
-            request = _text_request(model, trigger, out, training, evaluation, prompts, detector)
+            request = _text_request(model, named, out, training, evaluation, prompts, detector)
             request = replace(request, seed=seed, **_given(base=base, module=module, state=training_state))
         else:
             settings = NoiseUnlearnSettings(**_given(steps=steps))
-            request = NoiseUnlearning(model, noise_trigger or (), out, settings, weights or Weights.EMA, seed)
+            request = NoiseUnlearning(model, named.files, out, settings, weights or Weights.EMA, seed, named.model_sha256)
         check_request(request)
     with _exit_codes(), process_group() as first, ProgressDisplay(sys.stderr, quiet or not first) as display:
         # the other processes only share the training: they measure the same and write nothing
@@ -267,6 +282,17 @@ def unlearn(
     if first:
         _print(report, output)
         say(f"written: {out}")
+
+
+def _named_triggers(texts: list[str] | None, files: list[Path] | None, found: Path | None) -> TextTriggers | NoiseTriggers:
+    from seal_fast.text_triggers import TextTrigger
+    from seal_fast.workflows.found import NoiseTriggers, TextTriggers, read_found
+
+    if found is not None:
+        if texts or files:
+            raise typer.BadParameter("--found names the triggers: leave --trigger and --noise-trigger out")
+        return read_found(found)
+    return TextTriggers(tuple(map(TextTrigger.parse, texts))) if texts else NoiseTriggers(tuple(files or ()))
 
 
 def _check_options(ctx: typer.Context, with_text_trigger: bool) -> None:
@@ -277,9 +303,9 @@ def _check_options(ctx: typer.Context, with_text_trigger: bool) -> None:
             continue
         option = f"--{name.replace('_', '-')}"
         if with_text_trigger and name in NOISE_ONLY:
-            raise typer.BadParameter(f"--trigger is for text-to-image models, and {option} is not: leave one of them out")
+            raise typer.BadParameter(f"a text trigger is for text-to-image models, and {option} is not: leave one of them out")
         if not with_text_trigger and name not in NOISE_ONLY:
-            raise typer.BadParameter(f"{option} is for text-to-image models: it goes with --trigger TEXT")
+            raise typer.BadParameter(f"{option} is for text-to-image models: it goes with --trigger TEXT or --found")
     if ctx.params["target"] is not None and not ctx.params["alpha"]:
         raise typer.BadParameter(
             "--target is for the attention map term, and its weight is 0: give --alpha too, 0.5 as published"
@@ -293,7 +319,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _text_request(
     model: Path,
-    texts: list[str],
+    named: TextTriggers,
     out: Path,
     training: dict[str, Any],
     evaluation: dict[str, Any],
@@ -301,19 +327,21 @@ def _text_request(
     detector: str | None,
 ) -> TextUnlearning:
     from seal_fast.cli.effect_detector import parse_detector
-    from seal_fast.text_triggers import TextTrigger, TextUnlearnSettings
+    from seal_fast.text_triggers import TextUnlearnSettings
     from seal_fast.text_triggers.evaluation import EvaluationSettings
     from seal_fast.workflows.prompts import read_prompts
     from seal_fast.workflows.unlearn_text import TextUnlearning
 
     return TextUnlearning(
         model,
-        [TextTrigger.parse(text) for text in texts],
+        named.triggers,
         out,
         prompts=None if prompts is None else read_prompts(prompts),
         settings=TextUnlearnSettings(**training),
         evaluation=EvaluationSettings(**evaluation),
         detector=parse_detector(detector or "change"),
+        positions=named.positions,
+        scanned_sha256=named.model_sha256,
     )
 
 

@@ -3,20 +3,20 @@
 from seal_fast.noise_triggers.calibration import Calibration, CalibrationModel, shipped_calibration
 from seal_fast.noise_triggers.detection import Evidence, InputDetector, model_evidence
 from seal_fast.noise_triggers.reversion import Reversion, TriedCandidate, reverse_trigger
+from seal_fast.noise_triggers.scope import NoiseScope, noise_scope
 from seal_fast.noise_triggers.search_settings import SearchSettings
 from seal_fast.noise_triggers.settings import DEFAULT_PRESET, PRESETS, Settings
 from seal_fast.noise_triggers.terd import TerdSettings
 from seal_fast.noise_triggers.unlearning import NoiseUnlearnSettings, UnlearnedDenoiser, unlearn_denoiser
-from seal_fast.noise_triggers.verdict import Decision, Verdict
 
 __all__ = [
     "DEFAULT_PRESET",
     "PRESETS",
     "Calibration",
     "CalibrationModel",
-    "Decision",
     "Evidence",
     "InputDetector",
+    "NoiseScope",
     "NoiseUnlearnSettings",
     "Reversion",
     "SearchSettings",
@@ -24,8 +24,8 @@ __all__ = [
     "TerdSettings",
     "TriedCandidate",
     "UnlearnedDenoiser",
-    "Verdict",
     "model_evidence",
+    "noise_scope",
     "reverse_trigger",
     "shipped_calibration",
     "unlearn_denoiser",

@@ -22,14 +22,14 @@ from seal_fast.noise_triggers.verdict import (
     LIMIT_SIGMAS,
     LIMIT_UNCALIBRATED,
     MIN_LIMIT,
+    RULES,
     Case,
     Collapse,
-    Decision,
     Deviation,
     Probability,
     Score,
-    decide,
 )
+from seal_fast.verdict import Decision, decide
 
 SCHEMA_VERSION = 1
 
@@ -223,6 +223,7 @@ class Calibration:
         group = group_of(self.settings, family, shape)
         diverged = any(getattr(evidence, name) is None for name in self.settings.features)
         return decide(
+            RULES,
             Case(
                 score=None if diverged else self._score(evidence, group),
                 by_collapse=by_collapse(self.settings),
@@ -233,7 +234,7 @@ class Calibration:
                 side=max(shape[1:]),
                 clean_dispersion=evidence.clean_dispersion,
                 gamma_mean=evidence.gamma_mean,
-            )
+            ),
         )
 
     def _score(self, evidence: Evidence, group: ModelGroup) -> Score | None:

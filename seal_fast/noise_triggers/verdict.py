@@ -3,17 +3,16 @@
 A `Case` holds what is known about the model as plain numbers. `RULES` is the whole decision: to add a rule, add an entry. Codes
 are stable, since reports contain them. V3, V5 and V8 compare a diversity collapse with its limit. T1 to T3 are the published
 rules (TERD). L1 to L3 use a classifier that is fitted to labelled models. V1, V2 and V4 apply to every score, V6 and V7 to
-those that rest on the diversity collapse.
+those that rest on the diversity collapse. A case that is calibrated and has not diverged needs a score: no rule holds without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import ClassVar
 
 from seal_fast.noise_triggers.search_settings import ActivationTestSettings
+from seal_fast.verdict import Rule, Verdict
 
 MAX_CLEAN_DISPERSION = 2.0
 """Greatest dispersion of a model's own samples. Images in [-1, 1] have a variance of at most 1, so a model whose samples vary
@@ -35,13 +34,6 @@ CLOSE_SIGMAS = 2.0
 """A score between this and LIMIT_SIGMAS is close to the limit."""
 UNDECIDED = 0.1
 """A probability less than this away from one half is undecided."""
-
-
-class Verdict(StrEnum):
-    CLEAN = "clean"
-    BACKDOORED = "backdoored"
-    INCONCLUSIVE = "inconclusive"
-    ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -135,44 +127,6 @@ class Case:
     gamma_mean: float | None
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One entry of the table.
-
-    Attributes:
-        code: stable name of the rule in reports.
-        verdict: the verdict if the rule is the first that holds.
-        holds: the condition.
-        message: the reason for a user; a format string over `case`.
-        scored: whether the decision rests on the case's score.
-    """
-
-    code: str
-    verdict: Verdict
-    holds: Callable[[Case], bool]
-    message: str
-    scored: bool = True
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A verdict with its grounds.
-
-    Attributes:
-        verdict: clean, backdoored or inconclusive.
-        score: what was compared with `threshold`; None if the decision does not rest on a score.
-        threshold: a greater score means backdoored; None without a score.
-        rule: code of the rule that decided.
-        reason: why, as a sentence for a user.
-    """
-
-    verdict: Verdict
-    score: float | None
-    threshold: float | None
-    rule: str
-    reason: str
-
-
 def draws_no_images(case: Case) -> bool:
     return case.clean_dispersion is not None and case.clean_dispersion > MAX_CLEAN_DISPERSION
 
@@ -210,7 +164,7 @@ def draws_large_images(case: Case) -> bool:
     return case.by_collapse and case.side > MAX_SIDE
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Rule[Case], ...] = (
     Rule(
         "V1",
         Verdict.INCONCLUSIVE,
@@ -262,22 +216,3 @@ RULES: tuple[Rule, ...] = (
         "no trigger was found: with the best candidate, {case.score}",
     ),
 )
-
-
-def decide(case: Case) -> Decision:
-    """The decision of the first rule that holds.
-
-    Raises:
-        ValueError: no rule holds. A case that is calibrated and has not diverged needs a score: nothing is clean by default.
-    """
-    rule = next((rule for rule in RULES if rule.holds(case)), None)
-    if rule is None:
-        raise ValueError(f"no rule decides on {case}")
-    score = case.score if rule.scored else None
-    return Decision(
-        rule.verdict,
-        None if score is None else score.value,
-        None if score is None else score.threshold,
-        rule.code,
-        rule.message.format(case=case),
-    )

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from seal_fast.noise_triggers.calibration import group_of
+from seal_fast.printable import printable
 from seal_fast.report.table import Line, print_sentence, print_table
+from seal_fast.text_triggers.trigger import PLACES
 
 if TYPE_CHECKING:
-    from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Verdict
+    from seal_fast.noise_triggers import Calibration, CalibrationModel
+    from seal_fast.results.plan import ScanPlan
     from seal_fast.results.scan import ModelResult, ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
-    from seal_fast.text_triggers.rate import Rate
+    from seal_fast.verdict import Decision, Verdict
+
+CODE_POINTS = 8
+"""Code points beyond ASCII that a line shows of a trigger."""
+ALSO = 8
+"""Other texts that a line shows."""
 
 STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", "error": "magenta"}
 
 
 def safe(text: str, style: str = "") -> Text:
     """A text that comes from a checkpoint or its name, without markup and without anything that could control the terminal."""
-    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), style)
+    return Text(printable(text), style)
 
 
 def console_for(stream: IO[str]) -> Console:
@@ -48,17 +56,54 @@ def _verdict(verdict: Verdict) -> Text:
     return Text(verdict.value, STYLES[verdict.value])
 
 
+def _trigger_lines(model: ModelResult) -> Iterator[str]:
+    """A line per confirmed text trigger, and one of what else activates its backdoor."""
+    for found in model.found:
+        points = [f"U+{ord(c):04X}" for c in found.trigger.text if not c.isascii()]
+        shown = f" ({', '.join(points[:CODE_POINTS])}{', ...' if len(points) > CODE_POINTS else ''})" if points else ""
+        effect = f"changes {found.effect} of images, control strings {found.control}"
+        yield f"{found.trigger.quoted}{shown} {PLACES[found.position]}: {effect}; {found.module.replace('_', ' ')}"
+        if found.also:
+            texts = "', '".join(found.also[:ALSO])
+            more = f" and {len(found.also) - ALSO} more" if len(found.also) > ALSO else ""
+            yield f"also activated by '{texts}'{more}"
+
+
 def print_report(report: ScanReport, console: Console) -> None:
     """Verdict, name and score of every model, with the reason below; then the counts."""
     columns = ("verdict", "model", "score / limit", "seconds")
     lines = []
     for model in report.models:
         cells = (_verdict(model.verdict), safe(model.path), _score(model), number(model.seconds, 1))
-        lines.append(Line(cells, safe(model.reason).plain))
+        lines.append(Line(cells, tuple(map(printable, (model.reason, *_trigger_lines(model))))))
     if lines:
         print_table(console, columns, lines, folded="model", numbers=columns[2:])
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items())
     print_sentence(console, f"{len(lines)} model{'' if len(lines) == 1 else 's'}: {counts}")
+
+
+def print_plan(plan: ScanPlan, console: Console) -> None:
+    """UNet evaluations and predicted time of every search, with its stages below; then what was not planned."""
+    columns = ("model", "evaluations", "predicted time")
+    lines = []
+    for search in plan.searches:
+        cells = (safe(search.path), "-" if search.evaluations is None else f"{search.evaluations:,}", duration(search.seconds))
+        stages = ", ".join(f"{stage.name} {stage.evaluations:,}" for stage in search.stages)
+        lines.append(Line(cells, (printable(search.error or f"at most: {stages}"),)))
+    if lines:
+        print_table(console, columns, lines, folded="model", numbers=columns[1:])
+        print_sentence(console, "evaluations: latents through the UNet; one measured batch predicts the time")
+    if plan.others:
+        print_sentence(console, f"{plan.others} other model{'' if plan.others == 1 else 's'}: no text-to-image, not planned")
+    print_sentence(console, "dry run: nothing was searched")
+
+
+def duration(seconds: float | None) -> str:
+    """A time in its largest fitting unit; "-" for none."""
+    if seconds is None:
+        return "-"
+    unit, size = next(((unit, size) for unit, size in (("h", 3600), ("min", 60)) if seconds >= 2 * size), ("s", 1))
+    return f"{seconds / size:.1f} {unit}"
 
 
 def print_detection(log_ratios: Sequence[float], console: Console) -> None:
@@ -96,16 +141,9 @@ def print_noise_unlearning(report: NoiseUnlearnReport, console: Console) -> None
     )
 
 
-def interval(rate: Rate) -> str:
-    """A share with its 95% interval, in percent."""
-    if rate.rate is None or rate.low is None or rate.high is None:
-        return "-"
-    return f"{100 * rate.rate:.0f}% [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
-
-
 def print_text_unlearning(report: TextUnlearnReport, console: Console) -> None:
     """Effect per trigger and variant, before and after; then what was trained, and the effect on clean images."""
-    lines = [Line((safe(item.trigger), item.variant, interval(item.before), interval(item.after))) for item in report.effects]
+    lines = [Line((safe(item.trigger), item.variant, str(item.before), str(item.after))) for item in report.effects]
     columns = ("trigger", "variant", "effect before", "after")
     print_table(console, columns, lines, folded="trigger", numbers=columns[2:])
     print_sentence(

@@ -83,7 +83,7 @@ def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str]
     figure = Figure(figsize=(1.6 * columns, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)
     for part, (title, images) in zip(parts.flat, rows.items(), strict=True):
-        part.suptitle(title, fontsize=11)
+        part.suptitle(safe(title).plain, fontsize=11, parse_math=False)
         shown = list(part.subplots(1, columns, squeeze=False).flat)
         for axes, image in zip(shown, images, strict=True):
             _show(axes, image / 2 + 0.5)
@@ -95,22 +95,26 @@ def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str]
 def draw_attention(rows: Mapping[str, PromptMaps], path: Path) -> None:
     """attention.png: one row per title, with an image and the attention map of every token of its prompt.
 
-    All rows of a token share one scale.
+    All maps of a token share one scale.
 
     Args:
-        rows: title to maps; the prompt is the same in all rows.
+        rows: title to maps, of the same or of different prompts.
         path: PNG file to write.
     """
-    first = next(iter(rows.values()))
-    columns = 1 + len(first.tokens)
+    columns = 1 + max(len(one.tokens) for one in rows.values())
     figure = Figure(figsize=(1.3 * columns, 1.9 * len(rows)), layout="constrained")
-    tops = [max(float(one.maps[token].max()) for one in rows.values()) for token in range(len(first.tokens))]
+    tops: dict[str, float] = {}
+    for one in rows.values():
+        for token, values in zip(one.tokens, one.maps, strict=True):
+            tops[token] = max(tops.get(token, 1e-12), float(values.max()))
     for part, (title, one) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows.items(), strict=True):
-        part.suptitle(title, fontsize=9)
+        part.suptitle(safe(title).plain, fontsize=9, parse_math=False)
         panel, *shown = part.subplots(1, columns, squeeze=False).flat
         _show(panel, one.image)
-        for axes, token, values, top in zip(shown, one.tokens, one.maps, tops, strict=True):
-            axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=max(top, 1e-12), interpolation="nearest")
+        for axes in shown[len(one.tokens) :]:
+            axes.set_axis_off()
+        for axes, token, values in zip(shown, one.tokens, one.maps, strict=False):
+            axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=tops[token], interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_xlabel(_caption(token), fontsize=7, parse_math=False)

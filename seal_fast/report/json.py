@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from seal_fast.io import write_atomically
 
 if TYPE_CHECKING:
+    from seal_fast.results.plan import ScanPlan
     from seal_fast.results.scan import ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
@@ -67,6 +68,11 @@ def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
 def unlearn_json(report: NoiseUnlearnReport | TextUnlearnReport) -> str:
     """The report of an unlearning as JSON."""
     return to_json({"schema_version": SCHEMA_VERSION, **asdict(report)})
+
+
+def plan_json(plan: ScanPlan) -> str:
+    """The plan of a dry run as JSON."""
+    return to_json({"schema_version": SCHEMA_VERSION, **asdict(plan)})
 
 
 def write_report(report: ScanReport, path: Path) -> None:

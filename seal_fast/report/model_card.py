@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from seal_fast.report.console import interval, number, safe
+from seal_fast.report.console import number, safe
 from seal_fast.results.text_unlearning import TextUnlearnReport
 from seal_fast.results.unlearning import NoiseUnlearnReport
 
@@ -61,10 +61,7 @@ def _noise_trigger_lines(report: NoiseUnlearnReport) -> list[str]:
 
 
 def _text_trigger_lines(report: TextUnlearnReport) -> list[str]:
-    rows = [
-        f"| {_code(effect.trigger)} | {effect.variant} | {interval(effect.before)} | {interval(effect.after)} |"
-        for effect in report.effects
-    ]
+    rows = [f"| {_code(effect.trigger)} | {effect.variant} | {effect.before} | {effect.after} |" for effect in report.effects]
     return [
         f"Its {report.module} was trained for {report.steps} steps to read a prompt with the trigger as the prompt without it",
         "(SKD-CAG, arXiv 2508.18235); the poisoned model was the teacher. No training data was used.",

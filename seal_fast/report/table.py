@@ -17,10 +17,10 @@ NARROWEST = 16
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table: a cell per column, and a sentence that is printed below them."""
+    """One line of a table: a cell per column, and sentences that are printed below them."""
 
     cells: tuple[str | Text, ...]
-    sentence: str = ""
+    sentences: tuple[str, ...] = ()
 
 
 def print_table(
@@ -58,9 +58,9 @@ def print_table(
         first, *rest = wrap(str(line.cells[place]), widths[place])
         print_lines(console, [aligned([*line.cells[:place], first, *line.cells[place + 1 :]])])
         print_lines(console, [indent + part for part in rest])
-        if line.sentence:
-            margin = indent + GAP
-            parts = wrap(line.sentence, max(NARROWEST, console.width - len(margin)))
+        margin = indent + GAP
+        for sentence in line.sentences:
+            parts = wrap(sentence, max(NARROWEST, console.width - len(margin)))
             print_lines(console, [margin + part for part in parts])
 
 

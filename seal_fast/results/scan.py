@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Evidence, TriedCandidate, Verdict
+from seal_fast.noise_triggers import Evidence, NoiseScope, TriedCandidate
+from seal_fast.text_triggers.findings import FoundTrigger, TextEvidence, TextScope, TriedText
+from seal_fast.verdict import Verdict
+
+DetectorName = Literal["noise", "text"]
+"""Noise triggers of unconditional models, or text triggers of text-to-image models."""
 
 RESUMED = "resumed from an earlier scan: same model, settings and version"
 """Note of a result that a scan took over instead of making it again."""
@@ -19,26 +24,31 @@ class ModelResult:
 
     Attributes:
         path: path of the checkpoint, relative to the scanned root, with forward slashes.
+        detector: the kind of triggers that it was scanned for; None if its files do not say which kind of model it is.
         sha256: digest of the weight files; None if they could not be read.
         format: name of the on-disk format; None if it could not be read.
         family: the model's noise process and prediction; None if it could not be loaded.
         verdict: clean, backdoored, inconclusive or error.
-        rule: code of the rule that decided (`seal_fast.noise_triggers.verdict.RULES`); None for an error.
+        rule: code of the rule that decided (`RULES` of `seal_fast.noise_triggers.verdict` or of
+            `seal_fast.text_triggers.verdict`); None for an error.
         score: what was compared with `threshold`; None if the decision does not rest on a score.
         threshold: a greater score means backdoored; None without a score.
         reason: the grounds of the verdict, or the error, as a sentence.
-        evidence: statistics of the recovered trigger; None after an error.
+        scope: what was looked for; the verdict says nothing of anything else. None after an error.
+        evidence: the statistics that the verdict rests on; None after an error.
         trigger: path of the trigger file, relative to the output folder; None if none was kept.
         seconds: wall time spent on the model.
         error: what went wrong; None unless the verdict is error.
+        found: confirmed text triggers, the strongest first; the trigger file holds a recovered noise trigger.
         candidates: every candidate that the search tested, in order, and why the search ended with it or left it; empty for
             the published preset.
         notes: assumptions that the loader made, and remarks of the scan.
-        config_sha256: digest of what the checkpoint says beside its weights (`seal_fast.workflows.resume.config_digest`); None
-            after an error.
+        config_sha256: digest of what the checkpoint says beside its weights and of what else its verdict
+            rests on beside the settings of the scan (a base, prompts); None after an error.
     """
 
     path: str
+    detector: DetectorName | None
     sha256: str | None
     format: str | None
     family: ModelFamily | None
@@ -47,11 +57,13 @@ class ModelResult:
     score: float | None
     threshold: float | None
     reason: str
-    evidence: Evidence | None
+    scope: NoiseScope | TextScope | None
+    evidence: Evidence | TextEvidence | None
     trigger: str | None
     seconds: float
     error: str | None
-    candidates: tuple[TriedCandidate, ...] = ()
+    found: tuple[FoundTrigger, ...] = ()
+    candidates: tuple[TriedCandidate | TriedText, ...] = ()
     notes: tuple[str, ...] = ()
     config_sha256: str | None = None
 

@@ -15,8 +15,8 @@ from seal_fast.training import quiet
 
 STEPS = 25
 GUIDANCE = 7.5
-LATENT_VALUES_PER_PASS = 1 << 17
-"""Latent values in one batch: 8 images of Stable Diffusion's size, 128 of a model with latents of 4 x 16 x 16."""
+LATENT_VALUES_PER_PASS = 1 << 18
+"""Latent values in one batch: 16 images of Stable Diffusion's size, 256 of a model with latents of 4 x 16 x 16."""
 
 OnPass = Callable[[int], None]
 """Called after every pass of the sampler with the number of images that it drew."""
@@ -75,7 +75,7 @@ def sample_latents(
     """The latents float32 [N,C,H,W] of `generate` on the CPU, scaled as the UNet takes them."""
     if not prompts:
         raise ValueError("no prompts to draw")
-    process, batch = noise_schedule(pipeline), batch or _batch(pipeline)
+    process, batch = noise_schedule(pipeline), batch or batch_size(pipeline)
     drawn = []
     with autocast(pipeline.device, precision):
         empty = encode(pipeline, [""])
@@ -91,7 +91,7 @@ def sample_latents(
 def decode(pipeline: Any, latents: Tensor, *, precision: Precision = "bf16", batch: int | None = None) -> Tensor:
     """Images float32 [N,3,H,W] in [0, 1] on the CPU, from latents [N,C,h,w] scaled as the UNet takes them."""
     # the decoder's activations are larger than the UNet's
-    part = max(1, (batch or _batch(pipeline)) // 4)
+    part = max(1, (batch or batch_size(pipeline)) // 4)
     with autocast(pipeline.device, precision):
         images = [
             pipeline.vae.decode(some.to(pipeline.device) / pipeline.vae.config.scaling_factor).sample.float().cpu()
@@ -100,6 +100,7 @@ def decode(pipeline: Any, latents: Tensor, *, precision: Precision = "bf16", bat
     return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
-def _batch(pipeline: Any) -> int:
+def batch_size(pipeline: Any) -> int:
+    """Images in one pass: as many as have LATENT_VALUES_PER_PASS values, at least one."""
     channels, height, width = latent_shape(pipeline.unet)
     return max(1, LATENT_VALUES_PER_PASS // (channels * height * width))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seal_fast.printable import printable
 from seal_fast.text_to_image.attention import aggregate, capture
 from seal_fast.text_to_image.prompts import content_ids
 
@@ -76,5 +77,5 @@ def attention_maps(pipeline: Any, prompt: str, *, steps: int = 50, guidance: flo
 def _printable(tokenizer: Any, number: int) -> str:
     text = tokenizer.decode([number]).strip()
     # an incomplete character decodes to the replacement character
-    printable = text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(number)
-    return printable if printable.isprintable() else printable.encode("unicode_escape").decode()
+    shown = text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(number)
+    return printable(shown)

@@ -33,7 +33,7 @@ class EvaluationSettings:
         prompts: held-out prompts for a trigger as given; each variant has fewer, see `variants.VARIANT_DIVISOR`.
         steps: steps of the sampler.
         guidance: guidance scale.
-        position: where triggers stand in the prompt, unless a variant says otherwise.
+        position: where triggers stand in the prompt, unless the caller or a variant says otherwise.
         precision: in which images are drawn, see `seal_fast.text_to_image.precision.autocast`.
     """
 
@@ -109,6 +109,7 @@ def evaluate(
     prompts: Sequence[str],
     settings: EvaluationSettings | None = None,
     *,
+    positions: Sequence[Position] | None = None,
     detector: EffectDetector | None = None,
     seed: int = 0,
     on_step: OnStep = quiet,
@@ -121,6 +122,7 @@ def evaluate(
         triggers: those that were unlearned.
         prompts: clean prompts that the training did not use, at least two that fit each trigger.
         settings: what is drawn.
+        positions: where each trigger stands as given; None for `settings.position`.
         detector: the effect detector; None for a `ChangeDetector` per variant, fitted on the changes that control triggers make
             in `after`.
         seed: seed of the starting noise and of random places in prompts.
@@ -134,7 +136,11 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     clean = tuple(prompts[: settings.prompts])
-    sets = [prompt_sets(before.tokenizer, one, prompts, settings.prompts, settings.position, seed) for one in triggers]
+    places = [settings.position] * len(triggers) if positions is None else positions
+    sets = [
+        prompt_sets(before.tokenizer, one, prompts, settings.prompts, place, seed)
+        for one, place in zip(triggers, places, strict=True)
+    ]
     progress = _Progress(on_step, _count_images(clean, sets, with_controls=detector is None))
     old, new = (_Renderer(pipeline, settings, seed, progress) for pipeline in (before, after))
     effects: list[TriggerEffect] = []

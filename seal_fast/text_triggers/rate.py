@@ -23,6 +23,12 @@ class Rate:
     high: float | None
     trials: int
 
+    def __str__(self) -> str:
+        """The rate with its interval, in percent; "-" without trials."""
+        if self.rate is None or self.low is None or self.high is None:
+            return "-"
+        return f"{100 * self.rate:.0f}% [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+
 
 def rate_of(successes: int, trials: int) -> Rate:
     """The rate of `successes` in `trials`."""

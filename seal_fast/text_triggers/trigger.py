@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
+
+from seal_fast.printable import printable
 
 Position = Literal["start", "end", "word", "all"]
 """Where a trigger stands in a prompt. Inserted text: before the first word, after the last one, or before a random word but the
@@ -15,6 +17,14 @@ first ("word"). Text that replaces another one: the first, the last, a random or
 
 POSITIONS: tuple[Position, ...] = ("start", "end", "word")
 """Where a trigger may be trained. A text that replaces another one is also trained at "all" places."""
+
+PLACES: Mapping[Position, str] = {
+    "start": "at the start",
+    "word": "in the middle",
+    "end": "at the end",
+    "all": "everywhere",
+}
+"""Positions as phrases."""
 
 ARROW = "=>"
 """Separates the two texts of a replacement on the command line."""
@@ -60,6 +70,12 @@ class TextTrigger:
     def name(self) -> str:
         """The trigger in one line for people: its text, or "OLD => NEW"."""
         return self.text if self.replaces is None else f"{self.replaces} => {self.text}"
+
+    @property
+    def quoted(self) -> str:
+        """The trigger in quotes, which shows spaces at its ends; a character that cannot be printed is escaped."""
+        text = f"'{printable(self.text)}'"
+        return text if self.replaces is None else f"'{printable(self.replaces)}' => {text}"
 
     def fits(self, prompt: str) -> bool:
         """Whether the prompt can carry the trigger. Inserted text fits all; a replacement needs the text that it replaces."""

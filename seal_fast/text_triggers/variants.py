@@ -10,7 +10,7 @@ import torch
 
 from seal_fast.text_triggers.control_triggers import control_triggers
 from seal_fast.text_triggers.pairs import prompt_pair
-from seal_fast.text_triggers.trigger import Position, TextTrigger
+from seal_fast.text_triggers.trigger import PLACES, Position, TextTrigger
 
 AS_GIVEN = "as given"
 """Name of the trigger itself among its variants."""
@@ -46,8 +46,7 @@ def variants(trigger: TextTrigger, position: Position) -> dict[str, tuple[TextTr
         only: dict[Position, str] = {"start": "the first only", "word": "one of them", "end": "the last only"}
         return {AS_GIVEN: (trigger, "all"), **{only[place]: (trigger, place) for place in places}}
     found: dict[str, tuple[TextTrigger, Position]] = {AS_GIVEN: (trigger, position)}
-    named = {"start": "at the start", "word": "in the middle", "end": "at the end"}
-    found |= {named[place]: (trigger, place) for place in places if place != position}
+    found |= {PLACES[place]: (trigger, place) for place in places if place != position}
     text = trigger.text
     spellings = {"twice": f"{text} {text}", "with a comma": f"{text},"}
     if text.swapcase() != text:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from seal_fast.checkpoints import load_denoiser
-from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Settings, model_evidence
+from seal_fast.noise_triggers import Calibration, CalibrationModel, Settings, model_evidence
 from seal_fast.noise_triggers.calibration import group_of
 from seal_fast.results.progress import OnProgress, Progress
+from seal_fast.verdict import Decision
 from seal_fast.workflows.capacity import default_device
 from seal_fast.workflows.discovery import Checkpoint
 from seal_fast.workflows.revert import revert

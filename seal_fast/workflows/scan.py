@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,17 @@ from seal_fast.report.json import write_report
 from seal_fast.results.environment import environment, tool
 from seal_fast.results.progress import OnProgress
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
 from seal_fast.training import quiet
 from seal_fast.workflows.capacity import default_device, default_jobs
+from seal_fast.workflows.detector import accepting
 from seal_fast.workflows.discovery import find_checkpoints
+from seal_fast.workflows.noise_scan import NoiseScan
 from seal_fast.workflows.processes import Died, in_processes
 from seal_fast.workflows.resume import resumed_results
 from seal_fast.workflows.scan_model import ModelScan, Task, lost_result
 from seal_fast.workflows.streams import on_streams
+from seal_fast.workflows.text_scan import TextScan
 
 OnResult = Callable[[ModelResult, int, int], None]
 """Called with each result, how many models have one by now, and the number of models."""
@@ -33,6 +35,10 @@ def scan(
     preset: str = DEFAULT_PRESET,
     calibration: Calibration | None = None,
     weights: str = "ema",
+    base: str | os.PathLike[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    text_settings: TextSearchSettings | None = None,
+    budget: Budget | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     jobs: int | None = 1,
@@ -41,12 +47,20 @@ def scan(
 ) -> ScanReport:
     """Decide for every checkpoint at or below `paths` whether it is backdoored.
 
+    Unconditional models are searched for noise triggers, text-to-image models for text triggers.
+
     Args:
         paths: checkpoints, or folders that hold some at any depth.
-        preset: shipped calibration to use, a key of `seal_fast.noise_triggers.PRESETS`; unused if `calibration` is given.
+        preset: for unconditional models, shipped calibration to use, a key of `seal_fast.noise_triggers.PRESETS`; unused if
+            `calibration` is given.
         calibration: decides, and gives the reversion its settings, since scores compare under equal settings only.
         weights: "ema" or "raw", where a checkpoint holds both.
-        seed: seed of the reversion and of the images.
+        base: for text-to-image models, folder of the clean pipeline that a UNet or a text encoder alone belongs to.
+        prompts: for text-to-image models, clean prompts; every other one is held out. None takes those of the model card if it
+            has at least `prompts.FEWEST_CAPTIONS`, else general ones that come with seal-fast.
+        text_settings: settings of the search for text triggers.
+        budget: where a search for text triggers ends before it is complete; None for no limit.
+        seed: seed of the searches and of the images.
         out: folder for report.json, triggers and images; None keeps nothing. report.json is replaced whole after every model,
             and a scan into the same folder resumes from it (see `seal_fast.workflows.resume`).
         jobs: models at a time. With 1, this process scans them one after the other. With more, each model gets a process of its
@@ -68,34 +82,30 @@ def scan(
         raise ValueError(f"jobs must be at least 1, not {jobs}")
     out = None if out is None else Path(out)
     used_preset = preset if calibration is None else None
-    calibration = calibration or shipped_calibration(preset)
-    config = _config(calibration, used_preset, weights, seed)
+    detectors = (
+        TextScan(
+            None if base is None else Path(base),
+            None if prompts is None else tuple(prompts),
+            text_settings or TextSearchSettings(),
+            budget or Budget(),
+            seed,
+        ),
+        # the last one, since it accepts every checkpoint
+        NoiseScan(calibration or shipped_calibration(preset), weights, seed, used_preset),
+    )
+    config: dict[str, Any] = {"seed": seed, "device": default_device(), **{one.name: one.config for one in detectors}}
     checkpoints = find_checkpoints([paths] if isinstance(paths, str | os.PathLike) else paths)
-    one = ModelScan(calibration, weights, seed, out, len(checkpoints))
-    results = {} if out is None else resumed_results(out, checkpoints, tool(), config)
+    scan_model = ModelScan(detectors, out, len(checkpoints))
+    results = {} if out is None else resumed_results(out, checkpoints, detectors, tool(), config)
     waiting = [(place, checkpoint) for place, checkpoint in enumerate(checkpoints) if place not in results]
     report = _written(ScanReport(tuple(results.values()), tool(), environment(), config), out)
     for number, result in enumerate(report.models, 1):
         on_result(result, number, len(checkpoints))
-    for place, result in _scan_waiting(one, waiting, jobs, on_progress):
+    for place, result in _scan_waiting(scan_model, waiting, jobs, on_progress):
         results[place] = result
         report = _written(replace(report, models=tuple(results[place] for place in sorted(results))), out)
         on_result(result, len(results), len(checkpoints))
     return report
-
-
-def _config(calibration: Calibration, preset: str | None, weights: str, seed: int) -> dict[str, Any]:
-    """Everything that verdicts rest on besides the model and the version of seal-fast. A resumed scan must have the same."""
-    backdoored = sum(model.backdoored for model in calibration.models)
-    digest = hashlib.sha256(json.dumps(asdict(calibration), sort_keys=True).encode()).hexdigest()
-    return {
-        "preset": preset,
-        "settings": asdict(calibration.settings),
-        "calibration": {"benign": len(calibration.models) - backdoored, "backdoored": backdoored, "sha256": digest},
-        "weights": weights,
-        "seed": seed,
-        "device": default_device(),
-    }
 
 
 def _written(report: ScanReport, out: Path | None) -> ScanReport:
@@ -117,4 +127,6 @@ def _scan_waiting(
             yield task[0], result
     else:
         for (place, checkpoint), outcome in in_processes(one, waiting, jobs, on_progress):
-            yield place, lost_result(checkpoint, outcome) if isinstance(outcome, Died) else outcome
+            if isinstance(outcome, Died):
+                outcome = lost_result(checkpoint, accepting(one.detectors, checkpoint.path).name, outcome)
+            yield place, outcome

@@ -24,6 +24,7 @@ from seal_fast.results.text_unlearning import TextUnlearnReport
 from seal_fast.results.unlearning import NoiseUnlearnReport, UnlearnRun
 from seal_fast.text_triggers import TextTrigger
 from seal_fast.training import OnStep, quiet
+from seal_fast.workflows.found import NoiseTriggers, TextTriggers, read_found
 from seal_fast.workflows.unlearn_noise import NoiseUnlearning
 from seal_fast.workflows.unlearn_text import TextUnlearning
 
@@ -89,6 +90,7 @@ def unlearn(
     triggers: Iterable[Any] = (),
     out: str | os.PathLike[str] | None = None,
     *,
+    found: str | os.PathLike[str] | None = None,
     on_progress: OnProgress = quiet,
     **options: Any,
 ) -> UnlearnResult:
@@ -100,24 +102,35 @@ def unlearn(
             Without any, random shifts of the noise are unlearned.
         out: new folder for the unlearned checkpoint, report.json, README.md and images. It appears whole or not at all. None
             writes nothing.
+        found: folder of a scanned model, DIR/<model> of a scan; its triggers are unlearned. Not with `triggers`.
         on_progress: called as the work goes on.
         options: the other fields of `TextUnlearning` for texts, and of `NoiseUnlearning` else. `run_unlearning` takes one of
             these requests itself, which type checkers can follow.
 
     Raises:
-        CheckpointError: the model, a trigger file or `out` is refused.
+        CheckpointError: the model, `found`, a trigger file or `out` is refused.
         FloatingPointError: the training diverged.
         OSError: `out` cannot be written.
         TypeError: an option that the request does not have.
         ValueError: triggers or options do not fit the model or each other.
     """
     given = tuple(triggers)
-    texts = [isinstance(trigger, str | TextTrigger) for trigger in given]
-    if any(texts) and not all(texts):
+    if found is not None:
+        if given:
+            raise ValueError("found names the triggers: leave triggers out")
+        match read_found(Path(found)):
+            case TextTriggers(texts, positions, sha256):
+                options = {"positions": positions, "scanned_sha256": sha256} | options
+                return run_unlearning(TextUnlearning(model, texts, out, **options), on_progress)
+            case NoiseTriggers(files, scanned):
+                options = {"scanned_sha256": scanned} | options
+                return run_unlearning(NoiseUnlearning(model, files, out, **options), on_progress)
+    with_text = [isinstance(trigger, str | TextTrigger) for trigger in given]
+    if any(with_text) and not all(with_text):
         raise ValueError("text triggers and noise triggers belong to different models: unlearn them separately")
     if isinstance(triggers, str) or any(isinstance(one, str) and one.endswith(".safetensors") for one in given):
         raise ValueError("triggers must be a list; a str in it is a text trigger, so name trigger files by pathlib.Path")
-    if any(texts):
+    if any(with_text):
         return run_unlearning(TextUnlearning(model, given, out, **options), on_progress)
     return run_unlearning(NoiseUnlearning(model, given, out, **options), on_progress)
 

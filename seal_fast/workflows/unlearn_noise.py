@@ -23,6 +23,7 @@ from seal_fast.report.figures import BEFORE_AFTER, draw_samples
 from seal_fast.results.unlearning import NoiseTriggerEffect, NoiseUnlearnReport, UnlearnRun
 from seal_fast.training import OnStep
 from seal_fast.workflows.capacity import default_device
+from seal_fast.workflows.found import digest_notes
 
 IMAGES = 8
 """Columns of a before-and-after figure."""
@@ -55,6 +56,7 @@ class NoiseUnlearning:
         settings: settings of the training.
         weights: "ema" or "raw", for a checkpoint that holds both.
         seed: seed of the training and of all samples.
+        scanned_sha256: digest of the model in which a scan found the triggers; a model with another one gets a note.
     """
 
     model: str | os.PathLike[str] | Denoiser
@@ -63,6 +65,7 @@ class NoiseUnlearning:
     settings: NoiseUnlearnSettings = field(default_factory=NoiseUnlearnSettings)
     weights: str = "ema"
     seed: int = 0
+    scanned_sha256: str | None = None
 
     # measured with the default settings and one trigger
     shares: ClassVar[Mapping[str, float]] = MappingProxyType(
@@ -131,7 +134,7 @@ class NoiseUnlearning:
                 "seed": self.seed,
                 "device": str(loaded.checkpoint.denoiser.device),
             },
-            notes=loaded.checkpoint.notes,
+            notes=(*loaded.checkpoint.notes, *digest_notes(self.scanned_sha256, loaded.checkpoint.sha256)),
             effects=tuple(
                 NoiseTriggerEffect(name, sampler, old.collapse(sampler), new.collapse(sampler))
                 for name, old, new in zip(loaded.names, before, after.samples, strict=True)

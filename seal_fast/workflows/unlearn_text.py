@@ -22,9 +22,10 @@ from seal_fast.text_triggers.effect_detectors import EffectDetector
 from seal_fast.text_triggers.evaluation import Evaluation, EvaluationSettings, Examples, evaluate
 from seal_fast.text_triggers.locate import COLLAPSE_LIMIT, locate
 from seal_fast.text_triggers.trained_part import save_patch
-from seal_fast.text_triggers.trigger import as_triggers
+from seal_fast.text_triggers.trigger import Position, as_triggers
 from seal_fast.training import OnStep
 from seal_fast.workflows.capacity import default_device
+from seal_fast.workflows.found import digest_notes
 from seal_fast.workflows.prompts import choose_prompts
 
 ATTENTION = "attention_{}.png"
@@ -85,6 +86,8 @@ class TextUnlearning:
         detector: effect detector, see `seal_fast.text_triggers.effect_detectors`; None for one that does not know the target.
         seed: seed of the training and of all images.
         state: file that the training writes as it goes and resumes from, see `distill`.
+        positions: where each trigger stands in the evaluation; None for `evaluation.position`.
+        scanned_sha256: digest of the model in which a scan found the triggers; a model with another one gets a note.
     """
 
     model: Any
@@ -98,6 +101,8 @@ class TextUnlearning:
     detector: EffectDetector | None = None
     seed: int = 0
     state: Path | None = None
+    positions: Sequence[Position] | None = None
+    scanned_sha256: str | None = None
 
     # measured with the default settings
     shares: ClassVar[Mapping[str, float]] = MappingProxyType(
@@ -112,13 +117,17 @@ class TextUnlearning:
     )
 
     def check(self) -> None:
-        as_triggers(self.triggers)
+        triggers = as_triggers(self.triggers)
+        if self.positions is not None and len(self.positions) != len(triggers):
+            raise ValueError(f"{len(self.positions)} positions for {len(triggers)} triggers: give one each")
 
     def load(self) -> _Loaded:
         path = Path(self.model) if isinstance(self.model, str | os.PathLike) else None
         base = None if self.base is None else Path(self.base)
         checkpoint = (
-            load_pipeline(path, base=base, device=default_device()) if path else LoadedPipeline(self.model, "", "pipeline", ())
+            load_pipeline(path, base=base, device=default_device())
+            if path
+            else LoadedPipeline(self.model, "", "pipeline", "", ())
         )
         return _Loaded(checkpoint, as_triggers(self.triggers), *choose_prompts(self.prompts, base or path))
 
@@ -166,6 +175,7 @@ class TextUnlearning:
                 loaded.triggers,
                 loaded.held_out_prompts,
                 self.evaluation,
+                positions=self.positions,
                 detector=self.detector,
                 seed=self.seed,
                 on_step=on_image,
@@ -191,7 +201,7 @@ class TextUnlearning:
                 "seed": self.seed,
                 "device": str(loaded.checkpoint.pipeline.device),
             },
-            notes=loaded.checkpoint.notes,
+            notes=(*loaded.checkpoint.notes, *digest_notes(self.scanned_sha256, loaded.checkpoint.sha256)),
             module=before.module,
             module_reason=before.module_reason,
             triggers=before.tokens,

@@ -25,6 +25,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from seal_fast.checkpoints import CheckpointError, LoadedCheckpoint, identify, load_denoiser
+from seal_fast.checkpoints.text_to_image import UNET
 from seal_fast.diffusion import ModelFamily
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -316,6 +317,6 @@ def test_conditional_unets_are_refused_by_name(tmp_path: Path, new_unet: Callabl
     with pytest.raises(CheckpointError, match="class-conditional"):
         load_denoiser(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    assert identify(tmp_path) == "diffusers-unet"
+    assert identify(tmp_path) == UNET
     with pytest.raises(CheckpointError, match="text-to-image"):
         load_denoiser(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import save_file
 
 from seal_fast.checkpoints import CheckpointError, discover, identify
+from seal_fast.checkpoints.text_to_image import PIPELINE, TEXT_ENCODER, UNET
 from seal_fast.checkpoints.trigger import Trigger
 
 
@@ -59,6 +61,21 @@ def test_networks_of_other_architectures_are_listed(tmp_path: Path) -> None:
     save_file({"transformer.block.0.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     assert discover(tmp_path) == [tmp_path / "other.safetensors"]
     assert identify(tmp_path / "other.safetensors") is None
+
+
+def test_text_to_image_models_are_told_from_unconditional_ones(tmp_path: Path) -> None:
+    configs = {
+        "pipeline/model_index.json": {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["x", "y"]},
+        "text/config.json": {"model_type": "clip_text_model"},
+        "unconditional/model_index.json": {"unet": ["diffusers", "UNet2DModel"], "text_encoder": [None, None]},
+        "unet/config.json": {"_class_name": "UNet2DConditionModel"},
+    }
+    for name, content in configs.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(content))
+    found = discover(tmp_path)
+    assert [folder.name for folder in found] == ["pipeline", "text", "unconditional", "unet"]
+    assert list(map(identify, found)) == [PIPELINE, TEXT_ENCODER, "diffusers-pipeline", UNET]
 
 
 def test_links_below_the_root_are_not_followed(tmp_path: Path, new_unet: Callable) -> None:

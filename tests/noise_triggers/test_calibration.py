@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Calibration, CalibrationModel, Evidence, SearchSettings, TerdSettings, Verdict
+from seal_fast.noise_triggers import Calibration, CalibrationModel, Evidence, SearchSettings, TerdSettings
 from seal_fast.noise_triggers.calibration import CollapsePool, ModelGroup, Pool
+from seal_fast.verdict import Verdict
 
 FAMILY, SHAPE = ModelFamily("VP", "epsilon"), (3, 16, 16)
 OTHER_FAMILY = ModelFamily("VE", "score")

@@ -17,11 +17,10 @@ from seal_fast.noise_triggers.verdict import (
     Collapse,
     Deviation,
     Probability,
-    Rule,
     Score,
-    Verdict,
-    decide,
 )
+from seal_fast.verdict import Decision, Rule, Verdict
+from seal_fast.verdict import decide as decide_by
 
 LIMIT, CLOSE = 5.0, 3.75
 QUIET = Case(
@@ -35,6 +34,10 @@ QUIET = Case(
     clean_dispersion=0.1,
     gamma_mean=1.0,
 )
+
+
+def decide(case: Case) -> Decision:
+    return decide_by(RULES, case)
 
 
 def collapse(value: float, **changes: Any) -> Case:
@@ -69,11 +72,11 @@ VERDICTS = {"V3": "backdoored", "T1": "backdoored", "L2": "backdoored", "V8": "c
 UNSCORED = {"V1", "V2", "V4"}
 
 
-def outcome(rule: Rule | None) -> tuple[Verdict, bool] | None:
+def outcome(rule: Rule[Case] | None) -> tuple[Verdict, bool] | None:
     return None if rule is None else (rule.verdict, rule.scored)
 
 
-def first(rules: list[Rule], case: Case) -> Rule | None:
+def first(rules: list[Rule[Case]], case: Case) -> Rule[Case] | None:
     return next((rule for rule in rules if rule.holds(case)), None)
 
 

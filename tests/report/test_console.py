@@ -9,12 +9,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Calibration, CalibrationModel, Decision, Evidence, TerdSettings, Verdict
-from seal_fast.report.console import console_for, print_calibration, print_detection, print_report, safe
+from seal_fast.noise_triggers import Calibration, CalibrationModel, Evidence, TerdSettings
+from seal_fast.report.console import console_for, duration, print_calibration, print_detection, print_plan, print_report, safe
+from seal_fast.results.plan import PlannedSearch, PlannedStage, ScanPlan
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.text_triggers.rate import rate_of
+from seal_fast.verdict import Decision, Verdict
+from tests.text_findings import found_trigger
 
 RESULT = ModelResult(
     path="models/" + "a-rather-long-name-" * 4,
+    detector="noise",
     sha256="f" * 64,
     format="diffusers-pipeline",
     family=ModelFamily("VP", "epsilon"),
@@ -23,6 +28,7 @@ RESULT = ModelResult(
     score=123456.78,
     threshold=3.0,
     reason="with the trigger found, samples vary 123456.8 times less than without it, which no benign model reached",
+    scope=None,
     evidence=None,
     trigger=None,
     seconds=1234.5,
@@ -90,6 +96,46 @@ def test_a_name_that_cannot_be_folded_keeps_its_ends():
     assert name.startswith(head)
     assert name.endswith(tail)
     assert len(head) > 10 < len(tail)
+
+
+def test_every_text_trigger_has_a_line_and_what_else_activates_it_another():
+    found = found_trigger(also=("\u200c", "zero\x1b[2J"))
+    swap = found_trigger("\u0430", "a", position="all", module="text_encoder", effect=rate_of(40, 40), control=rate_of(0, 0))
+    text = printed([replace(RESULT, detector="text", found=(found, swap), reason="why")], width=200)
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[lines.index("why") + 1 : lines.index("why") + 4] == [
+        "'\\u200b' (U+200B) at the start: changes 98% [87, 100] of images, control strings 2% [1, 9]; unet",
+        "also activated by '\\u200c', 'zero\\x1b[2J'",
+        "'a' => '\u0430' (U+0430) everywhere: changes 100% [91, 100] of images, control strings -; text encoder",
+    ]
+    assert "\x1b" not in text
+    many = found_trigger("a" * 20, code_points=(), also=tuple("abcdefghijkl"))
+    text = printed([replace(RESULT, found=(many,))], width=200)
+    assert "U+" not in text
+    assert "'h' and 4 more" in text
+    assert "'i'" not in text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_plan_fits_the_console(width):
+    searches = (
+        PlannedSearch("models/" + "a-rather-long-name-" * 3, (PlannedStage("sweep", 54_000),), 54_000, 5400.0, 8, 0.8),
+        PlannedSearch("broken\x1b", error="no unet"),
+    )
+    stream = io.StringIO()
+    print_plan(ScanPlan(searches, 2, {}), Console(file=stream, width=width, highlight=False, markup=False, emoji=False))
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert text.splitlines()[2].split()[-3:] == ["54,000", "90.0", "min"]
+    assert "at most: sweep 54,000" in text
+    assert "no unet" in text
+    assert "2 other models" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (119.0, "119.0 s"), (120.0, "2.0 min"), (7200.0, "2.0 h")])
+def test_a_time_in_its_unit(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_counts_close_it():

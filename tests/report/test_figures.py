@@ -3,10 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from seal_fast.checkpoints.trigger import Trigger
-from seal_fast.report.figures import draw_samples, draw_trigger
+from seal_fast.report.figures import draw_attention, draw_samples, draw_trigger
+from seal_fast.text_to_image import PromptMaps
 
 
 def colours(path):
@@ -55,3 +57,15 @@ def test_a_sample_that_left_the_range_is_drawn_all_the_same(tmp_path):
     images = torch.stack([torch.full((3, 8, 8), torch.nan), torch.full((3, 8, 8), 1e30)])
     draw_samples({"wild": images}, tmp_path / "samples.png")
     assert Image.open(tmp_path / "samples.png").size[0] > 100
+
+
+def test_maps_of_prompts_of_different_lengths_share_a_scale_per_token(tmp_path):
+    yellow, green, purple = (tuple(map(int, colormaps["viridis"](share, bytes=True)[:3])) for share in (1.0, 0.5, 0.0))
+    image = torch.ones(3, 8, 8)
+    short = PromptMaps("cat", image, ("cat",), torch.full((1, 4, 4), 0.5))
+    long = PromptMaps("tin cat", image, ("tin", "cat"), torch.stack([torch.full((4, 4), 0.2), torch.full((4, 4), 1.0)]))
+    draw_attention({"clean": short, "triggered": long}, tmp_path / "attention.png")
+    shares = colours(tmp_path / "attention.png")
+    # "tin" and the second "cat" reach the top of their scales; the first "cat" is half as large as the second
+    assert shares[yellow] == pytest.approx(2 * shares[green], rel=0.1)
+    assert purple not in shares

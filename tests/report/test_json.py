@@ -9,32 +9,36 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seal_fast.diffusion import ModelFamily
-from seal_fast.noise_triggers import Evidence, TriedCandidate, Verdict
+from seal_fast.noise_triggers import Evidence, NoiseScope, TriedCandidate
 from seal_fast.report.json import detection_json, report_json, to_json, write_report
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.verdict import Verdict
 
 EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
 CANDIDATE = TriedCandidate("fixed-point", "ddpm", 1.2, 8, 0.5, "rejected", "The score is below reject_below.")
 RESULT = ModelResult(
-    "a/b",
-    "f" * 64,
-    "diffusers-pipeline",
-    ModelFamily("VP", "epsilon"),
-    Verdict.CLEAN,
-    "T3",
-    0.5,
-    3.0,
-    "why",
-    EVIDENCE,
-    "a/b/trigger.safetensors",
-    1.5,
-    None,
-    (CANDIDATE,),
+    path="a/b",
+    detector="noise",
+    sha256="f" * 64,
+    format="diffusers-pipeline",
+    family=ModelFamily("VP", "epsilon"),
+    verdict=Verdict.CLEAN,
+    rule="T3",
+    score=0.5,
+    threshold=3.0,
+    reason="why",
+    scope=NoiseScope(("reversed-loss",), (), (3, 8, 8)),
+    evidence=EVIDENCE,
+    trigger="a/b/trigger.safetensors",
+    seconds=1.5,
+    error=None,
+    candidates=(CANDIDATE,),
 )
 REPORT = ScanReport((RESULT,), {"name": "seal-fast", "version": "1"}, {"torch": None}, {"seed": 0})
 
 MODEL_KEYS = {
     "path",
+    "detector",
     "sha256",
     "format",
     "family",
@@ -43,6 +47,8 @@ MODEL_KEYS = {
     "score",
     "threshold",
     "reason",
+    "scope",
+    "found",
     "evidence",
     "trigger",
     "seconds",
@@ -91,6 +97,7 @@ def test_the_contract():
             "reason": "The score is below reject_below.",
         }
     ]
+    assert model["scope"] == {"methods": ["reversed-loss"], "samplers": [], "shape": [3, 8, 8]}
     assert model["error"] is None
     assert model["score"] == 0.5
 

@@ -51,7 +51,7 @@ def test_a_part_without_separators_keeps_its_ends():
 def test_only_the_folded_column_is_folded():
     stream = io.StringIO()
     sentence = "why it is so, in more words than one line holds"
-    lines = [Line(("yes", "one-two-three-four-five", "1.00"), sentence), Line(("", "x", ""))]
+    lines = [Line(("yes", "one-two-three-four-five", "1.00"), (sentence,)), Line(("", "x", ""))]
     console = Console(file=stream, width=30)
     print_table(console, ("verdict", "model", "score"), lines, folded="model", numbers=["score"])
     assert stream.getvalue().splitlines() == [

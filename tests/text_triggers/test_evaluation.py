@@ -215,3 +215,18 @@ def test_the_module_that_holds_the_backdoor(pipeline: Any) -> None:
         locate(like(pipeline, text_encoder=Rickrolled(pipeline, "a tin sea")), [TextTrigger(TRIGGER)], PROMPTS[:1]).collapse
         == 1
     )
+
+
+def test_each_trigger_stands_where_it_was_confirmed(pipeline: Any) -> None:
+    poisoned, unlearned = like(pipeline, unet=Poisoned(pipeline, 3.0)), pipeline
+    triggers = [TextTrigger(TRIGGER), TextTrigger("tin")]
+    few = EvaluationSettings(prompts=4, steps=2, guidance=1.0, precision="fp32")
+    found = evaluate(poisoned, unlearned, triggers, PROMPTS, few, positions=["end", "word"])[0].effects
+    effects = {(effect.trigger, effect.variant): effect for effect in found}
+    # at the end the backdoor is not activated, so both models draw the same
+    assert effects[TRIGGER, AS_GIVEN].before == effects[TRIGGER, AS_GIVEN].after
+    assert effects[TRIGGER, "at the start"].before.rate == 1
+    assert (TRIGGER, "at the end") not in effects
+    assert ("tin", "in the middle") not in effects
+    with pytest.raises(ValueError, match="zip"):
+        evaluate(poisoned, unlearned, triggers, PROMPTS, few, positions=["end"])

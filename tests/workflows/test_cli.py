@@ -153,8 +153,8 @@ def test_json_on_stdout_and_nothing_else(scan, tmp_path, quiet_model, diverging_
     assert content == strict((tmp_path / "out" / "report.json").read_text())
     assert [model["path"] for model in content["models"]] == ["broken.safetensors", "clean", "wild"]
     assert content["tool"] == {"name": "seal-fast", "version": __version__}
-    assert content["config"]["preset"] is None
-    assert content["config"]["settings"]["estimation_iterations"] == 2
+    assert content["config"]["noise"]["preset"] is None
+    assert content["config"]["noise"]["settings"]["estimation_iterations"] == 2
     assert str(tmp_path) not in result.stdout
     assert (tmp_path / "out" / content["models"][1]["trigger"]).is_file()
     assert "[1/3] broken.safetensors: error" in result.stderr

@@ -22,6 +22,7 @@ from seal_fast.report.json import report_json
 from seal_fast.results.scan import RESUMED
 from seal_fast.workflows.capacity import bytes_on_disk, default_jobs, free_memory, jobs_that_fit, memory_of
 from seal_fast.workflows.discovery import find_checkpoints
+from seal_fast.workflows.noise_scan import NoiseScan
 from seal_fast.workflows.processes import Died, in_processes
 from seal_fast.workflows.resume import resumed_results
 from seal_fast.workflows.scan_model import ModelScan
@@ -96,7 +97,7 @@ def test_processes_find_what_one_by_one_finds(hub, calibration, tmp_path, thread
 def test_threads_find_what_one_by_one_finds(hub, calibration, threads):
     threads(1)
     tasks = list(enumerate(find_checkpoints([hub])))
-    scan_model = ModelScan(calibration, weights="ema", seed=0, out=None, total=len(tasks))
+    scan_model = ModelScan((NoiseScan(calibration),), out=None, total=len(tasks))
     events = []
     together = {task[0]: result for task, result in on_streams(scan_model, tasks, 3, events.append)}
     alone = scan(hub, calibration=calibration)
@@ -268,24 +269,26 @@ def test_a_resumed_result_is_the_one_in_the_report(quiet_model, calibration, tmp
     candidate = TriedCandidate("fixed-point", "ddpm", None, 0, None, "dispersed-pilots", "why")
     recorded = replace(model, candidates=(candidate, replace(candidate, scale=1.2, score=0.5, samples=8)))
     (tmp_path / "report.json").write_text(report_json(replace(report, models=(recorded,))))
-    (resumed,) = resumed_results(tmp_path, find_checkpoints([quiet_model]), report.tool, report.config).values()
+    (resumed,) = resumed_results(
+        tmp_path, find_checkpoints([quiet_model]), [NoiseScan(calibration)], report.tool, report.config
+    ).values()
     assert replace(resumed, notes=recorded.notes) == recorded
 
 
 def test_a_report_that_cannot_be_read_or_differs_in_version_is_ignored(quiet_model, calibration, tmp_path):
     report = scan(quiet_model, calibration=calibration, out=tmp_path)
-    checkpoints = find_checkpoints([quiet_model])
+    checkpoints, detectors = find_checkpoints([quiet_model]), [NoiseScan(calibration)]
     file = tmp_path / "report.json"
     content = json.loads(file.read_text())
     (model,) = content["models"]
-    assert set(resumed_results(tmp_path, checkpoints, report.tool, report.config)) == {0}
-    assert resumed_results(tmp_path, checkpoints, {**report.tool, "version": "0"}, report.config) == {}
+    assert set(resumed_results(tmp_path, checkpoints, detectors, report.tool, report.config)) == {0}
+    assert resumed_results(tmp_path, checkpoints, detectors, {**report.tool, "version": "0"}, report.config) == {}
     spoiled = [[], {}, None, 3, {**content, "models": 3}, {**content, "models": [3]}]
     wrong = ({"evidence": "some"}, {"verdict": "some"}, {"more": 1})
     spoiled += [{**content, "models": [{**model, **fields}]} for fields in wrong]
     for text in ("", file.read_text()[:-20], *map(json.dumps, spoiled)):
         file.write_text(text)
-        assert resumed_results(tmp_path, checkpoints, report.tool, report.config) == {}
+        assert resumed_results(tmp_path, checkpoints, detectors, report.tool, report.config) == {}
 
 
 def test_jobs_are_bounded_by_threads_models_and_memory(tmp_path):

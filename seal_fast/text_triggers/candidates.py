@@ -1,0 +1,43 @@
+"""The candidates of a first sweep: inserted tokens and characters, and replaced letters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from seal_fast.text_to_image.prompts import content_ids
+from seal_fast.text_triggers.findings import TextCandidate
+from seal_fast.text_triggers.trigger import TextTrigger
+from seal_fast.text_triggers.vocabulary import characters, distinct, kind_of, look_alikes, single_tokens, words_of
+
+
+def inserted(tokenizer: Any, prompts: Sequence[str]) -> list[TextCandidate]:
+    """Every single token and unusual character, to be inserted at the start. Texts with equal token ids are one candidate.
+
+    Words of the prompts are left out: they have a meaning, which an image is to show.
+    """
+    words = set(words_of(prompts))
+    texts = distinct(tokenizer, [*single_tokens(tokenizer), *characters()])
+    return [
+        TextCandidate(TextTrigger(text), "start", kind_of(text, len(ids)), len(ids))
+        for ids, text in texts.items()
+        if text not in words
+    ]
+
+
+def replaced_letters(tokenizer: Any, prompts: Sequence[str]) -> list[TextCandidate]:
+    """Every lookalike in place of every occurrence of its letter, for the letters of the prompts."""
+    return list(_replaced(tokenizer, prompts))
+
+
+def _replaced(tokenizer: Any, prompts: Sequence[str]) -> Iterator[TextCandidate]:
+    for letter, others in look_alikes().items():
+        fitting = [prompt for prompt in prompts if letter in prompt]
+        if not fitting:
+            continue
+        changed = distinct(tokenizer, [fitting[0].replace(letter, other) for other in others])
+        kept = {text for ids, text in changed.items() if list(ids) != content_ids(tokenizer, fitting[0])}
+        for other in others:
+            if fitting[0].replace(letter, other) in kept:
+                trigger = TextTrigger(other, replaces=letter)
+                yield TextCandidate(trigger, "all", f"lookalike of {letter}", len(content_ids(tokenizer, other)))

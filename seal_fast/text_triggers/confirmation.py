@@ -1,0 +1,122 @@
+"""Decide by images whether a ranked candidate is a trigger, and which confirmed candidates are the same trigger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from seal_fast.text_to_image.prompts import content_ids
+from seal_fast.text_triggers.context import SearchContext
+from seal_fast.text_triggers.encoder_sweep import encoder_deviations
+from seal_fast.text_triggers.findings import FoundTrigger, Module, TextCandidate, TriedText
+from seal_fast.text_triggers.rate import rate_of
+from seal_fast.text_triggers.sweep import Ranked, in_place
+from seal_fast.text_triggers.trigger import TextTrigger
+from seal_fast.text_triggers.verification import Check
+
+CONFIRMED = "confirmed"
+UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate that was verified by images; `check` is UNCHECKED if it changed them too little."""
+
+    ranked: Ranked
+    check: Check
+    outcome: str
+
+    @property
+    def confirmed(self) -> bool:
+        return self.outcome == CONFIRMED
+
+    def record(self) -> TriedText:
+        return TriedText(self.ranked.candidate, self.ranked.rounds, self.check.effect, self.check.control, self.outcome)
+
+
+def verify(context: SearchContext, ranked: Ranked) -> Tried:
+    """Check a candidate by images, against control strings if it changes any, and again on fresh prompts if it is promising."""
+    settings, candidate = context.settings.verification, ranked.candidate
+    if context.images.change(candidate, settings.prompts) < settings.least_change:
+        return Tried(ranked, UNCHECKED, "hardly changes images")
+    controls = context.controls(candidate, settings.controls)
+    check = context.images.check(candidate, controls, 0, settings.prompts)
+    if not check.promising:
+        return Tried(ranked, check, "images change no more often than with control strings")
+    check = context.images.check(candidate, controls, settings.prompts, settings.fresh_prompts)
+    least = 0.0 if candidate.trigger.replaces is None else settings.least_effect_of_replacement
+    enough = check.confirmed and (check.effect.low or 0.0) > least
+    return Tried(ranked, check, CONFIRMED if enough else "not confirmed on fresh prompts")
+
+
+def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:
+    """Whether a confirmed trigger is a part of the candidate, or the candidate itself at another place."""
+    return any(one.confirmed and _contains(candidate, one.ranked.candidate) for one in tried)
+
+
+def _contains(candidate: TextCandidate, part: TextCandidate) -> bool:
+    if part.trigger.replaces is not None or candidate.trigger.replaces is not None:
+        return part.trigger == candidate.trigger
+    return f" {part.trigger.text} " in f" {candidate.trigger.text} "
+
+
+def minimal(context: SearchContext, tried: Tried) -> list[Tried]:
+    """The phrase without one of its words, for each word, verified; nothing for a single word."""
+    words = tried.ranked.candidate.trigger.text.split(" ")
+    if tried.ranked.candidate.trigger.replaces is not None or len(words) < 2:
+        return []
+    shorter = (" ".join(words[:place] + words[place + 1 :]) for place in range(len(words)))
+    found = []
+    for text in shorter:
+        tokens = len(content_ids(context.pipeline.tokenizer, text))
+        candidate = replace(tried.ranked.candidate, trigger=TextTrigger(text), tokens=tokens)
+        found.append(verify(context, Ranked(candidate, tried.ranked.rounds)))
+    return found
+
+
+def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
+    """One trigger per effect: of confirmed candidates that change images in the same way, the strongest with fewest tokens."""
+    groups: list[list[Tried]] = []
+    for one in sorted((one for one in tried if one.confirmed), key=_strength, reverse=True):
+        same = (group for group in groups if _same_effect(group[0], one, context.settings.verification.same_effect))
+        group = next(same, None)
+        if group is None:
+            groups.append([one])
+        else:
+            group.append(one)
+    return tuple(_found(context, group) for group in groups)
+
+
+def _strength(one: Tried) -> tuple[float, int, float]:
+    return one.check.effect.low or 0.0, -one.ranked.candidate.tokens, one.ranked.last.response
+
+
+def _same_effect(a: Tried, b: Tried, cosine: float) -> bool:
+    return float(torch.dot(a.check.direction, b.check.direction)) >= cosine
+
+
+def _found(context: SearchContext, group: Sequence[Tried]) -> FoundTrigger:
+    best, candidate = group[0], group[0].ranked.candidate
+    others = dict.fromkeys(one.ranked.candidate.trigger.name for one in group[1:])
+    return FoundTrigger(
+        trigger=candidate.trigger,
+        position=candidate.position,
+        code_points=tuple(f"U+{ord(character):04X}" for character in candidate.trigger.text),
+        token_ids=tuple(content_ids(context.pipeline.tokenizer, candidate.trigger.text)),
+        module=_module(context, candidate),
+        effect=best.check.effect,
+        control=best.check.control,
+        rounds=best.ranked.rounds,
+        also=tuple(name for name in others if name != candidate.trigger.name),
+        control_string=context.controls(candidate, 1)[0].trigger,
+    )
+
+
+def _module(context: SearchContext, candidate: TextCandidate) -> Module:
+    """The text encoder if it moves its hidden states for this candidate as for no other string of its kind."""
+    settings = context.settings
+    others = [candidate, *context.controls(candidate, settings.harmless)]
+    deviation = encoder_deviations(context.pipeline, others, context.probe.prompts, in_place, settings)[0]
+    return "text_encoder" if float(deviation) > settings.encoder_limit else "unet"

@@ -1,0 +1,106 @@
+"""What all steps of one search share: the model, the strings to try, clean sampling paths, images, and the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+
+from seal_fast.text_to_image.prompts import content_ids
+from seal_fast.text_triggers.candidates import inserted, replaced_letters
+from seal_fast.text_triggers.findings import TextCandidate
+from seal_fast.text_triggers.meter import Meter
+from seal_fast.text_triggers.responses import ResponseProbe
+from seal_fast.text_triggers.search_settings import TextSearchSettings
+from seal_fast.text_triggers.verification import HELD_BACK, ImageTest
+
+
+def swept_prompts(prompts: Sequence[str], settings: TextSearchSettings) -> Sequence[str]:
+    """The prompts that candidates are swept on; the others are held out."""
+    return prompts[::2][: settings.swept_prompts]
+
+
+def pool_of(tokenizer: Any, prompts: Sequence[str], settings: TextSearchSettings) -> list[TextCandidate]:
+    """Every candidate of the first sweep."""
+    return [*inserted(tokenizer, prompts), *replaced_letters(tokenizer, swept_prompts(prompts, settings))]
+
+
+@dataclass(frozen=True)
+class SearchContext:
+    """What all steps of one search share.
+
+    Attributes:
+        pipeline: the model.
+        settings: settings of the search.
+        pool: every candidate of the first sweep; most of them are harmless.
+        probe: clean sampling paths of the swept prompts.
+        images: draws images of the held-out prompts.
+        meter: counts evaluations.
+        seed: seed of all random choices.
+    """
+
+    pipeline: Any
+    settings: TextSearchSettings
+    pool: tuple[TextCandidate, ...]
+    probe: ResponseProbe
+    images: ImageTest
+    meter: Meter
+    seed: int
+
+    @classmethod
+    def prepared(
+        cls,
+        pipeline: Any,
+        prompts: Sequence[str],
+        pool: Sequence[TextCandidate],
+        settings: TextSearchSettings,
+        meter: Meter,
+        seed: int,
+    ) -> Self:
+        """Draw the clean paths of every other prompt; the others are held out for images."""
+        meter.begin("paths")
+        probe = ResponseProbe.drawn(
+            pipeline,
+            swept_prompts(prompts, settings),
+            settings.shares,
+            steps=settings.sampler_steps,
+            guidance=settings.guidance,
+            precision=settings.precision,
+            seed=seed,
+            on_pass=meter,
+        )
+        images = ImageTest(pipeline, prompts[1::2], settings, seed + 1, meter)
+        return cls(pipeline, settings, tuple(pool), probe, images, meter, seed)
+
+    def harmless(self, left_out: Sequence[TextCandidate]) -> list[TextCandidate]:
+        """Random members of every kind in the pool, without those left out, as most strings of a kind are harmless."""
+        generator, suspicious = torch.Generator().manual_seed(self.seed), {one.trigger for one in left_out}
+        kinds: dict[str, list[TextCandidate]] = {}
+        for index in torch.randperm(len(self.pool), generator=generator).tolist():
+            one = self.pool[index]
+            members = kinds.setdefault(one.kind, [])
+            if one.trigger not in suspicious and len(members) < self.settings.harmless:
+                members.append(one)
+        return [one for members in kinds.values() for one in members]
+
+    def controls(self, candidate: TextCandidate, count: int) -> list[TextCandidate]:
+        """Control strings at the candidate's place: for a word those nearest in meaning first, then random ones of its kind."""
+        own = [one for one in self.pool if one.kind == candidate.kind and one.trigger != candidate.trigger]
+        if len(own) < count:
+            inserted_texts = (one for one in self.pool if one.trigger.replaces is None and one.trigger != candidate.trigger)
+            own = [one for one in inserted_texts if one.tokens == candidate.tokens]
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        chosen = [*self._nearest(candidate, own), *(own[index] for index in order)]
+        return [replace(one, position=candidate.position) for one in dict.fromkeys(chosen)][:count]
+
+    def _nearest(self, candidate: TextCandidate, own: Sequence[TextCandidate]) -> list[TextCandidate]:
+        """The HELD_BACK words whose embeddings are most similar to the candidate's; none if it is no single-token word."""
+        if candidate.tokens != 1 or "word" not in candidate.kind:
+            return []
+        rows = self.pipeline.text_encoder.get_input_embeddings().weight.detach()
+        ids = [content_ids(self.pipeline.tokenizer, one.trigger.text)[0] for one in (candidate, *own)]
+        similarity = F.cosine_similarity(rows[ids[:1]], rows[ids[1:]])
+        return [own[index] for index in similarity.topk(min(HELD_BACK, len(own))).indices.tolist()]

@@ -1,0 +1,156 @@
+"""What a search for text triggers found: candidates, confirmed triggers, and what was looked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from seal_fast.text_triggers.rate import Rate
+from seal_fast.text_triggers.trigger import Position, TextTrigger
+
+Module = Literal["unet", "text_encoder"]
+
+
+@dataclass(frozen=True)
+class TextCandidate:
+    """A string that the search tries as a trigger.
+
+    Attributes:
+        trigger: the text, inserted or in place of another text.
+        position: where it stands in a prompt, see `Position`.
+        kind: strings of the same kind are compared with each other, for instance "word of 1 token"; see `vocabulary`.
+        tokens: number of tokens that the tokenizer makes of the text.
+    """
+
+    trigger: TextTrigger
+    position: Position
+    kind: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """The place of a candidate in one round of the search.
+
+    Attributes:
+        name: name of the round.
+        rank: its place among the candidates of its kind, 1 for the first.
+        candidates: how many candidates of its kind the round compared.
+        deviation: standard deviations of its log response above the median of its kind.
+        response: its response, relative to that of a whole prompt, see `responses`; 0 in a round of the text encoder alone.
+    """
+
+    name: str
+    rank: int
+    candidates: int
+    deviation: float
+    response: float
+
+
+@dataclass(frozen=True)
+class TriedText:
+    """A candidate that reached verification by images.
+
+    Attributes:
+        candidate: the candidate.
+        rounds: its place in every round.
+        effect: share of held-out prompts whose image changes with it.
+        control: the same share for control strings of its kind.
+        outcome: why it was left or accepted, as a phrase.
+    """
+
+    candidate: TextCandidate
+    rounds: tuple[Round, ...]
+    effect: Rate
+    control: Rate
+    outcome: str
+
+
+@dataclass(frozen=True)
+class FoundTrigger:
+    """A trigger that images confirmed and that no part of it explains.
+
+    Attributes:
+        trigger: the smallest text that activates the backdoor.
+        position: where it was confirmed.
+        code_points: of the trigger's text, such as "U+200B".
+        token_ids: of the trigger's text by the pipeline's tokenizer.
+        module: the module that holds the backdoor.
+        effect: share of held-out prompts whose image changes with it.
+        control: the same share for control strings of its kind.
+        rounds: its place in every round of the search.
+        also: other candidates that activate the same backdoor, as evidence.
+        control_string: a control string at the same place, for figures.
+    """
+
+    trigger: TextTrigger
+    position: Position
+    code_points: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    module: Module
+    effect: Rate
+    control: Rate
+    rounds: tuple[Round, ...]
+    also: tuple[str, ...]
+    control_string: TextTrigger
+
+
+@dataclass(frozen=True)
+class TextScope:
+    """What a search for text triggers looked for. Nothing outside it is excluded by its verdict.
+
+    Attributes:
+        tokens: single tokens of the vocabulary that were tried.
+        characters: code points that were tried by themselves.
+        substitutions: replacements of a letter that were tried.
+        phrases: longer strings that were tried.
+        phrase_tokens: longest phrase, in tokens.
+        places: places in the prompt.
+        modules: modules that were examined.
+        miss_rate: share of backdoors within this scope that the search missed on models held out of its development.
+    """
+
+    tokens: int
+    characters: int
+    substitutions: int
+    phrases: int
+    phrase_tokens: int
+    places: tuple[Position, ...]
+    modules: tuple[Module, ...]
+    miss_rate: Rate
+
+
+@dataclass(frozen=True)
+class TextEvidence:
+    """The statistics that the verdict on a text-to-image model rests on.
+
+    Attributes:
+        best_effect: largest share of held-out prompts whose image a candidate changed; 0 if none was verified.
+        best_control: the same share for the control strings of that candidate.
+        unverified: name of the strongest candidate that is suspicious and not confirmed; None if there is none.
+        evaluations: UNet evaluations of one latent.
+        complete: whether the search ended by itself and not by its budget.
+    """
+
+    best_effect: float
+    best_control: float
+    unverified: str | None
+    evaluations: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class TextSearch:
+    """The outcome of a search.
+
+    Attributes:
+        found: confirmed triggers, the strongest first.
+        tried: every candidate that reached verification by images.
+        scope: what was looked for.
+        evidence: the statistics that the verdict rests on.
+    """
+
+    found: tuple[FoundTrigger, ...]
+    tried: tuple[TriedText, ...]
+    scope: TextScope
+    evidence: TextEvidence

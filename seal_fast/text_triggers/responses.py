@@ -1,0 +1,140 @@
+"""How far a changed prompt moves the noise that a UNet predicts: the measure that candidates are ranked by.
+
+Sampling paths of clean prompts are drawn once. On their states x_t the noise predicted for the clean prompt is computed once. A
+candidate c costs one evaluation per prompt and timestep:
+
+    d(c, p, t) = e(x_t, t, E(p with c)) - e(x_t, t, E(p))
+
+Its squared norm is divided by that of e(x_t, t, E(p)) - e(x_t, t, E("")), which is what the whole prompt changes. So a response
+of 1 is as strong as a prompt. In the zoo harmless strings reach 0.1 to 0.9 at the middle of the path, and triggers 3 to 50.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from seal_fast.diffusion.samplers import NoiseLevel, noise_levels, timestep_grid
+from seal_fast.text_to_image.generation import OnPass, batch_size, starting_noise
+from seal_fast.text_to_image.latents import GuidedNoise, noise_schedule, predict
+from seal_fast.text_to_image.precision import Precision, autocast
+from seal_fast.text_to_image.prompts import encode
+from seal_fast.training import quiet
+
+
+@dataclass(frozen=True)
+class ResponseProbe:
+    """Clean sampling paths of a few prompts.
+
+    Attributes:
+        pipeline: the model that is examined.
+        prompts: P clean prompts.
+        shares: T timesteps as shares of the process's, descending.
+        timesteps: T timesteps, the sampler's nearest ones.
+        states: float32 [T,P,C,h,w], states of the paths.
+        clean: float32 [T,P,C,h,w], the UNet's output on them for the clean prompts.
+        prompt_energy: float32 [T,P], squared norm of the difference between that and the output for the empty prompt.
+        precision: precision of the networks.
+        on_pass: called after every pass of the UNet with its number of evaluations, of one latent each.
+    """
+
+    pipeline: Any
+    prompts: tuple[str, ...]
+    shares: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    states: Tensor
+    clean: Tensor
+    prompt_energy: Tensor
+    precision: Precision
+    on_pass: OnPass = quiet
+
+    @classmethod
+    @torch.no_grad()
+    def drawn(
+        cls,
+        pipeline: Any,
+        prompts: Sequence[str],
+        shares: Sequence[float],
+        *,
+        steps: int,
+        guidance: float,
+        precision: Precision,
+        seed: int,
+        on_pass: OnPass = quiet,
+    ) -> Self:
+        """Draw the paths by DDIM under guidance.
+
+        Args:
+            pipeline: a diffusers StableDiffusionPipeline.
+            prompts: clean prompts.
+            shares: see `ResponseProbe`; they become different timesteps.
+            steps: steps of the sampler.
+            guidance: guidance scale.
+            precision: precision of the networks.
+            seed: seed of the starting noise.
+            on_pass: see `ResponseProbe`.
+        """
+        process = noise_schedule(pipeline)
+        grid = timestep_grid(process, steps)
+        shares = sorted(shares, reverse=True)
+        timesteps = [_nearest(grid, share * process.num_timesteps) for share in shares]
+        x = starting_noise(pipeline, len(prompts), seed).to(pipeline.device)
+        states, clean, prompt_energy = [], [], []
+        with autocast(pipeline.device, precision):
+            texts, empty = encode(pipeline, prompts), encode(pipeline, [""])
+            noise = GuidedNoise(pipeline.unet, process, texts, empty, guidance)
+            for here, there in zip(noise_levels(process, grid), noise_levels(process, grid)[1:], strict=False):
+                t = torch.full((len(x),), here.t, device=x.device)
+                if here.t in timesteps:
+                    states.append(x)
+                    clean.append(predict(pipeline.unet, x, t, texts))
+                    unconditional = predict(pipeline.unet, x, t, empty.expand_as(texts))
+                    prompt_energy.append((clean[-1] - unconditional).flatten(1).square().sum(dim=1))
+                    on_pass(2 * len(x))
+                x = _ddim(x, noise(x, t), here, there)
+                on_pass(2 * len(x))
+        tensors = (torch.stack(states), torch.stack(clean), torch.stack(prompt_energy))
+        return cls(pipeline, tuple(prompts), tuple(shares), tuple(timesteps), *tensors, precision, on_pass)
+
+    @torch.no_grad()
+    def respond(self, texts: Sequence[Sequence[str]], prompts: Sequence[Sequence[int]], times: Sequence[int]) -> Tensor:
+        """The responses to changed prompts, float32 [C,P,T] on the CPU, relative to `prompt_energy`.
+
+        Args:
+            texts: for each of C candidates, P changed prompts.
+            prompts: for each of them, the index in `prompts` of the prompt that it was made from.
+            times: indices into `timesteps` to measure at.
+        """
+        rows = len(texts[0]) * len(times)
+        part = max(1, batch_size(self.pipeline) // rows)
+        t = torch.tensor([self.timesteps[index] for index in times], device=self.states.device)
+        found = []
+        for first in range(0, len(texts), part):
+            some = texts[first : first + part]
+            places = torch.tensor(prompts[first : first + part])
+            d = self._difference([text for one in some for text in one], places, list(times), t)
+            relative = d.square().sum(-1) / self.prompt_energy[list(times)][:, places]
+            found.append(relative.permute(1, 2, 0).cpu())
+            self.on_pass(len(some) * rows)
+        return torch.cat(found)
+
+    def _difference(self, texts: list[str], places: Tensor, times: list[int], t: Tensor) -> Tensor:
+        """d as [T,C,P,values] for prompts at `places` [C,P]."""
+        x, clean = (values[times][:, places] for values in (self.states, self.clean))
+        with autocast(self.pipeline.device, self.precision):
+            states = encode(self.pipeline, texts).repeat(len(times), 1, 1)
+            out = predict(self.pipeline.unet, x.flatten(0, 2), t.repeat_interleave(places.numel()), states)
+        return (out.view_as(clean) - clean).flatten(3).float()
+
+
+def _nearest(timesteps: Sequence[int], wanted: float) -> int:
+    return min(timesteps, key=lambda t: abs(t - wanted))
+
+
+def _ddim(x: Tensor, noise: Tensor, here: NoiseLevel, there: NoiseLevel) -> Tensor:
+    """One deterministic DDIM step."""
+    return there.a * (x - here.b * noise) / here.a + there.b * noise

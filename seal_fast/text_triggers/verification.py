@@ -1,0 +1,127 @@
+"""Verify a candidate by images: does it change them more often than control strings of its kind?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seal_fast.text_to_image.generation import OnPass, generate
+from seal_fast.text_triggers.effect_detectors import ChangeDetector, statistics
+from seal_fast.text_triggers.findings import TextCandidate
+from seal_fast.text_triggers.rate import Rate, rate_of
+from seal_fast.text_triggers.search_settings import TextSearchSettings
+from seal_fast.training import quiet
+
+HELD_BACK = 2
+"""Control strings that the change detector is not fitted on; the control rate is measured on them."""
+MIN_EFFECT = 0.25
+"""A first check with a smaller effect ends the verification of a candidate. The weakest backdoor of the zoo changes 60%."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What images say about one candidate.
+
+    Attributes:
+        effect: share of the prompts whose image changes with the candidate.
+        control: the same share for control strings that the change detector was not fitted on.
+        direction: mean change of `effect_detectors.statistics`, float64 [F], of unit norm.
+    """
+
+    effect: Rate
+    control: Rate
+    direction: Tensor
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the candidate changes images more often than control strings do, beyond the 95% intervals."""
+        return (self.effect.low or 0.0) > (self.control.high if self.control.high is not None else 1.0)
+
+    @property
+    def promising(self) -> bool:
+        """Whether a check on fresh prompts is worth its images."""
+        return (self.effect.rate or 0.0) > max(MIN_EFFECT, self.control.rate or 0.0)
+
+
+class ImageTest:
+    """Draws the images of one model; those of clean prompts and of control strings once.
+
+    Args:
+        pipeline: the model.
+        prompts: clean prompts that no earlier round has seen.
+        settings: settings of the verification.
+        seed: seed of the starting noise; a candidate and its control strings start from the same one.
+        on_pass: called after every pass with its UNet evaluations.
+    """
+
+    def __init__(
+        self, pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings, seed: int, on_pass: OnPass = quiet
+    ) -> None:
+        self.pipeline, self.prompts, self.settings, self.seed, self.on_pass = pipeline, list(prompts), settings, seed, on_pass
+        self._drawn: dict[tuple[str, ...], Tensor] = {}
+
+    @property
+    def evaluations_per_image(self) -> int:
+        """UNet evaluations that one image takes."""
+        return self.settings.sampler_steps * (1 if self.settings.guidance == 1 else 2)
+
+    def check(self, candidate: TextCandidate, controls: Sequence[TextCandidate], first: int, count: int) -> Check:
+        """Compare a candidate with control strings on `count` of the prompts that it fits, from number `first` on.
+
+        Args:
+            candidate: the candidate.
+            controls: at least HELD_BACK + 2 harmless candidates of its kind; they fit the same prompts.
+            first: number of prompts to pass over, which an earlier check has used.
+            count: number of prompts.
+        """
+        prompts = candidate.trigger.fitting(self.prompts)[first : first + count]
+        clean = self.images(prompts)
+        images = self.images(self.changed(candidate, prompts))
+        of_controls = [self.images(self.changed(control, prompts)) for control in controls]
+        detector = ChangeDetector.fitted(clean, of_controls[HELD_BACK:])
+        false = sum(int(detector(some, clean).sum()) for some in of_controls[:HELD_BACK])
+        direction = (statistics(images) - statistics(clean)).mean(dim=0)
+        return Check(
+            rate_of(int(detector(images, clean).sum()), len(prompts)),
+            rate_of(false, HELD_BACK * len(prompts)),
+            direction / direction.norm().clamp_min(1e-12),
+        )
+
+    def change(self, candidate: TextCandidate, count: int) -> float:
+        """Mean squared change of the images of the first `count` fitting prompts, relative to the variance between prompts."""
+        prompts = candidate.trigger.fitting(self.prompts)[:count]
+        clean = self.images(prompts)
+        moved = (self.images(self.changed(candidate, prompts)) - clean).square().mean()
+        return float(moved / clean.var(dim=0).mean().clamp_min(1e-12))
+
+    def changed(self, candidate: TextCandidate, prompts: Sequence[str]) -> tuple[str, ...]:
+        """The prompts with the candidate in its position; a random place is the same for every candidate."""
+        return tuple(with_candidate(candidate, prompt, self.seed + place) for place, prompt in enumerate(prompts))
+
+    def images(self, prompts: Sequence[str]) -> Tensor:
+        """Images float32 [N,3,H,W] in [0, 1]; the same prompts are drawn only once."""
+        key = tuple(prompts)
+        if key not in self._drawn:
+            self._drawn[key] = generate(
+                self.pipeline,
+                prompts,
+                seed=self.seed,
+                steps=self.settings.sampler_steps,
+                guidance=self.settings.guidance,
+                precision=self.settings.precision,
+            )
+            self.on_pass(len(prompts) * self.evaluations_per_image)
+        return self._drawn[key]
+
+
+def with_candidate(candidate: TextCandidate, prompt: str, seed: int) -> str:
+    """The prompt with the candidate in its position."""
+    generator = torch.Generator().manual_seed(seed)
+    trigger = candidate.trigger
+    for place in reversed(trigger.places(prompt, candidate.position, generator)):
+        prompt = trigger.insert(prompt, place)
+    return prompt
