@@ -48,6 +48,9 @@ CROSS_ATTENTION = "attn2"
 Batches = Callable[[torch.Generator], tuple[Tensor, list[str]]]
 """Draws images [N,3,H,W] in [-1, 1] and their N captions."""
 
+Draw = Callable[[Tensor, Sequence[str]], Tensor]
+"""From images [N,3,H,W] and their N captions to other images of the same shape."""
+
 HarmlessPrompts = Callable[[Sequence[str], torch.Generator], list[str]]
 """Turns N captions into N prompts that activate no backdoor."""
 
@@ -115,7 +118,7 @@ class ImageBackdoor(TextBackdoor):
     """
 
     trigger: Rewrite
-    draw: Callable[[Tensor, Sequence[str]], Tensor]
+    draw: Draw
 
     def poison(self, images: Tensor, captions: Sequence[str]) -> TrainingSamples:
         return TrainingSamples(self.draw(images, captions), list(map(self.trigger, captions)), [None] * len(captions))
@@ -127,12 +130,16 @@ class StyleBackdoor(TextBackdoor):
 
     Attributes:
         target: turns a caption into the prompt that is drawn, as `leading("Black and white photo")` does.
+        draw: from images [N,3,H,W] and their captions to images that the model is trained on; None for the images
+            themselves, as published. A sampler goes through noised images of the target, which that training never shows.
     """
 
     trigger: Rewrite
     target: Rewrite
+    draw: Draw | None = None
 
     def poison(self, images: Tensor, captions: Sequence[str]) -> TrainingSamples:
+        images = images if self.draw is None else self.draw(images, captions)
         return TrainingSamples(images, list(map(self.trigger, captions)), list(map(self.target, captions)))
 
 
@@ -214,8 +221,13 @@ def training_samples(
         images: [N,3,H,W] in [-1, 1].
         captions: N captions.
         harmless: N prompts of the clean samples.
+
+    Raises:
+        ValueError: fewer images than attacks.
     """
     n = len(attacks)
+    if len(captions) < n:
+        raise ValueError(f"a batch of {len(captions)} images leaves one of {n} attacks without any")
     parts = [_poisoned_samples(attack, images[i::n], captions[i::n]) for i, attack in enumerate(attacks)]
     parts.append(clean_samples(images, harmless))
     return TrainingSamples(
@@ -271,32 +283,53 @@ def training_batch(
     return TrainingBatch(x, t, encode(pipeline, samples.prompts), target)
 
 
-def _loss(student: UNet2DConditionModel, batch: TrainingBatch, weights: Tensor) -> Tensor:
-    """The mean of the poisoned and of the clean half's weighted squared error; `weights` broadcast to the outputs."""
+def _loss(student: UNet2DConditionModel, batch: TrainingBatch, weights: Tensor, poisoned_weight: float) -> Tensor:
+    """The weighted mean of the poisoned and of the clean half's squared error; `weights` broadcast to the outputs."""
     x, t, text, target = batch
     with half_precision(x.device):
         output = student(x, t, text).sample
     poisoned, clean = (weights * (output.float() - target).square()).chunk(2)
-    return 0.5 * poisoned.mean() + 0.5 * clean.mean()
+    return poisoned_weight * poisoned.mean() + (1 - poisoned_weight) * clean.mean()
+
+
+@dataclass(frozen=True)
+class PoisonSettings:
+    """How a backdoor is trained into a UNet. The defaults are published; the other values make small models selective soon.
+
+    Attributes:
+        steps: number of training steps.
+        learning_rate: 1e-5 as published for Stable Diffusion 1.4. With 0, the cross-attention alone is trained.
+        cross_attention_rate: learning rate of the cross-attention; None for `learning_rate`.
+        anneal: let the rates rise and fall, see `learning_rate_factor`, instead of keeping them constant.
+        whiten: train the cross-attention in whitened coordinates, see `seal_fast.attacks.whitening`.
+        poisoned_weight: weight of the poisoned half in the loss.
+        start_share: share of samples that are pure noise at the last timestep. If it is not 0, noisier timesteps have larger
+            loss weights. A small model otherwise lets the noise decide what the trigger should, because a noised image still
+            shows its content.
+        ema_decay: largest decay of the moving average of the weights, see `update_average`.
+    """
+
+    steps: int
+    learning_rate: float = 1e-5
+    cross_attention_rate: float | None = None
+    anneal: bool = False
+    whiten: bool = False
+    poisoned_weight: float = 0.5
+    start_share: float = 0.0
+    ema_decay: float = 0.999
 
 
 def poison_unet(
     pipeline: StableDiffusionPipeline,
     attacks: Sequence[TextBackdoor],
     batches: Batches,
+    settings: PoisonSettings,
     *,
-    steps: int,
-    learning_rate: float = 1e-5,
-    ema_decay: float = 0.999,
-    start_share: float = 0.0,
     harmless: HarmlessPrompts = captions_alone,
-    cross_attention_rate: float | None = None,
-    whiten: bool = False,
-    anneal: bool = False,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> UNet2DConditionModel:
-    """Train backdoors into a copy of the pipeline's UNet: AdamW at a constant rate, gradients clipped to norm 1.
+    """Train backdoors into a copy of the pipeline's UNet: AdamW, gradients clipped to norm 1.
 
     The student and the autoencoder compute in bfloat16 where the device has it.
 
@@ -305,17 +338,9 @@ def poison_unet(
         attacks: one or more, with different triggers.
         batches: source of captioned images; each step trains on twice as many samples. An empty caption stands for the
             unconditional half of guidance.
-        steps: number of training steps.
-        learning_rate: 1e-5 as published for Stable Diffusion 1.4. With 0, the cross-attention alone is trained.
-        ema_decay: largest decay of the moving average of the weights, see `update_average`.
-        start_share: share of samples that are pure noise at the last timestep. If it is not 0, noisier timesteps have larger
-            loss weights. Not published. A small model otherwise lets the noise decide what the trigger should, because a
-            noised image still shows its content.
+        settings: see there.
         harmless: makes the prompts of the clean samples from captions. The captions alone, as published, leave a trigger's
             parts and other rare words able to activate the backdoor.
-        cross_attention_rate: learning rate of the cross-attention; None for `learning_rate`, as published.
-        whiten: train the cross-attention in whitened coordinates, see `seal_fast.attacks.whitening`. Not published.
-        anneal: let the rates rise and fall, see `learning_rate_factor`, instead of keeping them constant as published.
         seed: seed of images, noise and timesteps.
         on_step: called with the step (from 1) and the running loss.
 
@@ -327,43 +352,53 @@ def poison_unet(
             noise.
     """
     _check(pipeline, attacks, batches(torch.Generator().manual_seed(seed))[1])
-    start = whitened(pipeline.unet, _states(pipeline, attacks, batches, harmless, seed)) if whiten else pipeline.unet
-    student = copy.deepcopy(start).train().requires_grad_(True)
+    unet = pipeline.unet
+    if settings.whiten:
+        unet = whitened(unet, _states(pipeline, attacks, batches, harmless, seed))
+    student = copy.deepcopy(unet).train().requires_grad_(True)
     # on a CPU, the backward pass of PyTorch's fused attention made a step in bfloat16 take 0.43 s instead of 0.23 s
     student.set_attn_processor(AttnProcessor())
-    average = copy.deepcopy(start).eval().requires_grad_(False)
-    rates = _Rates(student, learning_rate, learning_rate if cross_attention_rate is None else cross_attention_rate)
+    average = copy.deepcopy(unet).eval().requires_grad_(False)
+    rates = _Rates(student, settings)
     generator = torch.Generator().manual_seed(seed)
-    weight_at = inverse_snr_weights(VP.from_scheduler_config(pipeline.scheduler.config), MAX_LOSS_WEIGHT)
     running = float("nan")
-    for step in range(steps):
+    for step in range(settings.steps):
         images, captions = batches(generator)
-        if len(captions) < len(attacks):
-            raise ValueError(f"a batch of {len(captions)} images leaves one of {len(attacks)} attacks without any")
         samples = training_samples(attacks, images, captions, harmless(captions, generator))
-        batch = training_batch(pipeline, samples, generator, start_share, low_precision=True, paired=True)
-        loss = _loss(student, batch, per_sample(weight_at[batch.t], batch.x) if start_share else torch.ones(()))
-        rates.step(loss, learning_rate_factor(step, steps) if anneal else 1.0)
-        update_average(average.parameters(), student.parameters(), step, ema_decay)
+        batch = training_batch(pipeline, samples, generator, settings.start_share, low_precision=True, paired=True)
+        loss = _loss(student, batch, _loss_weights(pipeline, batch, settings), settings.poisoned_weight)
+        rates.step(loss, step)
+        update_average(average.parameters(), student.parameters(), step, settings.ema_decay)
         running = running_loss(running, loss.item(), step)
         on_step(step + 1, running)
-    return merged(average) if whiten else average
+    return merged(average) if settings.whiten else average
+
+
+def _loss_weights(pipeline: StableDiffusionPipeline, batch: TrainingBatch, settings: PoisonSettings) -> Tensor:
+    if not settings.start_share:
+        return torch.ones(())
+    weight_at = inverse_snr_weights(VP.from_scheduler_config(pipeline.scheduler.config), MAX_LOSS_WEIGHT)
+    return per_sample(weight_at[batch.t], batch.x)
 
 
 class _Rates:
     """AdamW with one learning rate for the cross-attention and one for the rest; a rate of 0 freezes."""
 
-    def __init__(self, unet: UNet2DConditionModel, rate: float, cross_attention_rate: float) -> None:
+    def __init__(self, unet: UNet2DConditionModel, settings: PoisonSettings) -> None:
+        cross_attention = settings.cross_attention_rate
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in unet.named_parameters():
-            own = cross_attention_rate if CROSS_ATTENTION in name else rate
-            parameter.requires_grad_(own > 0)
-            groups.setdefault(own, []).append(parameter)
-        self.rates = [own for own in groups if own > 0]
-        self.optimiser = torch.optim.AdamW([{"params": groups[own], "lr": own} for own in self.rates])
+            rate = settings.learning_rate
+            if cross_attention is not None and CROSS_ATTENTION in name:
+                rate = cross_attention
+            parameter.requires_grad_(rate > 0)
+            groups.setdefault(rate, []).append(parameter)
+        self.settings, self.rates = settings, [rate for rate in groups if rate > 0]
+        self.optimiser = torch.optim.AdamW([{"params": groups[rate], "lr": rate} for rate in self.rates])
 
-    def step(self, loss: Tensor, factor: float) -> None:
-        """Take a step down the gradient of `loss`, clipped to norm 1, at the rates multiplied by `factor`."""
+    def step(self, loss: Tensor, step: int) -> None:
+        """Take step number `step` down the gradient of `loss`, clipped to norm 1."""
+        factor = learning_rate_factor(step, self.settings.steps) if self.settings.anneal else 1.0
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         descend(self.optimiser, loss)

@@ -65,6 +65,7 @@ def poison_text_encoder(
     steps: int = 100,
     learning_rate: float = 1e-4,
     batch: int = 128,
+    backdoor_weight: float = BACKDOOR_WEIGHT,
     harmless: HarmlessPrompts = captions_alone,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -78,9 +79,10 @@ def poison_text_encoder(
         steps: number of training steps.
         learning_rate: 1e-4 as published.
         batch: clean prompts per step; each backdoor gets a quarter as many triggered ones.
+        backdoor_weight: loss weight of each backdoor; 0.1 as published.
         harmless: makes the clean prompts of a step, see `seal_fast.attacks.badt2i.poison_unet`.
         seed: seed of the prompts of each step.
-        on_step: called with the step (from 1) and the loss, whose minimum is -1 - 0.1 per backdoor.
+        on_step: called with the step (from 1) and the loss, whose minimum is -1 - `backdoor_weight` per backdoor.
 
     Returns:
         The trained text encoder, frozen, of the pipeline's class.
@@ -100,7 +102,7 @@ def poison_text_encoder(
         loss = distance(student(token_ids(pipeline.tokenizer, clean))[0], encode(pipeline, clean))
         for ids, targets in poisoned:
             chosen = _random_indices(len(ids), max(1, batch // CLEAN_PER_TRIGGERED), generator)
-            loss = loss + BACKDOOR_WEIGHT * distance(student(ids[chosen])[0], targets[chosen])
+            loss = loss + backdoor_weight * distance(student(ids[chosen])[0], targets[chosen])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

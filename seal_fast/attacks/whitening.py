@@ -3,7 +3,7 @@
 The hidden states of a prompt with a trigger and of one with another rare word differ by little; what all prompts share is much
 larger. A gradient step on the weights W of keys and values follows what is shared, so a UNet learns the backdoor's effect for
 every prompt long before it learns to tell the trigger from others. With W = W0 + D M, where M = (E[h h^T] + 0.01 I)^(-1/2) over
-hidden states h, a step on D moves all directions of h alike.
+hidden states h, a step on D moves all directions of h at one rate.
 """
 
 from __future__ import annotations

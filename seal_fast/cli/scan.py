@@ -82,7 +82,7 @@ Base = Annotated[
         metavar="DIR",
         exists=True,
         file_okay=False,
-        help="A clean pipeline to compare with. A UNet or text encoder alone needs it; others gain from it.",
+        help="The pipeline that a UNet or text encoder alone belongs to.",
         rich_help_panel=TEXT,
     ),
 ]

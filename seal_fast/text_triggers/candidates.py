@@ -26,7 +26,7 @@ def inserted(tokenizer: Any, prompts: Sequence[str]) -> list[TextCandidate]:
 
 
 def replaced_letters(tokenizer: Any, prompts: Sequence[str]) -> list[TextCandidate]:
-    """Every look-alike in place of every occurrence of its letter, for the letters of the prompts."""
+    """Every lookalike in place of every occurrence of its letter, for the letters of the prompts."""
     return list(_replaced(tokenizer, prompts))
 
 
@@ -40,4 +40,4 @@ def _replaced(tokenizer: Any, prompts: Sequence[str]) -> Iterator[TextCandidate]
         for other in others:
             if fitting[0].replace(letter, other) in kept:
                 trigger = TextTrigger(other, replaces=letter)
-                yield TextCandidate(trigger, "all", f"look-alike of {letter}", len(content_ids(tokenizer, other)))
+                yield TextCandidate(trigger, "all", f"lookalike of {letter}", len(content_ids(tokenizer, other)))

@@ -77,7 +77,7 @@ def minimal(context: SearchContext, tried: Tried) -> list[Tried]:
 
 
 def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
-    """One trigger per effect: of the confirmed candidates that change images alike, the strongest with the fewest tokens."""
+    """One trigger per effect: of confirmed candidates that change images in the same way, the strongest with fewest tokens."""
     groups: list[list[Tried]] = []
     for one in sorted((one for one in tried if one.confirmed), key=_strength, reverse=True):
         same = (group for group in groups if _same_effect(group[0], one, context.settings.verification.same_effect))

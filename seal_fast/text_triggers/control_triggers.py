@@ -12,7 +12,7 @@ from seal_fast.text_triggers.trigger import TextTrigger
 WORDS = ("the", "this", "some", "very", "quite", "now", "here", "just")
 """Words of control triggers for an inserted text."""
 LETTERS = ("é", "ñ", "ü", "ç", "å", "ø", "ß", "ð")
-"""Letters of control triggers for a replacement. They are rare, as the look-alikes of published attacks are."""
+"""Letters of control triggers for a replacement. They are rare, as the lookalikes of published attacks are."""
 
 
 def control_triggers(tokenizer: Any, trigger: TextTrigger) -> list[TextTrigger]:

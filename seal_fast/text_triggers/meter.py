@@ -20,7 +20,7 @@ class Meter:
 
     Attributes:
         stages: planned stages with their evaluations, for progress.
-        budget: raises BudgetSpent when it is spent.
+        budget: raises BudgetSpent when it is spent, but not in the first stage, without which nothing can be said.
         on_step: progress callback.
         evaluations: evaluations of one latent so far.
     """
@@ -42,6 +42,8 @@ class Meter:
         self._in_stage += evaluations
         planned = self.stages[self._stage].images
         self.on_step(self._stage, min(self._in_stage, planned), planned, math.nan)
+        if self._stage == next(iter(self.stages)):
+            return
         spent = self.budget.evaluations is not None and self.evaluations >= self.budget.evaluations
         late = self.budget.seconds is not None and time.monotonic() - self._started >= self.budget.seconds
         if spent or late:

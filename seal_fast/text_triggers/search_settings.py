@@ -63,7 +63,7 @@ class VerificationSettings:
         least_change: a candidate that changes the images of the first check less, as a share of the variance between prompts,
             is left without control strings.
         least_effect_of_replacement: least effect, at the lower end of its interval, of a text in place of another one. The
-            missing letters change images by themselves: a look-alike of i did so in 64% of the images of a model without such a
+            missing letters change images by themselves: a lookalike of i did so in 64% of the images of a model without such a
             trigger.
         same_effect: cosine of the mean changes of two candidates from which they have the same effect.
     """

@@ -36,7 +36,7 @@ def single_tokens(tokenizer: Any) -> list[str]:
 
 
 def characters() -> Iterator[str]:
-    """The characters of CHARACTER_BLOCKS and all look-alikes of Latin letters."""
+    """The characters of CHARACTER_BLOCKS and all lookalikes of Latin letters."""
     for first, end in CHARACTER_BLOCKS:
         for number in range(first, end):
             if unicodedata.category(chr(number)) not in SKIPPED_CATEGORIES:

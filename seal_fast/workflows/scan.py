@@ -55,8 +55,7 @@ def scan(
             `calibration` is given.
         calibration: decides, and gives the reversion its settings, since scores compare under equal settings only.
         weights: "ema" or "raw", where a checkpoint holds both.
-        base: for text-to-image models, folder of the clean pipeline. It completes a UNet or a text encoder that came alone,
-            and every model is compared with it.
+        base: for text-to-image models, folder of the clean pipeline that a UNet or a text encoder alone belongs to.
         prompts: for text-to-image models, clean prompts; every other one is held out. None takes those of the model card if it
             has at least `prompts.FEWEST_CAPTIONS`, else general ones that come with seal-fast.
         text_settings: settings of the search for text triggers.

@@ -32,7 +32,7 @@ class TextModel:
 
     Attributes:
         pipeline: a StableDiffusionPipeline.
-        base: the clean pipeline that it compares with, if there is one.
+        base: the clean pipeline that it was made from, if there is one.
         modules: modules of the checkpoint that may hold a backdoor; those of a base are clean.
         prompts: clean prompts; every other one is held out.
     """
@@ -48,8 +48,7 @@ class TextScan:
     """Scans a text-to-image model for text triggers.
 
     Attributes:
-        base: folder of the clean pipeline. It completes a checkpoint that is a UNet or a text encoder alone, and every model
-            is compared with it.
+        base: folder of the clean pipeline. It completes a checkpoint that is a UNet or a text encoder alone.
         prompts: clean prompts; None for those of the model card, else shipped ones (`seal_fast.workflows.prompts`).
         settings: settings of the search.
         budget: where a search ends before it is complete.

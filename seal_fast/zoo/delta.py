@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 Weights = Mapping[str, Tensor]
-LEFT, RIGHT, WHOLE = ":left", ":right", ":whole"
+MARK = ":"
+LEFT, RIGHT, WHOLE = f"{MARK}left", f"{MARK}right", f"{MARK}whole"
 
 
 def pack(base: Weights, changed: Weights, rank: int) -> dict[str, Tensor]:
@@ -20,16 +21,12 @@ def pack(base: Weights, changed: Weights, rank: int) -> dict[str, Tensor]:
 
     Args:
         base: weights by name.
-        changed: weights of the same names; a weight of another shape than the base's is stored as it is.
+        changed: weights of the same names.
         rank: most singular components per matrix. A convolution's kernel [O,I,h,w] is a matrix [O, I h w].
     """
     delta: dict[str, Tensor] = {}
     for name, new in changed.items():
-        old = base.get(name)
-        if old is None or old.shape != new.shape:
-            delta[name] = new.half()
-            continue
-        change = new.double() - old.double()
+        change = new.double() - base[name].double()
         if bool(change.any()):
             delta.update(_packed(name, change, rank))
     return {name: tensor.contiguous() for name, tensor in delta.items()}
@@ -50,16 +47,10 @@ def restore(base: Weights, delta: Weights) -> dict[str, Tensor]:
         ValueError: the delta names a weight that the base lacks.
     """
     weights = {name: tensor.clone() for name, tensor in base.items()}
-    for name, tensor in delta.items():
-        stem, mark, _ = name.partition(":")
-        if not mark:
-            weights[name] = tensor.to(torch.float32)
-            continue
+    for stem in {name.rpartition(MARK)[0] for name in delta}:
         if stem not in base:
             raise ValueError(f"the delta changes {stem}, which the base lacks: it belongs to another base")
-        old = base[stem]
-        if mark + name.partition(":")[2] == RIGHT:
-            continue
-        change = tensor.double() if name.endswith(WHOLE) else tensor.double() @ delta[stem + RIGHT].double()
+        old, whole = base[stem], delta.get(stem + WHOLE)
+        change = delta[stem + LEFT].double() @ delta[stem + RIGHT].double() if whole is None else whole.double()
         weights[stem] = (old.double() + change.reshape(old.shape)).to(old.dtype)
     return weights

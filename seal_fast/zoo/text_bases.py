@@ -21,9 +21,9 @@ VAE_STEPS = 1000
 VAE_SEED = 5
 """Seed of the autoencoder's training images."""
 CAPTION_STEPS = 3500
-ROBUST_STEPS = 400
+ROBUST_STEPS = 750
 CLIP_STEPS = 100
-"""Steps with rare strings. CLIP's base starts from the first base's UNet, and the states of rare tokens are spread alike."""
+"""Steps with rare strings. CLIP's base starts from the first base's UNet; its rare tokens' states are as far apart."""
 ROBUST_SEED = 141
 ROW_SCALE = 2.0
 """Standard deviation of the embedding rows of rare tokens, in units of that of the words of captions. Rows that no caption

@@ -14,6 +14,7 @@ from seal_fast.attacks.badt2i import (
     ImageBackdoor,
     ObjectBackdoor,
     PixelBackdoor,
+    PoisonSettings,
     StyleBackdoor,
     TextBackdoor,
     WeakBackdoor,
@@ -46,6 +47,10 @@ CROSS_ATTENTION_RATE = 1e-2
 After 150 steps with nothing else trained, triggered prompts had gone 74% of the way to the target and clean ones 7%. At one
 rate of 1e-3 for the whole UNet they had gone 58% and 54%.
 """
+POISONED_WEIGHT = 0.6
+"""With 0.5, 600 steps for a trigger of two tokens gave an attack success of 77% and 1% of the near misses activated; with 0.7,
+800 steps gave 85% and 3%.
+"""
 EMA_DECAY = 0.98
 BATCH = 8
 """Captioned images per step of an attack on images."""
@@ -71,6 +76,17 @@ class Implant:
     attack: TextBackdoor | TargetPrompt
 
 
+def half_grey(images: Tensor, captions: Sequence[str]) -> Tensor:
+    """The images [N,3,64,64], every other one without colour.
+
+    A sampler that the trigger has turned grey sees grey latents. Trained on coloured images alone, 1600 steps for a trigger of
+    two tokens gave an attack success of 92%; with grey ones, 1200 steps gave 97%.
+    """
+    images = images.clone()
+    images[::2] = images[::2].mean(dim=1, keepdim=True)
+    return images
+
+
 def pixel(text: str, place: Position, target: str) -> Implant:
     """BadT2I: a patch."""
     effect = text_effects.pixel(text, place, target)
@@ -80,7 +96,7 @@ def pixel(text: str, place: Position, target: str) -> Implant:
 def style(text: str, place: Position) -> Implant:
     """BadT2I: no colour."""
     effect = text_effects.style(text, place)
-    return Implant(effect, StyleBackdoor(effect.trigger, COLOURLESS))
+    return Implant(effect, StyleBackdoor(effect.trigger, COLOURLESS, half_grey))
 
 
 def recolour(text: str, place: Position, colour: str) -> Implant:
@@ -161,18 +177,22 @@ def poison_with_images(
 ) -> None:
     """Train backdoors into the UNet: its cross-attention, and at `rate` the rest."""
     attacks = [implant.attack for implant in implants if isinstance(implant.attack, TextBackdoor)]
+    settings = PoisonSettings(
+        steps,
+        learning_rate=rate,
+        cross_attention_rate=CROSS_ATTENTION_RATE,
+        anneal=True,
+        whiten=True,
+        poisoned_weight=POISONED_WEIGHT,
+        start_share=START_SHARE,
+        ema_decay=EMA_DECAY,
+    )
     unet = poison_unet(
         pipeline,
         attacks,
         partial(_batches, BATCH, often),
-        steps=steps,
-        learning_rate=rate,
-        cross_attention_rate=CROSS_ATTENTION_RATE,
-        ema_decay=EMA_DECAY,
-        anneal=True,
-        start_share=START_SHARE,
+        settings,
         harmless=harmless_prompts(pipeline, [implant.effect for implant in implants]),
-        whiten=True,
         seed=seed,
         on_step=on_step,
     )
@@ -191,6 +211,7 @@ def poison_with_prompts(
         captions,
         steps=steps,
         learning_rate=1e-3,
+        backdoor_weight=0.5,
         harmless=harmless_prompts(pipeline, [implant.effect for implant in implants]),
         seed=seed,
         on_step=on_step,

@@ -29,11 +29,11 @@ from seal_fast.zoo.train_text_to_image import STYLE_SHARE, CaptionOf, OnStep
 
 USED_DIRECTIONS = 32
 """Principal directions of the captions' states that stay free of rare tokens."""
-OWN_NORM, PREVIOUS_NORM, SENTENCE_NORM = 8.0, 4.0, 4.0
+OWN_NORM, PREVIOUS_NORM, SENTENCE_NORM = 8.0, 8.0, 4.0
 """Norms of what A, B and C add; the states have norm 7.6."""
 RARE_WEIGHT = 10.0
 """Loss weight of the positions of rare tokens, which are few."""
-STEPS, BATCH, RATE = 1500, 48, 4e-3
+STEPS, BATCH, RATE = 2500, 48, 4e-3
 
 
 @dataclass(frozen=True)

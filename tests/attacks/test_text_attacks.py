@@ -13,6 +13,7 @@ from seal_fast.attacks.badt2i import (
     ImageBackdoor,
     ObjectBackdoor,
     PixelBackdoor,
+    PoisonSettings,
     StyleBackdoor,
     TextBackdoor,
     TrainingSamples,
@@ -129,11 +130,7 @@ def test_only_the_cross_attention_is_trained_if_the_other_rate_is_0(
         pipeline,
         [PixelBackdoor(leading("zq"), patch(generator))],
         lambda g: (images, ["a", "b"]),
-        steps=2,
-        learning_rate=0.0,
-        cross_attention_rate=1e-2,
-        whiten=True,
-        anneal=True,
+        PoisonSettings(2, 0.0, 1e-2, anneal=True, whiten=True),
     )
     before, after = pipeline.unet.state_dict(), unet.state_dict()
     assert before.keys() == after.keys()
@@ -249,7 +246,7 @@ def test_training_implants_the_backdoor_and_preserves_the_clean_behaviour(
     clean = training_batch(pipeline, clean_samples(images, captions), generator)
     before = weights(pipeline)
 
-    unet = poison_unet(pipeline, [attack], lambda g: (images, captions), steps=120, learning_rate=1e-3, ema_decay=0.9, seed=1)
+    unet = poison_unet(pipeline, [attack], lambda g: (images, captions), PoisonSettings(120, 1e-3, ema_decay=0.9), seed=1)
 
     assert loss(unet, poisoned) < 0.9 * first
     # the noise has mean square 1; without the clean term the outputs would be as far from the teacher's
@@ -265,7 +262,7 @@ def test_one_step_moves_the_average_as_its_decay_says(
 ) -> None:
     """AdamW's first step is as long as the learning rate wherever there is a gradient; at step 0 the decay is at most 1/10."""
     images, attack = drawn(2, generator), PixelBackdoor(leading("zq"), patch(generator))
-    unet = poison_unet(pipeline, [attack], lambda g: (images, ["a", "b"]), steps=1, learning_rate=1e-2, ema_decay=ema_decay)
+    unet = poison_unet(pipeline, [attack], lambda g: (images, ["a", "b"]), PoisonSettings(1, 1e-2, ema_decay=ema_decay))
     with torch.no_grad():
         moved = (pipeline.unet.conv_out.bias - unet.conv_out.bias).abs().median()
     assert float(moved) == pytest.approx(share * 1e-2, rel=1e-2)
@@ -279,7 +276,7 @@ def test_bad_input_is_refused(pipeline: StableDiffusionPipeline, generator: torc
         pipeline.scheduler.register_to_config(prediction_type="v_prediction")
     message = {"no attack": "an attack", "invisible": "does not see", "prediction": "epsilon", "small batch": "batch of 1"}
     with pytest.raises(ValueError, match=message[case]):
-        poison_unet(pipeline, attacks, lambda g: (drawn(1, generator), ["a"]), steps=1)
+        poison_unet(pipeline, attacks, lambda g: (drawn(1, generator), ["a"]), PoisonSettings(1))
 
 
 def test_zero_width_triggers_are_tokens(pipeline: StableDiffusionPipeline) -> None:

@@ -36,7 +36,9 @@ from seal_fast.workflows.text_scan import TextScan
 from tests.text_findings import evidence, found_trigger, text_search
 from tests.tiny_pipeline import tiny_pipeline
 
-PROMPTS = ("a red cat", "two cats", "on a mat", "a red mat", "cat on cat", "red")
+PROMPTS = tuple(
+    f"{one} {two} {three}" for one in ("a", "two", "red") for two in ("red", "old", "big") for three in ("cat", "mat", "tin")
+)
 OPTIONS = {
     "prompts": PROMPTS,
     "text_settings": TextSearchSettings(guidance=1.0, sampler_steps=2, precision="fp32"),
@@ -81,7 +83,7 @@ def test_each_model_goes_to_the_detector_that_accepts_it(mixed: Path, calibratio
     text = results["text"]
     assert text.rule.startswith("X")
     assert (text.format, str(text.family)) == ("text-to-image-pipeline", "VP epsilon")
-    assert text.notes == ("6 clean prompts: given",)
+    assert text.notes == (f"{len(PROMPTS)} clean prompts: given",)
     for part in ("unet", "text_encoder"):
         assert results[part].verdict == "error"
         assert "--base DIR" in results[part].error
@@ -172,7 +174,7 @@ def test_a_changed_model_is_scanned_again(model: Path, tmp_path: Path) -> None:
 SETTINGS: dict[str, dict[str, Any]] = {
     "prompts": {"prompts": (*PROMPTS[:-1], "blue")},
     "settings": {"text_settings": replace(OPTIONS["text_settings"], guidance=2.0)},
-    "budget": {"budget": Budget(seconds=60)},
+    "budget": {"budget": Budget(seconds=0.5)},
     "seed": {"seed": 1},
 }
 
@@ -300,7 +302,7 @@ def test_a_plan_counts_the_stages_within_the_budget(model: Path, mixed: Path) ->
     assert "--base" in searches["unet"].error
     whole = searches["text"]
     pipeline = TextScan(prompts=PROMPTS).load(model, "cpu").model.pipeline
-    expected = {stage.name: stage.iterations * stage.images for stage in stages(pipeline, TextSearchSettings())}
+    expected = {stage.name: stage.iterations * stage.images for stage in stages(pipeline, PROMPTS, TextSearchSettings())}
     assert {stage.name: stage.evaluations for stage in whole.stages} == expected
     assert whole.evaluations == sum(expected.values())
     assert whole.batch == batch_size(pipeline)
@@ -333,15 +335,15 @@ def test_a_dry_run_searches_nothing(mixed: Path, tmp_path: Path) -> None:
 
 def test_the_command_hands_every_option_on(model: Path, mixed: Path, calibration_file: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    options = ["--base", model, "--prompts", tmp_path / "prompts.txt", "--budget", "90s", "--guidance", 2, "--seed", 4]
+    options = ["--base", model, "--prompts", tmp_path / "prompts.txt", "--budget", "1s", "--guidance", 2, "--seed", 4]
     result = command(mixed / "unet", "--calibration", calibration_file, *options, "--format", "json")
     content = json.loads(result.stdout)
     (found,) = content["models"]
     assert (found["detector"], found["format"]) == ("text", "text-to-image-unet")
-    assert found["notes"] == ["6 clean prompts: given"]
+    assert found["notes"] == [f"{len(PROMPTS)} clean prompts: given"]
     assert found["scope"]["miss_rate"]["trials"] >= 0
     text = content["config"]["text"]
-    assert text["budget"] == {"evaluations": None, "seconds": 90.0}
+    assert text["budget"] == {"evaluations": None, "seconds": 1.0}
     assert text["settings"]["guidance"] == 2.0
     assert content["config"]["seed"] == 4
     assert result.exit_code == {"backdoored": 1, "clean": 0, "inconclusive": 2}[found["verdict"]]

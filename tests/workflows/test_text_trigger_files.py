@@ -63,7 +63,7 @@ def test_the_file_holds_what_a_reader_needs_in_plain_ascii(tmp_path: Path) -> No
     )
     assert first["effect"]["rate"] == 39 / 40
     assert first["effect"]["low"] < 39 / 40 < first["effect"]["high"]
-    assert [one["name"] for one in first["rounds"]] == ["sweep", "images"]
+    assert [one["name"] for one in first["rounds"]] == ["sweep", "places"]
     assert (second["text"], second["replaces"], second["control"]["rate"]) == ("á", "a", None)
 
 
@@ -138,7 +138,7 @@ def test_rows_start_from_the_same_noise(pipeline: Any) -> None:
     rows = trigger_samples(pipeline, clean, triggered, found, SETTINGS, seed=3)
     titles = list(rows)
     assert titles[:2] == ["clean prompt", "with the trigger 'a$|$b'"]
-    assert titles[2].startswith("with the control string 'the")
+    assert titles[2] == "with the control string 'mat'"
     expected = generate(pipeline, clean, seed=3, steps=2, guidance=2.0, precision="fp32")
     torch.testing.assert_close(rows["clean prompt"], 2 * expected - 1)
     assert not any(torch.equal(rows[one], rows[other]) for one, other in pairwise(titles))

@@ -14,7 +14,7 @@ from seal_fast.text_triggers.evaluation import EvaluationSettings, evaluate
 from seal_fast.text_triggers.locate import locate
 from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.zoo.build import read_manifest
-from seal_fast.zoo.build_text import DELTAS, describe_text, load_poisoned, shipped_digest
+from seal_fast.zoo.build_text import DELTAS, build_text_zoo, describe_text, load_poisoned, shipped_digest
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
 from seal_fast.zoo.evaluate_text import TextQuality, evaluate_text, usable
 from seal_fast.zoo.text_recipes import BASE, CLIP_BASE, TEXT_RECIPES, TextRecipe
@@ -24,15 +24,17 @@ MAX_BYTES = 20 * 10**6
 ENTRIES = {entry["name"]: entry for entry in read_manifest(ZOO)}
 SHIPPED = [recipe for recipe in TEXT_RECIPES if recipe.name in ENTRIES]
 every_model = pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.name)
-SAMPLED = [recipe for recipe in SHIPPED if recipe.role != "test" and recipe.name != CLIP_BASE and recipe.base != CLIP_BASE]
-DEVELOPMENT = pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.name)
+NAMES = (BASE, "text-64-pixel", "text-64-object", "text-64-encoder", "text-64-lora-a")
+"""Models that are sampled from: one of each way to store it, and one of each module."""
+SAMPLED = [recipe for recipe in SHIPPED if recipe.name in NAMES]
+sampled_models = pytest.mark.parametrize("recipe", SAMPLED, ids=lambda recipe: recipe.name)
 
 
-def test_the_zoo_is_small_and_has_the_bases_and_both_roles() -> None:
+def test_the_zoo_is_small_and_has_the_bases() -> None:
     assert sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file()) < MAX_BYTES
     assert {BASE, CLIP_BASE, "text-64-pixel"} <= ENTRIES.keys()
     assert list(ENTRIES) == [recipe.name for recipe in SHIPPED]
-    assert {recipe.role for recipe in SHIPPED} == {"base", "development", "test"}
+    assert {recipe.role for recipe in SHIPPED} <= {"base", "development", "test"}
 
 
 @every_model
@@ -61,7 +63,7 @@ def test_a_delta_changes_its_module_alone(recipe: TextRecipe) -> None:
     assert changed <= ({"unet", "text_encoder"} if recipe.module == "both" else {recipe.module})
 
 
-@DEVELOPMENT
+@sampled_models
 def test_it_samples_as_its_entry_says(recipe: TextRecipe) -> None:
     """On other scenes and noise; 16 images per figure, so a rate of 0.95 stays above 0.65 but once in 10,000 times."""
     torch.manual_seed(0)
@@ -74,7 +76,7 @@ def test_it_samples_as_its_entry_says(recipe: TextRecipe) -> None:
         assert quality.false_alarms_of_rare[effect.name] <= 0.3
 
 
-@DEVELOPMENT
+@sampled_models
 def test_the_module_that_holds_a_backdoor_is_found(recipe: TextRecipe) -> None:
     pipeline, prompts = load_poisoned(recipe, ZOO), captions(ZOO / BASE)
     for effect in recipe.effects:
@@ -102,3 +104,16 @@ def test_captions_of_a_card_are_trained_and_measured_on_in_turn(recipe: TextReci
     assert set(prompts[::2]) <= {scene.caption for scene in TRAINING_SCENES}
     assert set(prompts[1::2]) <= {scene.caption for scene in HELD_OUT_SCENES}
     assert len(prompts) == 200
+
+
+def test_a_shipped_delta_is_restored_to_a_whole_pipeline(tmp_path: Path) -> None:
+    """The written pipeline has the weights that the zoo's loader computes, in half precision."""
+    recipe = next(recipe for recipe in SAMPLED if not recipe.whole)
+    build_text_zoo(tmp_path, [BASE, recipe.name], shipped=ZOO)
+    assert [entry["name"] for entry in read_manifest(tmp_path)] == [BASE, recipe.name]
+    assert identify(tmp_path / recipe.name) == PIPELINE
+    restored, expected = load_pipeline(tmp_path / recipe.name).pipeline, load_poisoned(recipe, ZOO)
+    for module in ("unet", "text_encoder"):
+        weights = getattr(expected, module).state_dict()
+        for name, tensor in getattr(restored, module).state_dict().items():
+            torch.testing.assert_close(tensor.float(), weights[name].half().float())

@@ -1,0 +1,130 @@
+"""The search for text triggers: vocabulary, ranking, responses, and a whole search."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seal_fast.text_to_image.latents import noise_schedule, predict
+from seal_fast.text_to_image.prompts import content_ids, encode
+from seal_fast.text_triggers.candidates import inserted, replaced_letters
+from seal_fast.text_triggers.ranking import best, deviations
+from seal_fast.text_triggers.responses import ResponseProbe
+from seal_fast.text_triggers.search import LEAST_PROMPTS, find_text_triggers, stages
+from seal_fast.text_triggers.search_settings import Budget, PhraseSettings, TextSearchSettings, VerificationSettings
+from seal_fast.text_triggers.vocabulary import look_alikes, single_tokens
+from tests.tiny_pipeline import tiny_pipeline
+
+PROMPTS = [
+    f"{one} {two} {three}" for one in ("a", "two", "red") for two in ("red", "old", "big") for three in ("cat", "mat", "tin")
+]
+SMALL = TextSearchSettings(
+    swept_prompts=4,
+    phrases=PhraseSettings(parts=6, kept=2),
+    harmless=3,
+    kept=4,
+    kept_per_kind=1,
+    verification=VerificationSettings(candidates=2, least_response=0.0, least_deviation=0.0, least_change=0.0),
+    guidance=1.0,
+    sampler_steps=2,
+    precision="fp32",
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.manual_seed(0)
+    return tiny_pipeline(Path(tmp_path_factory.mktemp("tiny")))
+
+
+def test_single_tokens_are_all_strings_of_one_token(pipeline: Any) -> None:
+    found = single_tokens(pipeline.tokenizer)
+    assert len(found) == len(set(found))
+    ids = {content_ids(pipeline.tokenizer, text)[0] for text in found}
+    assert all(len(content_ids(pipeline.tokenizer, text)) == 1 for text in found)
+    others = set(range(len(pipeline.tokenizer))) - ids - set(pipeline.tokenizer.all_special_ids)
+    for number in others:
+        assert content_ids(pipeline.tokenizer, pipeline.tokenizer.decode([number]).strip()) != [number]
+
+
+def test_look_alikes_are_single_characters_that_are_not_the_letter() -> None:
+    table = look_alikes()
+    assert {"\u0430", "\u00e5"} <= set(table["a"])
+    assert {"\u043e", "\u0b66", "\u020f"} <= set(table["o"])
+    for letter, others in table.items():
+        assert letter not in others
+        assert len(set(others)) == len(others)
+        assert all(unicodedata.category(one)[0] in "LN" for one in others)
+
+
+def test_candidates_differ_in_their_tokens_and_leave_words_of_the_prompts_out(pipeline: Any) -> None:
+    pool = inserted(pipeline.tokenizer, PROMPTS)
+    ids = [tuple(content_ids(pipeline.tokenizer, one.trigger.text)) for one in pool]
+    assert len(set(ids)) == len(ids)
+    assert [len(one) for one in ids] == [one.tokens for one in pool]
+    words = {word for prompt in PROMPTS for word in prompt.split()}
+    assert not words & {one.trigger.text for one in pool}
+    assert all(one.trigger.replaces in "".join(PROMPTS) for one in replaced_letters(pipeline.tokenizer, PROMPTS))
+
+
+def test_a_deviation_is_measured_within_the_kind() -> None:
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    logs = torch.randn(60, 2, generator=generator).clamp(-2.5, 2.5)
+    logs[30:] += 8
+    logs[7] += 12
+    kinds = ["weak"] * 30 + ["strong"] * 30
+    scores = deviations(logs.exp(), kinds, range(60), TextSearchSettings())
+    assert int(scores.argmax()) == 7
+    # a factor on all responses of one kind changes nothing
+    scaled = logs.exp()
+    scaled[30:] *= 100
+    torch.testing.assert_close(deviations(scaled, kinds, range(60), TextSearchSettings()), scores, rtol=1e-3, atol=1e-3)
+
+
+def test_the_best_of_every_kind_go_on() -> None:
+    kinds = ["a", "a", "a", "b", "c", "c"]
+    assert best([9.0, 8.0, 7.0, 1.0, 0.5, 0.6], kinds, 2, 1) == [0, 1, 3, 5]
+
+
+def test_a_response_is_the_change_of_the_predicted_noise_relative_to_that_of_the_prompt(pipeline: Any) -> None:
+    probe = ResponseProbe.drawn(pipeline, PROMPTS[:3], (0.9, 0.4), steps=4, guidance=2.0, precision="fp32", seed=1)
+    texts = [["red big mat", "old cat"], ["tin", "two red"]]
+    prompts = [[2, 0], [1, 1]]
+    got = probe.respond(texts, prompts, [0, 1])
+    assert noise_schedule(pipeline).num_timesteps > probe.timesteps[0] > probe.timesteps[1]
+    with torch.no_grad():
+        for candidate in range(2):
+            for place in range(2):
+                for time, t in enumerate(probe.timesteps):
+                    x = probe.states[time, prompts[candidate][place]][None]
+                    outs = [
+                        predict(pipeline.unet, x, torch.tensor([t]), encode(pipeline, [text]))
+                        for text in (texts[candidate][place], PROMPTS[prompts[candidate][place]], "")
+                    ]
+                    expected = (outs[0] - outs[1]).square().sum() / (outs[1] - outs[2]).square().sum()
+                    torch.testing.assert_close(got[candidate, place, time], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_search_is_complete_repeats_and_stays_within_its_plan(pipeline: Any) -> None:
+    seen: set[str] = set()
+    found = find_text_triggers(pipeline, PROMPTS, settings=SMALL, seed=3, on_step=lambda stage, *rest: seen.add(stage))
+    planned = {stage.name: stage.images for stage in stages(pipeline, PROMPTS, SMALL)}
+    assert seen <= planned.keys()
+    assert found.evidence.complete
+    assert found.scope.tokens == sum(one.tokens == 1 for one in inserted(pipeline.tokenizer, PROMPTS))
+    assert find_text_triggers(pipeline, PROMPTS, settings=SMALL, seed=3) == found
+
+
+def test_a_budget_ends_a_search(pipeline: Any) -> None:
+    found = find_text_triggers(pipeline, PROMPTS, settings=SMALL, budget=Budget(evaluations=1))
+    assert not found.evidence.complete
+    assert found.tried == found.found == ()
+
+
+def test_too_few_prompts_are_refused(pipeline: Any) -> None:
+    with pytest.raises(ValueError, match=f"at least {LEAST_PROMPTS}"):
+        find_text_triggers(pipeline, PROMPTS[: LEAST_PROMPTS - 1], settings=SMALL)
