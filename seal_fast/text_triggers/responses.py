@@ -76,9 +76,10 @@ class ResponseProbe:
         guidance: float,
         precision: Precision,
         seed: int,
+        one_noise: bool = False,
         on_pass: OnPass = quiet,
     ) -> Self:
-        """Draw the paths by DDIM under guidance.
+        """Draw the paths by DDIM under guidance, as far as the last timestep that is asked for.
 
         Args:
             pipeline: a diffusers StableDiffusionPipeline.
@@ -88,13 +89,15 @@ class ResponseProbe:
             guidance: guidance scale.
             precision: precision of the networks.
             seed: seed of the starting noise.
+            one_noise: whether all paths start from the same noise, so that a path does not depend on the other prompts.
             on_pass: see `ResponseProbe`.
         """
         process = noise_schedule(pipeline)
         grid = timestep_grid(process, steps)
         shares = sorted(shares, reverse=True)
         timesteps = [min(grid, key=lambda t, share=share: abs(t - share * process.num_timesteps)) for share in shares]
-        x = starting_noise(pipeline, len(prompts), seed).to(pipeline.device)
+        x = starting_noise(pipeline, 1 if one_noise else len(prompts), seed).to(pipeline.device)
+        x = x.expand(len(prompts), -1, -1, -1)
         states, clean = [], []
         with autocast(pipeline.device, precision):
             texts, empty = encode(pipeline, prompts), encode(pipeline, [""])
@@ -104,6 +107,8 @@ class ResponseProbe:
                 if here.t in timesteps:
                     states.append(x)
                     clean.append(predict(pipeline.unet, x, t, texts))
+                if len(states) == len(timesteps):
+                    break
                 x = _ddim(x, noise(x, t), here, there)
                 on_pass(2 * len(x))
         return cls(pipeline, tuple(prompts), tuple(shares), tuple(timesteps), torch.stack(states), torch.stack(clean), precision, on_pass)
