@@ -43,9 +43,7 @@ def _replaced(tokenizer: Any, prompts: Sequence[str]) -> Iterator[TextCandidate]
                 yield TextCandidate(trigger, "all", f"look-alike of {letter}", len(content_ids(tokenizer, other)))
 
 
-def swapped_words(
-    tokenizer: Any, swept: Sequence[str], prompts: Sequence[str], old: int, new: int
-) -> list[TextCandidate]:
+def swapped_words(tokenizer: Any, swept: Sequence[str], prompts: Sequence[str], old: int, new: int) -> list[TextCandidate]:
     """The `old` most frequent words of the swept prompts, each replaced by the first `new` words that no prompt uses.
 
     The new words are single tokens. Words of fewer than three letters stay, since they are also parts of other words.

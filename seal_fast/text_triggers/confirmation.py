@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,15 +11,18 @@ from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.encoder_sweep import encoder_deviations
 from seal_fast.text_triggers.findings import FoundTrigger, Module, TextCandidate, TriedText
+from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.sweep import Ranked, in_place
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import Check
 
 CONFIRMED = "confirmed"
+UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate that was verified by images."""
+    """A candidate that was verified by images; `check` is UNCHECKED if it changed them too little."""
 
     ranked: Ranked
     check: Check
@@ -34,14 +37,43 @@ class Tried:
 
 
 def verify(context: SearchContext, ranked: Ranked) -> Tried:
-    """Check a candidate by images, and again on fresh prompts if its effect is promising."""
-    settings = context.settings.verification
-    controls = context.controls(ranked.candidate, settings.controls)
-    check = context.images.check(ranked.candidate, controls, 0, settings.prompts)
+    """Check a candidate by images, against control strings if it changes any, and again on fresh prompts if it is promising."""
+    settings, candidate = context.settings.verification, ranked.candidate
+    if context.images.change(candidate, settings.prompts) < settings.least_change:
+        return Tried(ranked, UNCHECKED, "hardly changes images")
+    controls = context.controls(candidate, settings.controls)
+    check = context.images.check(candidate, controls, 0, settings.prompts)
     if not check.promising:
         return Tried(ranked, check, "images change no more often than with control strings")
-    check = context.images.check(ranked.candidate, controls, settings.prompts, settings.fresh_prompts)
-    return Tried(ranked, check, CONFIRMED if check.confirmed else "not confirmed on fresh prompts")
+    check = context.images.check(candidate, controls, settings.prompts, settings.fresh_prompts)
+    least = 0.0 if candidate.trigger.replaces is None else settings.least_effect_of_replacement
+    enough = check.confirmed and (check.effect.low or 0.0) > least
+    return Tried(ranked, check, CONFIRMED if enough else "not confirmed on fresh prompts")
+
+
+def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:
+    """Whether a confirmed trigger is a part of the candidate, or the candidate itself at another place."""
+    return any(one.confirmed and _contains(candidate, one.ranked.candidate) for one in tried)
+
+
+def _contains(candidate: TextCandidate, part: TextCandidate) -> bool:
+    if part.trigger.replaces is not None or candidate.trigger.replaces is not None:
+        return part.trigger == candidate.trigger
+    return f" {part.trigger.text} " in f" {candidate.trigger.text} "
+
+
+def minimal(context: SearchContext, tried: Tried) -> list[Tried]:
+    """The phrase without one of its words, for each word, verified; nothing for a single word."""
+    words = tried.ranked.candidate.trigger.text.split(" ")
+    if tried.ranked.candidate.trigger.replaces is not None or len(words) < 2:
+        return []
+    shorter = (" ".join(words[:place] + words[place + 1 :]) for place in range(len(words)))
+    found = []
+    for text in shorter:
+        tokens = len(content_ids(context.pipeline.tokenizer, text))
+        candidate = replace(tried.ranked.candidate, trigger=TextTrigger(text), tokens=tokens)
+        found.append(verify(context, Ranked(candidate, tried.ranked.rounds)))
+    return found
 
 
 def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
@@ -58,7 +90,7 @@ def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[Foun
 
 
 def _strength(one: Tried) -> tuple[float, int, float]:
-    return one.check.effect.low or 0.0, -one.ranked.candidate.tokens, one.ranked.score
+    return one.check.effect.low or 0.0, -one.ranked.candidate.tokens, one.ranked.last.response
 
 
 def _same_effect(a: Tried, b: Tried, cosine: float) -> bool:
@@ -78,6 +110,7 @@ def _found(context: SearchContext, group: Sequence[Tried]) -> FoundTrigger:
         control=best.check.control,
         rounds=best.ranked.rounds,
         also=tuple(name for name in others if name != candidate.trigger.name),
+        control_string=context.controls(candidate, 1)[0].trigger,
     )
 
 

@@ -18,6 +18,21 @@ from seal_fast.text_triggers.search_settings import TextSearchSettings
 from seal_fast.text_triggers.verification import HELD_BACK, ImageTest
 
 
+def swept_prompts(prompts: Sequence[str], settings: TextSearchSettings) -> Sequence[str]:
+    """The prompts that candidates are swept on; the others are held out."""
+    return prompts[::2][: settings.swept_prompts]
+
+
+def pool_of(tokenizer: Any, prompts: Sequence[str], settings: TextSearchSettings) -> list[TextCandidate]:
+    """Every candidate of the first sweep."""
+    swept = swept_prompts(prompts, settings)
+    return [
+        *inserted(tokenizer, prompts),
+        *replaced_letters(tokenizer, swept),
+        *swapped_words(tokenizer, swept, prompts, settings.swapped_words, settings.swapping_words),
+    ]
+
+
 @dataclass(frozen=True)
 class SearchContext:
     """What all steps of one search share.
@@ -42,29 +57,28 @@ class SearchContext:
 
     @classmethod
     def prepared(
-        cls, pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings, meter: Meter, seed: int
+        cls,
+        pipeline: Any,
+        prompts: Sequence[str],
+        pool: Sequence[TextCandidate],
+        settings: TextSearchSettings,
+        meter: Meter,
+        seed: int,
     ) -> Self:
         """Draw the clean paths of every other prompt; the others are held out for images."""
-        swept, held_out = prompts[::2][: settings.swept_prompts], prompts[1::2]
-        tokenizer, verification = pipeline.tokenizer, settings.verification
-        pool = (
-            *inserted(tokenizer, prompts),
-            *replaced_letters(tokenizer, swept),
-            *swapped_words(tokenizer, swept, prompts, settings.swapped_words, settings.swapping_words),
-        )
         meter.begin("paths")
         probe = ResponseProbe.drawn(
             pipeline,
-            swept,
+            swept_prompts(prompts, settings),
             settings.shares,
-            steps=verification.sampler_steps,
-            guidance=verification.guidance,
-            precision=verification.precision,
+            steps=settings.sampler_steps,
+            guidance=settings.guidance,
+            precision=settings.precision,
             seed=seed,
             on_pass=meter,
         )
-        images = ImageTest(pipeline, held_out, verification, seed + 1, meter)
-        return cls(pipeline, settings, pool, probe, images, meter, seed)
+        images = ImageTest(pipeline, prompts[1::2], settings, seed + 1, meter)
+        return cls(pipeline, settings, tuple(pool), probe, images, meter, seed)
 
     def harmless(self, left_out: Sequence[TextCandidate]) -> list[TextCandidate]:
         """Random members of every kind in the pool, without those left out, as most strings of a kind are harmless."""

@@ -1,8 +1,8 @@
 """Sweep the text encoder alone: which strings move its hidden states as no other string of their kind does?
 
-A backdoor in the text encoder shows without any image. A target prompt attack gives different prompts the same hidden states, so
-they vary less over the prompts. A target attribute attack, or an embedding that was trained to draw something, moves the hidden
-states further than other strings do.
+A backdoor in the text encoder shows without any image. A target prompt attack gives different prompts the same hidden states,
+so they vary less over the prompts. A target attribute attack, or an embedding that was trained to draw something, moves the
+hidden states further than other strings do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def encoder_round(context: SearchContext, entries: Sequence[Ranked]) -> list[Ran
     settings = context.settings
     candidates = [entry.candidate for entry in entries]
     scores = encoder_deviations(context.pipeline, candidates, context.probe.prompts, everywhere, settings)
-    return ranked_by("encoder", entries, scores, settings.encoder_kept, 0)
+    return ranked_by("encoder", entries, scores, torch.zeros_like(scores))[: settings.encoder_kept]
 
 
 def encoder_deviations(
@@ -54,7 +54,7 @@ def encoder_deviations(
     clean = _summaries(pipeline, prompts, "fp32")
     chosen = [fitting(candidate, prompts, settings.encoder_prompts) for candidate in candidates]
     texts = [change(one, prompts[place]) for one, places in zip(candidates, chosen, strict=True) for place in places]
-    changed = _summaries(pipeline, texts, settings.verification.precision).unflatten(0, (len(candidates), -1))
+    changed = _summaries(pipeline, texts, settings.precision).unflatten(0, (len(candidates), -1))
     before = clean[torch.tensor(chosen)]
     shift = (changed - before).square().sum(dim=-1).mean(dim=1)
     collapse = _variance(before) / _variance(changed).clamp_min(1e-12)

@@ -18,7 +18,7 @@ class TextCandidate:
     Attributes:
         trigger: the text, inserted or in place of another text.
         position: where it stands in a prompt, see `Position`.
-        kind: class of strings that it compares with, for instance "word" or "character"; see `vocabulary`.
+        kind: strings of the same kind are compared with each other, for instance "word of 1 token"; see `vocabulary`.
         tokens: number of tokens that the tokenizer makes of the text.
     """
 
@@ -34,15 +34,17 @@ class Round:
 
     Attributes:
         name: name of the round.
-        rank: its place among the candidates of its class, 1 for the first.
-        candidates: how many candidates the round compared.
-        score: what they were ranked by; larger is more suspicious.
+        rank: its place among the candidates of its kind, 1 for the first.
+        candidates: how many candidates of its kind the round compared.
+        deviation: standard deviations of its log response above the median of its kind.
+        response: its response, relative to that of a whole prompt, see `responses`; 0 in a round of the text encoder alone.
     """
 
     name: str
     rank: int
     candidates: int
-    score: float
+    deviation: float
+    response: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class TriedText:
         candidate: the candidate.
         rounds: its place in every round.
         effect: share of held-out prompts whose image changes with it.
-        control: the same share for control strings of its class and length.
+        control: the same share for control strings of its kind.
         outcome: why it was left or accepted, as a phrase.
     """
 
@@ -75,9 +77,10 @@ class FoundTrigger:
         token_ids: of the trigger's text by the pipeline's tokenizer.
         module: the module that holds the backdoor.
         effect: share of held-out prompts whose image changes with it.
-        control: the same share for control strings of its class and length.
+        control: the same share for control strings of its kind.
         rounds: its place in every round of the search.
         also: other candidates that activate the same backdoor, as evidence.
+        control_string: a control string at the same place, for figures.
     """
 
     trigger: TextTrigger
@@ -89,6 +92,7 @@ class FoundTrigger:
     control: Rate
     rounds: tuple[Round, ...]
     also: tuple[str, ...]
+    control_string: TextTrigger
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,6 @@ class TextEvidence:
         best_effect: largest share of held-out prompts whose image a candidate changed; 0 if none was verified.
         best_control: the same share for the control strings of that candidate.
         unverified: name of the strongest candidate that is suspicious and not confirmed; None if there is none.
-        rare_string_response: median response to rare strings, relative to the response to caption words.
         evaluations: UNet evaluations of one latent.
         complete: whether the search ended by itself and not by its budget.
     """
@@ -132,7 +135,6 @@ class TextEvidence:
     best_effect: float
     best_control: float
     unverified: str | None
-    rare_string_response: float
     evaluations: int
     complete: bool
 

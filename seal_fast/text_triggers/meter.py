@@ -10,7 +10,7 @@ from seal_fast.text_triggers.search_settings import Budget
 from seal_fast.training import OnStep, Stage
 
 
-class BudgetSpent(Exception):  # noqa: N818 - it ends a search, nothing went wrong
+class BudgetSpent(Exception):
     """The search has used its evaluations or its time."""
 
 

@@ -196,7 +196,9 @@ class PromptDetector:
             some = [(unit.without, index) for index, own in enumerate(units[first : first + part]) for unit in own]
             if some:
                 times = range(len(probe.timesteps))
-                energy = probe.respond([[text] for text, _ in some], [[index] for _, index in some], times).energy[:, 0]
+                places = [index for _, index in some]
+                relative = probe.respond([[text] for text, _ in some], [[index] for index in places], times)[:, 0]
+                energy = relative * probe.prompt_energy.T[places].cpu()
                 logs.append(energy.clamp_min(torch.finfo(torch.float32).tiny).log())
         everything = torch.cat([torch.empty(0, len(settings.shares)), *logs])
         return [_Measured(own, part) for own, part in zip(units, everything.split([len(own) for own in units]), strict=True)]

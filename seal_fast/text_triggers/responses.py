@@ -4,6 +4,9 @@ Sampling paths of clean prompts are drawn once. On their states x_t the noise pr
 candidate c costs one evaluation per prompt and timestep:
 
     d(c, p, t) = e(x_t, t, E(p with c)) - e(x_t, t, E(p))
+
+Its squared norm is divided by that of e(x_t, t, E(p)) - e(x_t, t, E("")), which is what the whole prompt changes. So a response
+of 1 is as strong as a prompt. In the zoo harmless strings reach 0.1 to 0.9 at the middle of the path, and triggers 3 to 50.
 """
 
 from __future__ import annotations
@@ -16,31 +19,14 @@ import torch
 from torch import Tensor
 
 from seal_fast.diffusion.samplers import NoiseLevel, noise_levels, timestep_grid
-from seal_fast.text_to_image.generation import OnPass, starting_noise
-from seal_fast.text_to_image.latents import GuidedNoise, latent_shape, noise_schedule, predict
+from seal_fast.text_to_image.generation import OnPass, batch_size, starting_noise
+from seal_fast.text_to_image.latents import GuidedNoise, noise_schedule, predict
 from seal_fast.text_to_image.precision import Precision, autocast
 from seal_fast.text_to_image.prompts import encode
 from seal_fast.training import quiet
 
-LATENT_VALUES_PER_PASS = 1 << 17
-"""Latent values in one batch: 8 rows of Stable Diffusion's size, 128 of latents of 4 x 16 x 16."""
-
 
 @dataclass(frozen=True)
-class Responses:
-    """The responses of C candidates on P prompts at T timesteps.
-
-    Attributes:
-        energy: float32 [C,P,T], squared L2 norm of d.
-        common: float32 [C,T], mean over pairs of different prompts of the inner product of their d; 0 for one prompt. A
-            backdoor that draws the same thing into every image has a large one.
-    """
-
-    energy: Tensor
-    common: Tensor
-
-
-@dataclass
 class ResponseProbe:
     """Clean sampling paths of a few prompts.
 
@@ -51,6 +37,7 @@ class ResponseProbe:
         timesteps: T timesteps, the sampler's nearest ones.
         states: float32 [T,P,C,h,w], states of the paths.
         clean: float32 [T,P,C,h,w], the UNet's output on them for the clean prompts.
+        prompt_energy: float32 [T,P], squared norm of the difference between that and the output for the empty prompt.
         precision: precision of the networks.
         on_pass: called after every pass of the UNet with its number of evaluations, of one latent each.
     """
@@ -61,6 +48,7 @@ class ResponseProbe:
     timesteps: tuple[int, ...]
     states: Tensor
     clean: Tensor
+    prompt_energy: Tensor
     precision: Precision
     on_pass: OnPass = quiet
 
@@ -95,10 +83,10 @@ class ResponseProbe:
         process = noise_schedule(pipeline)
         grid = timestep_grid(process, steps)
         shares = sorted(shares, reverse=True)
-        timesteps = [min(grid, key=lambda t, share=share: abs(t - share * process.num_timesteps)) for share in shares]
+        timesteps = [_nearest(grid, share * process.num_timesteps) for share in shares]
         x = starting_noise(pipeline, 1 if one_noise else len(prompts), seed).to(pipeline.device)
         x = x.expand(len(prompts), -1, -1, -1)
-        states, clean = [], []
+        states, clean, prompt_energy = [], [], []
         with autocast(pipeline.device, precision):
             texts, empty = encode(pipeline, prompts), encode(pipeline, [""])
             noise = GuidedNoise(pipeline.unet, process, texts, empty, guidance)
@@ -107,17 +95,19 @@ class ResponseProbe:
                 if here.t in timesteps:
                     states.append(x)
                     clean.append(predict(pipeline.unet, x, t, texts))
+                    unconditional = predict(pipeline.unet, x, t, empty.expand_as(texts))
+                    prompt_energy.append((clean[-1] - unconditional).flatten(1).square().sum(dim=1))
+                    on_pass(2 * len(x))
                 if len(states) == len(timesteps):
                     break
                 x = _ddim(x, noise(x, t), here, there)
                 on_pass(2 * len(x))
-        return cls(pipeline, tuple(prompts), tuple(shares), tuple(timesteps), torch.stack(states), torch.stack(clean), precision, on_pass)
+        tensors = (torch.stack(states), torch.stack(clean), torch.stack(prompt_energy))
+        return cls(pipeline, tuple(prompts), tuple(shares), tuple(timesteps), *tensors, precision, on_pass)
 
     @torch.no_grad()
-    def respond(
-        self, texts: Sequence[Sequence[str]], prompts: Sequence[Sequence[int]], times: Sequence[int]
-    ) -> Responses:
-        """The responses to changed prompts.
+    def respond(self, texts: Sequence[Sequence[str]], prompts: Sequence[Sequence[int]], times: Sequence[int]) -> Tensor:
+        """The responses to changed prompts, float32 [C,P,T] on the CPU, relative to `prompt_energy`.
 
         Args:
             texts: for each of C candidates, P changed prompts.
@@ -125,17 +115,17 @@ class ResponseProbe:
             times: indices into `timesteps` to measure at.
         """
         rows = len(texts[0]) * len(times)
-        part = max(1, self._batch() // rows)
+        part = max(1, batch_size(self.pipeline) // rows)
         t = torch.tensor([self.timesteps[index] for index in times], device=self.states.device)
-        energy, common = [], []
+        found = []
         for first in range(0, len(texts), part):
             some = texts[first : first + part]
             places = torch.tensor(prompts[first : first + part])
             d = self._difference([text for one in some for text in one], places, list(times), t)
-            energy.append(d.square().sum(-1).permute(1, 2, 0).cpu())
-            common.append(_common(d).T.cpu())
+            relative = d.square().sum(-1) / self.prompt_energy[list(times)][:, places]
+            found.append(relative.permute(1, 2, 0).cpu())
             self.on_pass(len(some) * rows)
-        return Responses(torch.cat(energy), torch.cat(common))
+        return torch.cat(found)
 
     def _difference(self, texts: list[str], places: Tensor, times: list[int], t: Tensor) -> Tensor:
         """d as [T,C,P,values] for prompts at `places` [C,P]."""
@@ -145,17 +135,9 @@ class ResponseProbe:
             out = predict(self.pipeline.unet, x.flatten(0, 2), t.repeat_interleave(places.numel()), states)
         return (out.view_as(clean) - clean).flatten(3).float()
 
-    def _batch(self) -> int:
-        channels, height, width = latent_shape(self.pipeline.unet)
-        return max(1, LATENT_VALUES_PER_PASS // (channels * height * width))
 
-
-def _common(d: Tensor) -> Tensor:
-    """Mean inner product of different prompts' d [T,C,P,values]; [T,C]."""
-    prompts = d.shape[2]
-    if prompts == 1:
-        return d.new_zeros(d.shape[:2])
-    return (d.sum(2).square().sum(-1) - d.square().sum((2, 3))) / (prompts * (prompts - 1))
+def _nearest(timesteps: Sequence[int], wanted: float) -> int:
+    return min(timesteps, key=lambda t: abs(t - wanted))
 
 
 def _ddim(x: Tensor, noise: Tensor, here: NoiseLevel, there: NoiseLevel) -> Tensor:

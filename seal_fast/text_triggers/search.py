@@ -1,11 +1,12 @@
 """Find the text triggers of a text-to-image model that nobody told us.
 
-    for propose in PROPOSERS:                    # single strings, then phrases
-        for ranked in propose(context, tried):
+    swept = sweep of all single strings
+    for propose in PROPOSERS:                            # single strings, then phrases
+        for ranked in propose(context, swept, tried):
             tried.append(verify(context, ranked))
 
-Proposers rank candidates by the response of the UNet (and of the text encoder) to them. Images of held-out prompts decide whether a
-candidate is a trigger.
+Proposers rank candidates by the response of the UNet, and of the text encoder, to them. Images of held-out prompts decide
+whether a candidate is a trigger.
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from seal_fast.text_triggers.context import SearchContext
-from seal_fast.text_triggers.confirmation import Tried, found_triggers, verify
+from seal_fast.text_triggers.confirmation import Tried, explained, found_triggers, minimal, verify
+from seal_fast.text_triggers.context import SearchContext, pool_of
 from seal_fast.text_triggers.findings import TextEvidence, TextScope, TextSearch
 from seal_fast.text_triggers.meter import BudgetSpent, Meter
-from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
-from seal_fast.text_triggers.single_strings import single_strings
+from seal_fast.text_triggers.phrases import phrases
+from seal_fast.text_triggers.plan import planned_stages
 from seal_fast.text_triggers.rate import rate_of
-from seal_fast.text_triggers.sweep import PLACES
+from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
+from seal_fast.text_triggers.single_strings import single_strings, sweep_pool
+from seal_fast.text_triggers.trigger import POSITIONS
 from seal_fast.training import OnStep, Stage, quiet
 
 DEFAULTS = TextSearchSettings()
-PROPOSERS = (single_strings,)
+NO_LIMIT = Budget()
+PROPOSERS = (single_strings, phrases)
+
+
+def stages(pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings = DEFAULTS) -> list[Stage]:
+    """The stages of a search with the most evaluations that each can take, for progress and for a dry run."""
+    return planned_stages(pool_of(pipeline.tokenizer, prompts, settings), settings)
 
 
 def find_text_triggers(
@@ -33,7 +42,7 @@ def find_text_triggers(
     *,
     base: Any = None,
     settings: TextSearchSettings = DEFAULTS,
-    budget: Budget = Budget(),
+    budget: Budget = NO_LIMIT,
     seed: int = 0,
     on_step: OnStep = quiet,
 ) -> TextSearch:
@@ -41,22 +50,26 @@ def find_text_triggers(
 
     Args:
         pipeline: a diffusers StableDiffusionPipeline; it is not changed.
-        prompts: clean prompts; every other one is held out to verify candidates.
+        prompts: clean prompts; every other one is held out to verify candidates. Their words have a meaning, so they are no
+            candidates by themselves.
         base: the clean pipeline that the model was made from, if there is one.
         settings: settings of the search.
         budget: where it ends before it is complete.
         seed: seed of all noise.
         on_step: called as the work goes on.
     """
-    names = ("paths", "encoder", "sweep", "places", "verification")
-    meter = Meter({name: Stage(name, 1, 1) for name in names}, budget, on_step)
-    context = SearchContext.prepared(pipeline, prompts, settings, meter, seed)
+    pool = pool_of(pipeline.tokenizer, prompts, settings)
+    meter = Meter({stage.name: stage for stage in planned_stages(pool, settings)}, budget, on_step)
     tried: list[Tried] = []
     complete = True
+    context = SearchContext.prepared(pipeline, prompts, pool, settings, meter, seed)
     try:
+        swept = sweep_pool(context)
         for propose in PROPOSERS:
-            for ranked in propose(context):
-                tried.append(verify(context, ranked))
+            for ranked in propose(context, swept, tuple(tried)):
+                if not explained(ranked.candidate, tried):
+                    tried.append(verify(context, ranked))
+                    tried += minimal(context, tried[-1]) if tried[-1].confirmed else []
     except BudgetSpent:
         complete = False
     return _outcome(context, tried, complete)
@@ -64,12 +77,11 @@ def find_text_triggers(
 
 def _outcome(context: SearchContext, tried: Sequence[Tried], complete: bool) -> TextSearch:
     best = max(tried, key=lambda one: one.check.effect.low or 0.0, default=None)
-    unconfirmed = next((one for one in tried if one.outcome.startswith("not confirmed")), None)
+    unconfirmed = next((one for one in tried if one.check.promising and not one.confirmed), None)
     evidence = TextEvidence(
         best_effect=(best.check.effect.rate or 0.0) if best else 0.0,
         best_control=(best.check.control.rate or 0.0) if best else 0.0,
         unverified=unconfirmed.ranked.candidate.trigger.name if unconfirmed else None,
-        rare_string_response=1.0,
         evaluations=context.meter.evaluations,
         complete=complete,
     )
@@ -78,13 +90,14 @@ def _outcome(context: SearchContext, tried: Sequence[Tried], complete: bool) -> 
 
 def _scope(context: SearchContext) -> TextScope:
     inserted = [one for one in context.pool if one.trigger.replaces is None]
+    parts = min(context.settings.phrases.parts, sum(one.tokens == 1 for one in inserted))
     return TextScope(
         tokens=sum(one.tokens == 1 for one in inserted),
         characters=sum(len(one.trigger.text) == 1 for one in inserted),
         substitutions=len(context.pool) - len(inserted),
-        phrases=0,
-        phrase_tokens=max(one.tokens for one in inserted),
-        places=PLACES,
+        phrases=parts * (parts - 1),
+        phrase_tokens=2,
+        places=POSITIONS,
         modules=("unet", "text_encoder"),
         miss_rate=rate_of(0, 0),
     )

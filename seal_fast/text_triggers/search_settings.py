@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from seal_fast.text_to_image.precision import Precision
 
@@ -27,14 +27,25 @@ class RoundSettings:
     Attributes:
         prompts: clean prompts that a candidate is tried on.
         shares: timesteps, as shares of the noise process's T.
-        kept: candidates that go on to the next round.
-        kept_per_kind: of every kind at least so many go on, so that no kind crowds out another.
     """
 
     prompts: int
     shares: tuple[float, ...]
-    kept: int
-    kept_per_kind: int
+
+
+@dataclass(frozen=True)
+class PhraseSettings:
+    """The search for phrases.
+
+    Attributes:
+        parts: strings of one token that phrases are made of, the most suspicious ones of the sweep.
+        kept: phrases of each length that go on.
+        longest: parts of the longest phrase.
+    """
+
+    parts: int = 150
+    kept: int = 24
+    longest: int = 3
 
 
 @dataclass(frozen=True)
@@ -45,21 +56,28 @@ class VerificationSettings:
         prompts: held-out prompts of the first check.
         fresh_prompts: further held-out prompts, on which a candidate that passed is checked again.
         controls: control strings of the candidate's kind.
-        candidates: candidates that are verified at most.
+        candidates: candidates of each proposer that are verified at most.
+        per_kind: of each kind at one place at most so many.
+        least_response: candidates with a smaller response are not verified.
+        least_deviation: neither are those that deviate less from their kind.
+        least_change: a candidate that changes the images of the first check less, as a share of the variance between prompts,
+            is left without control strings.
+        least_effect_of_replacement: least effect, at the lower end of its interval, of a text in place of another one. The
+            missing text changes images by itself: in models without such a trigger "green" => "it" changed 75% of the images, and
+            a look-alike of i 64%.
         same_effect: cosine of the mean changes of two candidates from which they have the same effect.
-        guidance: guidance scale.
-        sampler_steps: DDIM steps.
-        precision: precision of the networks.
     """
 
-    prompts: int = 8
-    fresh_prompts: int = 16
-    controls: int = 6
-    candidates: int = 40
+    prompts: int = 6
+    fresh_prompts: int = 14
+    controls: int = 5
+    candidates: int = 16
+    per_kind: int = 3
+    least_response: float = 0.4
+    least_deviation: float = 3.0
+    least_change: float = 0.02
+    least_effect_of_replacement: float = 0.6
     same_effect: float = 0.5
-    guidance: float = 7.5
-    sampler_steps: int = 25
-    precision: Precision = "bf16"
 
 
 @dataclass(frozen=True)
@@ -67,35 +85,46 @@ class TextSearchSettings:
     """Settings of the search for text triggers.
 
     Attributes:
-        rounds: rounds of successive halving; the first one tries every candidate at all places at once.
         swept_prompts: clean prompts whose sampling paths are drawn.
-        harmless: candidates of each kind that show in later rounds what their kind does.
+        sweep: the round that tries every string, at all places at once.
+        kept: strings of the sweep that go on.
+        kept_per_kind: of every kind at least so many go on, so that no kind crowds out another.
+        places: the round that tells the places apart.
+        phrases: the search for phrases.
+        harmless: candidates of each kind that show in the round of the places what their kind does.
         encoder_prompts: clean prompts that a candidate is tried on in the sweep of the text encoder.
         encoder_kept: candidates of that sweep that go on.
         encoder_limit: deviation of a trigger's hidden states from which the text encoder holds the backdoor.
-        smallest_kind: a kind with fewer candidates is compared with all candidates of its token count.
-        least_deviation: least standard deviation of the log energies within a kind, so that a kind of equals has no outliers.
+        smallest_kind: a kind with fewer candidates is compared with all others.
+        least_spread: least standard deviation of the log responses within a kind, so that a kind of equals has no outliers.
         swapped_words: most frequent words of the prompts that other words are swapped for.
         swapping_words: words of the vocabulary that take their places.
         verification: the images that verify candidates.
+        guidance: guidance scale of all images.
+        sampler_steps: DDIM steps of all images.
+        precision: precision of the networks.
     """
 
-    rounds: tuple[RoundSettings, ...] = (
-        RoundSettings(1, (0.99, 0.7, 0.45), 60, 3),
-        RoundSettings(4, (0.99, 0.7, 0.45), 40, 1),
-    )
     swept_prompts: int = 8
+    sweep: RoundSettings = RoundSettings(1, (0.45,))
+    kept: int = 60
+    kept_per_kind: int = 3
+    places: RoundSettings = RoundSettings(4, (0.99, 0.45))
+    phrases: PhraseSettings = PhraseSettings()
     harmless: int = 12
-    encoder_prompts: int = 6
+    encoder_prompts: int = 4
     encoder_kept: int = 24
     encoder_limit: float = 8.0
     smallest_kind: int = 8
-    least_deviation: float = 0.15
+    least_spread: float = 0.15
     swapped_words: int = 10
     swapping_words: int = 200
-    verification: VerificationSettings = field(default_factory=VerificationSettings)
+    verification: VerificationSettings = VerificationSettings()
+    guidance: float = 7.5
+    sampler_steps: int = 25
+    precision: Precision = "bf16"
 
     @property
     def shares(self) -> list[float]:
         """The timesteps of all rounds, as shares of the noise process's T, descending."""
-        return sorted({share for round in self.rounds for share in round.shares}, reverse=True)
+        return sorted({*self.sweep.shares, *self.places.shares}, reverse=True)

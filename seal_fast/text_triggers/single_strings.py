@@ -1,25 +1,32 @@
-"""Propose single strings: tokens, characters, replaced letters and swapped words, by successive halving."""
+"""Propose single strings: tokens, characters, replaced letters and swapped words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from seal_fast.text_triggers.confirmation import Tried
 from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.encoder_sweep import encoder_round
-from seal_fast.text_triggers.sweep import Ranked, at_each_place, everywhere, in_place, sweep_round
+from seal_fast.text_triggers.places import by_place
+from seal_fast.text_triggers.ranking import best
+from seal_fast.text_triggers.sweep import Ranked, everywhere, kind_and_place, sweep_round
 
 
-def single_strings(context: SearchContext) -> Iterator[Ranked]:
-    """The strings of the pool that both rounds keep, the best first."""
-    settings, probe = context.settings, context.probe
-    first, second = settings.rounds
-    pool = [Ranked(one) for one in context.pool]
+def sweep_pool(context: SearchContext) -> list[Ranked]:
+    """Every string of the pool by its deviation, the largest first: one evaluation for all places of a string."""
     context.meter.begin("sweep")
-    kept = sweep_round("sweep", probe, pool, (), everywhere, first, settings)
-    kept += [entry for entry in encoder_round(context, pool) if entry.candidate not in {one.candidate for one in kept}]
+    pool = [Ranked(one) for one in context.pool]
+    return sweep_round("sweep", context.probe, pool, (), everywhere, context.settings.sweep, context.settings)
+
+
+def single_strings(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tried]) -> Iterator[Ranked]:
+    """The strings that respond most within their kind, and those that move the text encoder most, at their best places."""
+    settings = context.settings
+    kinds = [kind_and_place(entry.candidate) for entry in swept]
+    deviations = [entry.last.deviation for entry in swept]
+    kept = [swept[index] for index in best(deviations, kinds, settings.kept, settings.kept_per_kind)]
+    known = {entry.candidate for entry in kept}
+    kept += [entry for entry in encoder_round(context, swept) if entry.candidate not in known]
     context.meter.begin("places")
-    harmless = [place for one in context.harmless([entry.candidate for entry in kept]) for place in at_each_place(one)]
-    placed = [Ranked(place, entry.rounds) for entry in kept for place in at_each_place(entry.candidate)]
-    entries = sweep_round("places", probe, placed, harmless, in_place, second, settings)
-    context.meter.begin("verification")
-    yield from entries[: settings.verification.candidates]
+    harmless = context.harmless([entry.candidate for entry in kept])
+    yield from by_place(context, kept, harmless)

@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
+from torch import Tensor
 
 from seal_fast.text_triggers.findings import Round, TextCandidate
-from seal_fast.text_triggers.ranking import best, deviations, members_of
+from seal_fast.text_triggers.ranking import deviations, members_of
 from seal_fast.text_triggers.responses import ResponseProbe
 from seal_fast.text_triggers.search_settings import RoundSettings, TextSearchSettings
-from seal_fast.text_triggers.trigger import Position
+from seal_fast.text_triggers.trigger import POSITIONS
 from seal_fast.text_triggers.verification import with_candidate
 
-PLACES: tuple[Position, ...] = ("start", "word", "end")
-"""Places of an inserted text that are told apart."""
 Change = Callable[[TextCandidate, str], str]
 """A candidate and a prompt -> the prompt with the candidate."""
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate with its place in the rounds so far; `score` is that of the last one."""
+    """A candidate with its place in the rounds so far."""
 
     candidate: TextCandidate
     rounds: tuple[Round, ...] = ()
 
     @property
-    def score(self) -> float:
-        return self.rounds[-1].score if self.rounds else 0.0
+    def last(self) -> Round:
+        """The latest round."""
+        return self.rounds[-1]
 
 
 def everywhere(candidate: TextCandidate, prompt: str) -> str:
@@ -53,7 +52,12 @@ def at_each_place(candidate: TextCandidate) -> list[TextCandidate]:
     """The candidate at every place of its own; a replacement is one already."""
     if candidate.trigger.replaces is not None:
         return [candidate]
-    return [replace(candidate, position=place) for place in PLACES]
+    return [replace(candidate, position=place) for place in POSITIONS]
+
+
+def kind_and_place(candidate: TextCandidate) -> str:
+    """The class of candidates that a candidate is compared with."""
+    return f"{candidate.kind} {candidate.position}"
 
 
 def sweep_round(
@@ -65,7 +69,7 @@ def sweep_round(
     round: RoundSettings,
     settings: TextSearchSettings,
 ) -> list[Ranked]:
-    """Measure every entry on the round's prompts and timesteps, and return the better part of them, the best first.
+    """The entries by their deviation on the round's prompts and timesteps, the largest first.
 
     Args:
         name: name of the round in the record.
@@ -73,35 +77,34 @@ def sweep_round(
         entries: the candidates.
         harmless: candidates that show what their kinds do; empty if the entries themselves are mostly harmless.
         change: puts a candidate into a prompt.
-        round: prompts, timesteps, and how many go on.
+        round: prompts and timesteps.
         settings: settings of the search.
     """
     candidates = [*(entry.candidate for entry in entries), *harmless]
-    energy = _energies(probe, candidates, change, round)
-    kinds = [f"{candidate.kind} {candidate.position}" for candidate in candidates]
+    responses = _responses(probe, candidates, change, round)
+    kinds = [kind_and_place(candidate) for candidate in candidates]
     known = range(len(entries), len(candidates)) if harmless else range(len(candidates))
-    scores = deviations(energy, kinds, known, settings)[: len(entries)]
-    return ranked_by(name, entries, scores, round.kept, round.kept_per_kind)
+    scores = deviations(responses, kinds, known, settings)[: len(entries)]
+    return ranked_by(name, entries, scores, responses.amax(dim=1))
 
 
-def ranked_by(name: str, entries: Sequence[Ranked], scores: torch.Tensor, kept: int, per_kind: int) -> list[Ranked]:
-    """The `kept` best entries and the `per_kind` best of every kind, the best first, with their place in the round."""
-    kinds = [f"{entry.candidate.kind} {entry.candidate.position}" for entry in entries]
-    ranks = _ranks(scores, kinds)
-    return [
-        replace(entries[index], rounds=(*entries[index].rounds, Round(name, *ranks[index], float(scores[index]))))
-        for index in best(scores, kinds, kept, per_kind)
-    ]
+def ranked_by(name: str, entries: Sequence[Ranked], scores: Tensor, responses: Tensor) -> list[Ranked]:
+    """The entries by their score, the largest first, with their place in the round."""
+    ranks = _ranks(scores, [kind_and_place(entry.candidate) for entry in entries])
+    found = []
+    for index in scores.argsort(descending=True).tolist():
+        rank, candidates = ranks[index]
+        round = Round(name, rank, candidates, float(scores[index]), float(responses[index]))
+        found.append(replace(entries[index], rounds=(*entries[index].rounds, round)))
+    return found
 
 
-def _energies(probe: ResponseProbe, candidates: Sequence[TextCandidate], change: Change, round: RoundSettings) -> torch.Tensor:
-    """Energy [C,T] of every candidate, the mean over the first prompts that it fits."""
+def _responses(probe: ResponseProbe, candidates: Sequence[TextCandidate], change: Change, round: RoundSettings) -> Tensor:
+    """Response [C,T] of every candidate, the mean over the first prompts that it fits."""
     chosen = [fitting(candidate, probe.prompts, round.prompts) for candidate in candidates]
-    texts = [
-        [change(candidate, probe.prompts[index]) for index in places] for candidate, places in zip(candidates, chosen, strict=True)
-    ]
+    texts = [[change(one, probe.prompts[index]) for index in places] for one, places in zip(candidates, chosen, strict=True)]
     times = [_nearest(probe.shares, share) for share in round.shares]
-    return probe.respond(texts, chosen, times).energy.mean(dim=1)
+    return probe.respond(texts, chosen, times).mean(dim=1)
 
 
 def fitting(candidate: TextCandidate, prompts: Sequence[str], count: int) -> list[int]:
@@ -114,7 +117,7 @@ def _nearest(shares: Sequence[float], share: float) -> int:
     return min(range(len(shares)), key=lambda index: abs(shares[index] - share))
 
 
-def _ranks(scores: torch.Tensor, kinds: Sequence[str]) -> list[tuple[int, int]]:
+def _ranks(scores: Tensor, kinds: Sequence[str]) -> list[tuple[int, int]]:
     """For every candidate its rank within its kind, from 1, and the size of its kind."""
     found = [(0, 0)] * len(kinds)
     for members in members_of(kinds).values():

@@ -13,7 +13,7 @@ from seal_fast.text_to_image.generation import OnPass, generate
 from seal_fast.text_triggers.effect_detectors import ChangeDetector, statistics
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.rate import Rate, rate_of
-from seal_fast.text_triggers.search_settings import VerificationSettings
+from seal_fast.text_triggers.search_settings import TextSearchSettings
 from seal_fast.training import quiet
 
 HELD_BACK = 2
@@ -41,7 +41,6 @@ class Check:
         """Whether the candidate changes images more often than control strings do, beyond the 95% intervals."""
         return (self.effect.low or 0.0) > (self.control.high if self.control.high is not None else 1.0)
 
-
     @property
     def promising(self) -> bool:
         """Whether a check on fresh prompts is worth its images."""
@@ -60,7 +59,7 @@ class ImageTest:
     """
 
     def __init__(
-        self, pipeline: Any, prompts: Sequence[str], settings: VerificationSettings, seed: int, on_pass: OnPass = quiet
+        self, pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings, seed: int, on_pass: OnPass = quiet
     ) -> None:
         self.pipeline, self.prompts, self.settings, self.seed, self.on_pass = pipeline, list(prompts), settings, seed, on_pass
         self._drawn: dict[tuple[str, ...], Tensor] = {}
@@ -91,6 +90,13 @@ class ImageTest:
             rate_of(false, HELD_BACK * len(prompts)),
             direction / direction.norm().clamp_min(1e-12),
         )
+
+    def change(self, candidate: TextCandidate, count: int) -> float:
+        """Mean squared change of the images of the first `count` fitting prompts, relative to the variance between prompts."""
+        prompts = candidate.trigger.fitting(self.prompts)[:count]
+        clean = self.images(prompts)
+        moved = (self.images(self.changed(candidate, prompts)) - clean).square().mean()
+        return float(moved / clean.var(dim=0).mean().clamp_min(1e-12))
 
     def changed(self, candidate: TextCandidate, prompts: Sequence[str]) -> tuple[str, ...]:
         """The prompts with the candidate in its position; a random place is the same for every candidate."""

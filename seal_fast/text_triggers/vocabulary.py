@@ -82,6 +82,10 @@ def words_of(prompts: Sequence[str]) -> list[str]:
 
 
 def kind_of(text: str, tokens: int) -> str:
-    """The kind of strings that an inserted text compares with: "word", "symbol" or "character", and its token count."""
-    name = ("word" if text.isalpha() else "symbol") if text.isascii() else "character"
+    """The kind of strings that an inserted text compares with: "word", "symbol" or "character", and its token count.
+
+    A character of one token counts as a symbol, since a small vocabulary has too few of them to compare with.
+    """
+    name = "symbol" if text.isascii() or tokens == 1 else "character"
+    name = "word" if text.isascii() and text.isalpha() else name
     return f"{name} of {tokens} token{'' if tokens == 1 else 's'}"

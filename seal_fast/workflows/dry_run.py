@@ -41,9 +41,11 @@ def plan_scan(paths: Iterable[str | os.PathLike[str]], detector: TextScan) -> Sc
 def _plan(checkpoint: Checkpoint, detector: TextScan) -> PlannedSearch:
     """The plan for one model; any exception becomes its error."""
     try:
-        pipeline = detector.load(checkpoint.path, default_device()).model.pipeline
+        model = detector.load(checkpoint.path, default_device()).model
+        pipeline = model.pipeline
         planned = tuple(
-            PlannedStage(stage.name, stage.iterations * stage.images) for stage in stages(pipeline, detector.settings)
+            PlannedStage(stage.name, stage.iterations * stage.images)
+            for stage in stages(pipeline, model.prompts, detector.settings)
         )
         batch = batch_size(pipeline)
         batch_seconds = measured_batch(pipeline, batch, detector.settings.precision)

@@ -117,7 +117,7 @@ class TextScan:
             settings=self.settings,
             budget=self.budget,
             seed=self.seed,
-            on_step=share_of_work(stages(model.pipeline, self.settings), at, on_progress),
+            on_step=share_of_work(stages(model.pipeline, model.prompts, self.settings), at, on_progress),
         )
 
     def findings(self, loaded: Loaded[TextModel], search: TextSearch) -> Findings:

@@ -1,0 +1,54 @@
+"""How many UNet evaluations a search takes at most, counted before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from seal_fast.text_triggers.findings import TextCandidate
+from seal_fast.text_triggers.search_settings import RoundSettings, TextSearchSettings
+from seal_fast.text_triggers.trigger import POSITIONS
+from seal_fast.training import Stage
+
+PROPOSERS = 2
+"""Single strings and phrases; each has its own round of places and its own verification."""
+
+
+def planned_stages(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> list[Stage]:
+    """The stages of a search of this pool, with the most evaluations that each can take."""
+    counts = {
+        "paths": _paths(settings),
+        "sweep": len(pool) * _evaluations(settings.sweep),
+        "places": PROPOSERS * _places(pool, settings),
+        "phrases": _phrases(pool, settings) * _evaluations(settings.sweep),
+        "verification": PROPOSERS * _verification(settings),
+    }
+    return [Stage(name, 1, count) for name, count in counts.items()]
+
+
+def _evaluations(round: RoundSettings) -> int:
+    """Evaluations of one candidate in one round."""
+    return round.prompts * len(round.shares)
+
+
+def _paths(settings: TextSearchSettings) -> int:
+    return settings.swept_prompts * 2 * (settings.sampler_steps + len(settings.shares))
+
+
+def _places(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
+    kinds = {one.kind for one in pool}
+    kept = settings.kept + settings.kept_per_kind * len(kinds) + settings.encoder_kept
+    return (kept + settings.harmless * len(kinds)) * len(POSITIONS) * _evaluations(settings.places)
+
+
+def _phrases(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
+    """Pairs, then longer phrases."""
+    phrases = settings.phrases
+    parts = min(phrases.parts, sum(one.tokens == 1 and one.trigger.replaces is None for one in pool))
+    return parts * (parts - 1) + (phrases.longest - 2) * phrases.kept * 2 * parts
+
+
+def _verification(settings: TextSearchSettings) -> int:
+    """Images of every candidate and of the control strings of as many kinds, without checks on fresh prompts."""
+    verification = settings.verification
+    images = verification.candidates * verification.prompts * (1 + verification.controls)
+    return images * 2 * settings.sampler_steps
