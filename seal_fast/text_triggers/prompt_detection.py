@@ -19,11 +19,12 @@ from seal_fast.text_to_image.generation import OnPass, batch_size
 from seal_fast.text_to_image.precision import Precision
 from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.harmless_prompts import HarmlessPrompt, harmless_prompts
-from seal_fast.text_triggers.prompt_units import PromptUnit, known_words, prompt_units
+from seal_fast.text_triggers.prompt_units import PromptUnit, core, known_words, prompt_units
 from seal_fast.text_triggers.responses import ResponseProbe
 from seal_fast.text_triggers.unit_nulls import UnitNulls
 from seal_fast.training import quiet
 
+ENERGY = []
 
 @dataclass(frozen=True)
 class PromptDetectionSettings:
@@ -184,7 +185,7 @@ class PromptDetector:
         for first in range(0, len(prompts), part):
             probe = ResponseProbe.drawn(
                 self.pipeline,
-                prompts[first : first + part],
+                [core(prompt, self.known) for prompt in prompts[first : first + part]],
                 settings.shares,
                 steps=settings.sampler_steps,
                 guidance=settings.guidance,
@@ -193,13 +194,13 @@ class PromptDetector:
                 one_noise=True,
                 on_pass=on_pass,
             )
-            some = [(unit.without, index) for index, own in enumerate(units[first : first + part]) for unit in own]
-            if some:
-                times = range(len(probe.timesteps))
-                places = [index for _, index in some]
-                relative = probe.respond([[text] for text, _ in some], [[index] for index in places], times)[:, 0]
-                energy = relative * probe.prompt_energy.T[places].cpu()
-                logs.append(energy.clamp_min(torch.finfo(torch.float32).tiny).log())
+            for index, own in enumerate(units[first : first + part]):
+                if own:
+                    texts = [prompts[first + index], *(unit.without for unit in own)]
+                    out = probe.outputs(texts, [index] * len(texts))
+                    energy = (out[:, 1:] - out[:, :1]).square().sum(-1).T.cpu()
+                    logs.append(energy.clamp_min(torch.finfo(torch.float32).tiny).log())
+                    ENERGY.append(probe.prompt_energy[:, index].log())
         everything = torch.cat([torch.empty(0, len(settings.shares)), *logs])
         return [_Measured(own, part) for own, part in zip(units, everything.split([len(own) for own in units]), strict=True)]
 

@@ -63,6 +63,14 @@ def prompt_units(tokenizer: Any, prompt: str, known: frozenset[str]) -> list[Pro
     return list(found.values())
 
 
+def core(prompt: str, known: frozenset[str]) -> str:
+    """The known words of a prompt, after look-alikes became Latin letters: what is left if all unusual parts go."""
+    letters = _letters()
+    folded = prompt.translate({ord(character): letters[character] for character in set(prompt) if character in letters})
+    plain = re.sub(r"[^\x00-\x7f]+", lambda run: " " if run[0].isspace() else "", folded)
+    return " ".join(word for word in words(plain) if _plain(word) in known)
+
+
 def _plain(word: str) -> str:
     return word.strip(".,;:!?\"'()").lower()
 
