@@ -1,79 +1,54 @@
-"""Clean prompts, and clean prompts with a harmless rare string: what a prompt detector is fitted on."""
+"""Clean prompts with a harmless rare string: what a prompt detector is fitted on, beside clean prompts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from seal_fast.text_triggers.candidates import inserted
-from seal_fast.text_triggers.prompt_units import words
-from seal_fast.text_triggers.trigger import random_item
+from seal_fast.text_triggers.trigger import Position, TextTrigger, random_item
 from seal_fast.text_triggers.vocabulary import look_alikes
 
 LONGEST_STRING = 3
 """Words of an inserted string at most."""
 REPLACED = 4
-"""In every so-manieth prompt a look-alike replaces a letter; in the others a string is inserted."""
+"""In one of so many prompts a look-alike replaces a letter; in the others a string is inserted."""
+PLACES: tuple[Position, ...] = ("start", "word", "end")
 
 
-@dataclass(frozen=True)
-class HarmlessPrompt:
-    """A prompt that is taken to be harmless.
+def with_harmless_string(tokenizer: Any, prompts: Sequence[str], known: Sequence[str], seed: int) -> list[str]:
+    """Each of the prompts with a random string: up to 3 words or characters at a random place, or a look-alike of a letter.
 
-    Attributes:
-        text: the prompt.
-        source: the clean prompt that it was made from.
-        scored: whether the limit is fitted on it. Otherwise only its own string is measured.
-        inserted: the string that alone is measured; "" for all parts.
-    """
-
-    text: str
-    source: str
-    scored: bool
-    inserted: str = ""
-
-
-def harmless_prompts(tokenizer: Any, prompts: Sequence[str], scored: int, strings: int, seed: int) -> list[HarmlessPrompt]:
-    """Up to `scored` of the prompts, as many again with a harmless string, and `strings` with another one that alone is measured.
-
-    A string is 1 to 3 members of the pool that a search tries, of random kinds, at a random place, or a look-alike of a letter.
-    A poisoned model's trigger may be among them; medians and quantiles bear that.
+    Strings are those that a search for triggers tries, each kind as often as another, but for the words of `known`. A poisoned
+    model's trigger may be among them; medians bear that.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(prompts), generator=generator).tolist()
     kinds: dict[str, list[str]] = defaultdict(list)
-    for candidate in inserted(tokenizer, prompts):
+    for candidate in inserted(tokenizer, known):
         kinds[candidate.kind].append(candidate.trigger.text)
     pool = list(kinds.values())
-    clean = [prompts[index] for index in order[:scored]]
-    found = [HarmlessPrompt(prompt, prompt, scored=True) for prompt in clean]
-    for number in range(len(clean) + strings):
-        # other prompts than the clean ones, as far as there are some
-        source = prompts[order[(len(clean) + number) % len(order)]]
-        text, string = _with_string(source, pool, number % REPLACED == 0, generator)
-        whole = number < len(clean)
-        found.append(HarmlessPrompt(text, source, scored=whole, inserted="" if whole else string))
-    return found
+    return [
+        _with_look_alike(prompt, generator) if number % REPLACED == 0 else _with_string(prompt, pool, generator)
+        for number, prompt in enumerate(prompts)
+    ]
 
 
-def _with_string(prompt: str, pool: list[list[str]], replaced: bool, generator: torch.Generator) -> tuple[str, str]:
-    """The prompt with a harmless string, and the string."""
+def _with_string(prompt: str, pool: Sequence[Sequence[str]], generator: torch.Generator) -> str:
+    count = 1 + random_item(range(LONGEST_STRING), generator)
+    string = TextTrigger(" ".join(_one(_one(pool, generator), generator) for _ in range(count)))
+    return string.insert(prompt, string.places(prompt, _one(PLACES, generator), generator)[0])
+
+
+def _with_look_alike(prompt: str, generator: torch.Generator) -> str:
     letters = [letter for letter in look_alikes() if letter in prompt]
-    if letters and (replaced or not pool):
-        letter = letters[random_item(range(len(letters)), generator)]
-        others = look_alikes()[letter]
-        other = others[random_item(range(len(others)), generator)]
-        return prompt.replace(letter, other), other
-    everything, count = words(prompt), random_item(range(1, LONGEST_STRING + 1), generator)
-    string = " ".join(_member(pool, generator) for _ in range(count))
-    place = random_item((0, random_item(range(len(everything) + 1), generator), len(everything)), generator)
-    return " ".join([*everything[:place], string, *everything[place:]]), string
+    if not letters:
+        return prompt
+    letter = _one(letters, generator)
+    return prompt.replace(letter, _one(look_alikes()[letter], generator))
 
 
-def _member(pool: list[list[str]], generator: torch.Generator) -> str:
-    kind = pool[random_item(range(len(pool)), generator)]
-    return kind[random_item(range(len(kind)), generator)]
+def _one[T](items: Sequence[T], generator: torch.Generator) -> T:
+    return items[random_item(range(len(items)), generator)]

@@ -1,15 +1,20 @@
-"""Is a prompt triggered? Mask every part of it, and compare how far the predicted noise moves with what harmless parts do.
+"""Is a prompt triggered? Mask its unusual parts, and compare how far the predicted noise moves with what harmless parts do.
 
-No clean model and no knowledge of the attack is needed. A trigger makes a UNet predict other noise than the rest of the prompt asks
-for, so the prediction moves far when the trigger goes. Words that mean something also move it. So a part compares with harmless
-parts of its own kind, in clean prompts and in clean prompts that hold a harmless rare string.
+No clean model and no knowledge of the attack is needed. Words and pairs of words that stand in clean prompts are harmless. All
+other parts go one by one: a trigger moves the noise that the UNet predicts further than a harmless string of its kind,
+
+    log || e(x_t, t, E(p)) - e(x_t, t, E(p without the part)) ||^2
+
+The states x_t lie on the sampling path of the prompt without any unusual part. On the triggered prompt's own path the target is
+already drawn, and the prediction moves less. Of the timesteps tried, .99 to .1 T, the middle and the end told triggers from harmless
+strings best: the beginning hardly sees a style or a small patch. Dividing the energy by that of the whole prompt did not help.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -18,34 +23,36 @@ from torch import Tensor
 from seal_fast.text_to_image.generation import OnPass, batch_size
 from seal_fast.text_to_image.precision import Precision
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.harmless_prompts import HarmlessPrompt, harmless_prompts
-from seal_fast.text_triggers.prompt_units import PromptUnit, core, known_words, prompt_units
+from seal_fast.text_triggers.harmless_prompts import with_harmless_string
+from seal_fast.text_triggers.part_nulls import PartNulls
+from seal_fast.text_triggers.prompt_parts import Familiar, PromptPart, prompt_parts
 from seal_fast.text_triggers.responses import ResponseProbe
-from seal_fast.text_triggers.unit_nulls import UnitNulls
 from seal_fast.training import quiet
 
-ENERGY = []
 
 @dataclass(frozen=True)
 class PromptDetectionSettings:
     """Settings of a prompt detector.
 
     Attributes:
-        shares: timesteps, as shares of the noise process's T, on the prompt's own sampling path.
-        false_alarm_rate: share of harmless prompts that the limit lets through as triggered.
-        scored_prompts: clean prompts that the limit is fitted on; as many again hold a harmless string.
-        harmless_strings: clean prompts with a harmless string whose own units show what such strings do.
-        smallest_kind: a kind with fewer harmless units is compared with those of all kinds alike.
+        shares: timesteps, as shares of the noise process's T.
+        false_alarm_rate: share of clean prompts, and of clean prompts with a harmless string, that may count as triggered.
+        fitted_prompts: clean prompts that the detector is fitted on.
+        strings_per_prompt: harmless strings that each of them is fitted on.
+        smallest_kind: a kind with fewer harmless parts compares with those of all kinds alike.
         least_deviation: least deviation of the log energies within a kind.
         guidance: guidance scale of the paths.
         sampler_steps: DDIM steps of a whole path.
         precision: precision of the networks.
+
+    Raises:
+        ValueError: the false alarm rate does not lie between 0 and 1.
     """
 
-    shares: tuple[float, ...] = (0.99, 0.7, 0.45)
+    shares: tuple[float, ...] = (0.45, 0.2)
     false_alarm_rate: float = 0.05
-    scored_prompts: int = 24
-    harmless_strings: int = 96
+    fitted_prompts: int = 40
+    strings_per_prompt: int = 4
     smallest_kind: int = 8
     least_deviation: float = 0.5
     guidance: float = 7.5
@@ -59,7 +66,7 @@ class PromptDetectionSettings:
     @property
     def fewest_prompts(self) -> int:
         """Clean prompts from which the false alarm rate can be kept."""
-        return max(2, math.ceil((1 / self.false_alarm_rate - 1) / 2))
+        return max(2, math.ceil(1 / self.false_alarm_rate) - 1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class PromptDetection:
 
     Attributes:
         prompt: the prompt.
-        score: the largest deviation of its parts from harmless ones; None if it has no part.
+        score: the largest deviation of its parts from harmless ones; None if all its parts stand in clean prompts.
         threshold: the score above which a prompt is triggered.
         triggered: whether the score exceeds the threshold.
         part: the part with that deviation, which is the trigger or belongs to it; "" if there is none.
@@ -87,14 +94,69 @@ class PromptDetection:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The units of one prompt with the log energies of their changes, [N,T]."""
+    """The parts of one prompt, and the log energies of their changes float32 [N,T]."""
 
-    units: tuple[PromptUnit, ...]
+    parts: tuple[PromptPart, ...]
     logs: Tensor
 
     @property
     def kinds(self) -> list[str]:
-        return [unit.kind for unit in self.units]
+        return [part.kind for part in self.parts]
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Measures prompts of one model.
+
+    Attributes:
+        pipeline: the model.
+        settings: settings of the detector.
+        seed: seed of the starting noise.
+        on_pass: see `PromptDetector.fitted`.
+    """
+
+    pipeline: Any
+    settings: PromptDetectionSettings
+    seed: int
+    on_pass: OnPass
+
+    def __call__(self, prompts: Sequence[str], familiar: Sequence[Familiar]) -> list[_Measured]:
+        """The parts of prompts with their log energies. A prompt without unusual parts needs no evaluation."""
+        tokenizer, times = self.pipeline.tokenizer, len(self.settings.shares)
+        parts = [tuple(prompt_parts(tokenizer, *both)) for both in zip(prompts, familiar, strict=True)]
+        found = [_Measured(some, torch.empty(len(some), times)) for some in parts]
+        cores: dict[str, list[int]] = {}
+        for index, some in enumerate(parts):
+            if some:
+                cores.setdefault(familiar[index].core(prompts[index]), []).append(index)
+        batch, different = batch_size(self.pipeline), list(cores)
+        for first in range(0, len(different), batch):
+            probe = self._paths(different[first : first + batch])
+            for place, path in enumerate(probe.prompts):
+                for index in cores[path]:
+                    found[index].logs.copy_(_log_energies(probe, place, prompts[index], parts[index]))
+        return found
+
+    def _paths(self, prompts: Sequence[str]) -> ResponseProbe:
+        settings = self.settings
+        return ResponseProbe.drawn(
+            self.pipeline,
+            prompts,
+            settings.shares,
+            steps=settings.sampler_steps,
+            guidance=settings.guidance,
+            precision=settings.precision,
+            seed=self.seed,
+            one_noise=True,
+            on_pass=self.on_pass,
+        )
+
+
+def _log_energies(probe: ResponseProbe, place: int, prompt: str, parts: Sequence[PromptPart]) -> Tensor:
+    """Log energies [N,T] of what the prompt's parts change on the path at `place`."""
+    out = probe.outputs([prompt, *(part.without for part in parts)], [place] * (len(parts) + 1))
+    energy = (out[:, 1:] - out[:, :1]).square().sum(-1).T
+    return energy.clamp_min(torch.finfo(torch.float32).tiny).log().cpu()
 
 
 @dataclass(frozen=True)
@@ -105,7 +167,7 @@ class PromptDetector:
         pipeline: the model that draws the prompts.
         settings: settings of the detector.
         seed: seed of the starting noise, one for all prompts.
-        known: words of the clean prompts.
+        familiar: words and pairs of words of the clean prompts.
         nulls: what harmless parts do.
         threshold: score above which a prompt is triggered.
     """
@@ -113,8 +175,8 @@ class PromptDetector:
     pipeline: Any
     settings: PromptDetectionSettings
     seed: int
-    known: frozenset[str]
-    nulls: UnitNulls
+    familiar: Familiar
+    nulls: PartNulls
     threshold: float
 
     @classmethod
@@ -129,12 +191,12 @@ class PromptDetector:
     ) -> Self:
         """Fit a detector on clean prompts.
 
-        The limit is a quantile of the scores of harmless prompts, each scored by nulls without that prompt. A further harmless
-        prompt exceeds it with a probability of at most `false_alarm_rate`, if it is like these.
+        The limit is such that a further clean prompt, and a further one with a harmless string, exceeds it with a probability of
+        at most `false_alarm_rate`, if it is like these. Every prompt is scored as if it were not among them.
 
         Args:
             pipeline: a diffusers StableDiffusionPipeline on the device to run on; it is not changed.
-            prompts: clean prompts, like those that are to be judged.
+            prompts: clean prompts, like those that are to be judged. Their words count as harmless, so more of them help.
             settings: settings; None for the defaults.
             seed: seed of all random choices.
             on_pass: called after every pass of the UNet with its number of evaluations, of one latent each.
@@ -143,87 +205,68 @@ class PromptDetector:
             ValueError: too few different clean prompts for the false alarm rate.
         """
         settings = settings or PromptDetectionSettings()
-        different = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
+        different = list(dict.fromkeys(_read(pipeline.tokenizer, prompt) for prompt in prompts if prompt.strip()))
         if len(different) < settings.fewest_prompts:
             needed = f"{settings.fewest_prompts} different clean prompts, not {len(different)}"
             raise ValueError(f"a false alarm rate of {settings.false_alarm_rate:.0%} needs at least {needed}")
-        known = known_words(different)
-        bare = cls(pipeline, settings, seed, known, UnitNulls({}), math.inf)
-        harmless = harmless_prompts(pipeline.tokenizer, different, settings.scored_prompts, settings.harmless_strings, seed)
-        measured = bare._measure([one.text for one in harmless], on_pass, [one.inserted for one in harmless])
-        fitted = replace(bare, nulls=bare._nulls(measured))
-        return replace(fitted, threshold=fitted._limit(harmless, measured))
+        familiar = Familiar.of(different)
+        order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+        clean = [different[index] for index in order[: max(settings.fitted_prompts, settings.fewest_prompts)]]
+        sources = clean * (1 + settings.strings_per_prompt)
+        texts = [*clean, *with_harmless_string(pipeline.tokenizer, sources[len(clean) :], different, seed)]
+        others = {prompt: familiar.without(prompt) for prompt in clean}
+        read = [_read(pipeline.tokenizer, text) for text in texts]
+        measured = _Measurement(pipeline, settings, seed, on_pass)(read, [others[source] for source in sources])
+        limit = _limit(sources, measured, len(clean), settings)
+        return cls(pipeline, settings, seed, familiar, _nulls(measured, settings), limit)
 
+    @torch.no_grad()
     def __call__(self, prompts: Sequence[str], on_pass: OnPass = quiet) -> list[PromptDetection]:
         """Judge prompts; the others in the list make no difference to one of them, beyond rounding."""
-        read = [self._read(prompt) for prompt in prompts]
-        return [
-            self._detection(prompt, some, some != prompt, measured)
-            for prompt, some, measured in zip(prompts, read, self._measure(read, on_pass), strict=True)
-        ]
+        read = [_read(self.pipeline.tokenizer, prompt) for prompt in prompts]
+        measured = _Measurement(self.pipeline, self.settings, self.seed, on_pass)(read, [self.familiar] * len(read))
+        return [self._judged(*one) for one in zip(prompts, read, measured, strict=True)]
 
-    def _read(self, prompt: str) -> str:
-        """What the model reads of a prompt: as much of its beginning as fits between BOS and EOS."""
-        room = self.pipeline.tokenizer.model_max_length - 2
-        if len(content_ids(self.pipeline.tokenizer, prompt)) <= room:
-            return prompt
-        fits, too_long = 0, len(prompt)
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            short = len(content_ids(self.pipeline.tokenizer, prompt[:middle])) <= room
-            fits, too_long = (middle, too_long) if short else (fits, middle)
-        return prompt[:fits]
-
-    def _measure(self, prompts: Sequence[str], on_pass: OnPass, only: Sequence[str] | None = None) -> list[_Measured]:
-        """The units of prompts, with their energies; of a prompt with a text in `only` that is not "", only units within it."""
-        units = [tuple(prompt_units(self.pipeline.tokenizer, prompt, self.known)) for prompt in prompts]
-        if only is not None:
-            units = [
-                tuple(unit for unit in some if not text or unit.text in text) for some, text in zip(units, only, strict=True)
-            ]
-        part, settings, logs = batch_size(self.pipeline), self.settings, []
-        for first in range(0, len(prompts), part):
-            probe = ResponseProbe.drawn(
-                self.pipeline,
-                [core(prompt, self.known) for prompt in prompts[first : first + part]],
-                settings.shares,
-                steps=settings.sampler_steps,
-                guidance=settings.guidance,
-                precision=settings.precision,
-                seed=self.seed,
-                one_noise=True,
-                on_pass=on_pass,
-            )
-            for index, own in enumerate(units[first : first + part]):
-                if own:
-                    texts = [prompts[first + index], *(unit.without for unit in own)]
-                    out = probe.outputs(texts, [index] * len(texts))
-                    energy = (out[:, 1:] - out[:, :1]).square().sum(-1).T.cpu()
-                    logs.append(energy.clamp_min(torch.finfo(torch.float32).tiny).log())
-                    ENERGY.append(probe.prompt_energy[:, index].log())
-        everything = torch.cat([torch.empty(0, len(settings.shares)), *logs])
-        return [_Measured(own, part) for own, part in zip(units, everything.split([len(own) for own in units]), strict=True)]
-
-    def _nulls(self, measured: Sequence[_Measured]) -> UnitNulls:
-        kinds = [kind for one in measured for kind in one.kinds]
-        logs = torch.cat([one.logs for one in measured])
-        return UnitNulls.fitted(kinds, logs, self.settings.smallest_kind, self.settings.least_deviation)
-
-    def _limit(self, harmless: Sequence[HarmlessPrompt], measured: Sequence[_Measured]) -> float:
-        """The smallest score that the wanted share of further harmless prompts stays below."""
-        scores = []
-        for one, own in zip(harmless, measured, strict=True):
-            if one.scored and own.units:
-                others = [other for prompt, other in zip(harmless, measured, strict=True) if prompt.source != one.source]
-                scores.append(float(self._nulls(others).deviations(own.kinds, own.logs).max()))
-        rank = math.ceil((len(scores) + 1) * (1 - self.settings.false_alarm_rate))
-        return sorted(scores)[rank - 1] if 0 < rank <= len(scores) else math.inf
-
-    def _detection(self, prompt: str, read: str, cut: bool, measured: _Measured) -> PromptDetection:
-        if not measured.units:
+    def _judged(self, prompt: str, read: str, measured: _Measured) -> PromptDetection:
+        cut = read != prompt
+        if not measured.parts:
             return PromptDetection(prompt, None, self.threshold, False, "", (), cut)
         scores = self.nulls.deviations(measured.kinds, measured.logs)
         best = int(scores.argmax())
-        score, part = float(scores[best]), measured.units[best].text
+        score, part = float(scores[best]), measured.parts[best].text
         points = tuple(f"U+{ord(character):04X}" for character in part)
         return PromptDetection(prompt, score, self.threshold, score > self.threshold, part, points, cut)
+
+
+def _read(tokenizer: Any, prompt: str) -> str:
+    """What the model reads of a prompt: as much of its beginning as fits between BOS and EOS."""
+    room = tokenizer.model_max_length - 2
+    if len(content_ids(tokenizer, prompt)) <= room:
+        return prompt
+    fits, too_long = 0, len(prompt)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        short = len(content_ids(tokenizer, prompt[:middle])) <= room
+        fits, too_long = (middle, too_long) if short else (fits, middle)
+    return prompt[:fits]
+
+
+def _nulls(measured: Sequence[_Measured], settings: PromptDetectionSettings) -> PartNulls:
+    kinds = [kind for one in measured for kind in one.kinds]
+    logs = torch.cat([one.logs for one in measured])
+    return PartNulls.fitted(kinds, logs, settings.smallest_kind, settings.least_deviation) if kinds else PartNulls({})
+
+
+def _limit(sources: Sequence[str], measured: Sequence[_Measured], clean: int, settings: PromptDetectionSettings) -> float:
+    """The least limit that keeps the false alarm rate on the first `clean` prompts, and on the others.
+
+    The rank is that of conformal prediction: of n+1 exchangeable scores the last one exceeds the k-th of the others with a
+    probability of at most 1 - k / (n+1). Prompts that come from the same clean prompt are left out of each other's nulls.
+    """
+    scores = []
+    for source, own in zip(sources, measured, strict=True):
+        others = [one for name, one in zip(sources, measured, strict=True) if name != source]
+        score = _nulls(others, settings).deviations(own.kinds, own.logs).max() if own.parts else -math.inf
+        scores.append(float(score))
+    groups = [sorted(some) for some in (scores[:clean], scores[clean:]) if some]
+    return max(some[math.ceil((len(some) + 1) * (1 - settings.false_alarm_rate)) - 1] for some in groups)
