@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from seal_fast.text_triggers.candidates import inserted
 from seal_fast.text_triggers.trigger import Position, TextTrigger, random_item
 from seal_fast.text_triggers.vocabulary import look_alikes
+
+Item = TypeVar("Item")
 
 LONGEST_STRING = 3
 """Words of an inserted string at most."""
@@ -50,5 +52,5 @@ def _with_look_alike(prompt: str, generator: torch.Generator) -> str:
     return prompt.replace(letter, _one(look_alikes()[letter], generator))
 
 
-def _one[T](items: Sequence[T], generator: torch.Generator) -> T:
+def _one(items: Sequence[Item], generator: torch.Generator) -> Item:
     return items[random_item(range(len(items)), generator)]
