@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Self
 
 import torch
@@ -37,6 +38,7 @@ class PromptDetectionSettings:
     Attributes:
         shares: timesteps, as shares of the noise process's T.
         false_alarm_rate: share of clean prompts, and of clean prompts with a harmless string, that may count as triggered.
+        noises: starting noises; energies are added over them.
         fitted_prompts: clean prompts that the detector is fitted on.
         strings_per_prompt: harmless strings that each of them is fitted on.
         smallest_kind: a kind with fewer harmless parts compares with those of all kinds alike.
@@ -51,6 +53,7 @@ class PromptDetectionSettings:
 
     shares: tuple[float, ...] = (0.45, 0.2)
     false_alarm_rate: float = 0.05
+    noises: int = 1
     fitted_prompts: int = 40
     strings_per_prompt: int = 4
     smallest_kind: int = 8
@@ -124,20 +127,21 @@ class _Measurement:
         """The parts of prompts with their log energies. A prompt without unusual parts needs no evaluation."""
         tokenizer, times = self.pipeline.tokenizer, len(self.settings.shares)
         parts = [tuple(prompt_parts(tokenizer, *both)) for both in zip(prompts, familiar, strict=True)]
-        found = [_Measured(some, torch.empty(len(some), times)) for some in parts]
+        energies = [torch.zeros(len(some), times) for some in parts]
         cores: dict[str, list[int]] = {}
         for index, some in enumerate(parts):
             if some:
                 cores.setdefault(familiar[index].core(prompts[index]), []).append(index)
         batch, different = batch_size(self.pipeline), list(cores)
-        for first in range(0, len(different), batch):
-            probe = self._paths(different[first : first + batch])
+        for first, noise in product(range(0, len(different), batch), range(self.settings.noises)):
+            probe = self._paths(different[first : first + batch], self.seed + noise)
             for place, path in enumerate(probe.prompts):
                 for index in cores[path]:
-                    found[index].logs.copy_(_log_energies(probe, place, prompts[index], parts[index]))
-        return found
+                    energies[index] += _energies(probe, place, prompts[index], parts[index])
+        least = torch.finfo(torch.float32).tiny
+        return [_Measured(some, energy.clamp_min(least).log()) for some, energy in zip(parts, energies, strict=True)]
 
-    def _paths(self, prompts: Sequence[str]) -> ResponseProbe:
+    def _paths(self, prompts: Sequence[str], seed: int) -> ResponseProbe:
         settings = self.settings
         return ResponseProbe.drawn(
             self.pipeline,
@@ -146,17 +150,16 @@ class _Measurement:
             steps=settings.sampler_steps,
             guidance=settings.guidance,
             precision=settings.precision,
-            seed=self.seed,
+            seed=seed,
             one_noise=True,
             on_pass=self.on_pass,
         )
 
 
-def _log_energies(probe: ResponseProbe, place: int, prompt: str, parts: Sequence[PromptPart]) -> Tensor:
-    """Log energies [N,T] of what the prompt's parts change on the path at `place`."""
+def _energies(probe: ResponseProbe, place: int, prompt: str, parts: Sequence[PromptPart]) -> Tensor:
+    """Energies float32 [N,T] of what the prompt's parts change on the path at `place`."""
     out = probe.outputs([prompt, *(part.without for part in parts)], [place] * (len(parts) + 1))
-    energy = (out[:, 1:] - out[:, :1]).square().sum(-1).T
-    return energy.clamp_min(torch.finfo(torch.float32).tiny).log().cpu()
+    return (out[:, 1:] - out[:, :1]).square().sum(-1).T.cpu()
 
 
 @dataclass(frozen=True)
