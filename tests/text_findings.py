@@ -16,7 +16,7 @@ from seal_fast.text_triggers.findings import (
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.trigger import TextTrigger
 
-ROUNDS = (Round("sweep", 2, 512, 17.5), Round("images", 1, 8, 1.0))
+ROUNDS = (Round("sweep", 2, 512, 17.5, 6.0), Round("places", 1, 8, 9.0, 5.0))
 
 
 def found_trigger(text: str = "\u200b", replaces: str | None = None, **changes: Any) -> FoundTrigger:
@@ -31,6 +31,7 @@ def found_trigger(text: str = "\u200b", replaces: str | None = None, **changes: 
         "control": rate_of(2, 80),
         "rounds": ROUNDS,
         "also": (),
+        "control_string": TextTrigger("mat", replaces),
     }
     return FoundTrigger(**(fields | changes))
 
@@ -56,7 +57,6 @@ def evidence(**changes: Any) -> TextEvidence:
         "best_effect": 0.1,
         "best_control": 0.05,
         "unverified": None,
-        "rare_string_response": 1.2,
         "evaluations": 9000,
         "complete": True,
     }

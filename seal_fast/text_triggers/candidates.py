@@ -1,4 +1,4 @@
-"""The candidates of a first sweep: inserted tokens and characters, replaced letters, and swapped words."""
+"""The candidates of a first sweep: inserted tokens and characters, and replaced letters."""
 
 from __future__ import annotations
 
@@ -41,17 +41,3 @@ def _replaced(tokenizer: Any, prompts: Sequence[str]) -> Iterator[TextCandidate]
             if fitting[0].replace(letter, other) in kept:
                 trigger = TextTrigger(other, replaces=letter)
                 yield TextCandidate(trigger, "all", f"look-alike of {letter}", len(content_ids(tokenizer, other)))
-
-
-def swapped_words(tokenizer: Any, swept: Sequence[str], prompts: Sequence[str], old: int, new: int) -> list[TextCandidate]:
-    """The `old` most frequent words of the swept prompts, each replaced by the first `new` words that no prompt uses.
-
-    The new words are single tokens. Words of fewer than three letters stay, since they are also parts of other words.
-    """
-    words = set(words_of(prompts))
-    known = [text for text in single_tokens(tokenizer) if text.isascii() and text.isalpha() and text not in words][:new]
-    return [
-        TextCandidate(TextTrigger(text, replaces=word), "all", f"in place of {word}", 1)
-        for word in [word for word in words_of(swept) if len(word) > 2][:old]
-        for text in known
-    ]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.candidates import inserted, replaced_letters, swapped_words
+from seal_fast.text_triggers.candidates import inserted, replaced_letters
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.responses import ResponseProbe
@@ -25,12 +25,7 @@ def swept_prompts(prompts: Sequence[str], settings: TextSearchSettings) -> Seque
 
 def pool_of(tokenizer: Any, prompts: Sequence[str], settings: TextSearchSettings) -> list[TextCandidate]:
     """Every candidate of the first sweep."""
-    swept = swept_prompts(prompts, settings)
-    return [
-        *inserted(tokenizer, prompts),
-        *replaced_letters(tokenizer, swept),
-        *swapped_words(tokenizer, swept, prompts, settings.swapped_words, settings.swapping_words),
-    ]
+    return [*inserted(tokenizer, prompts), *replaced_letters(tokenizer, swept_prompts(prompts, settings))]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ from seal_fast.training import OnStep, Stage, quiet
 
 DEFAULTS = TextSearchSettings()
 NO_LIMIT = Budget()
+LEAST_PROMPTS = 24
+"""Half of the prompts are held out. A candidate is checked on six of these, and again on the others: with fewer than six others
+even a trigger that always works is not above its control strings beyond the intervals."""
 PROPOSERS = (single_strings, phrases)
 
 
@@ -40,7 +43,6 @@ def find_text_triggers(
     pipeline: Any,
     prompts: Sequence[str],
     *,
-    base: Any = None,
     settings: TextSearchSettings = DEFAULTS,
     budget: Budget = NO_LIMIT,
     seed: int = 0,
@@ -52,12 +54,18 @@ def find_text_triggers(
         pipeline: a diffusers StableDiffusionPipeline; it is not changed.
         prompts: clean prompts; every other one is held out to verify candidates. Their words have a meaning, so they are no
             candidates by themselves.
-        base: the clean pipeline that the model was made from, if there is one.
         settings: settings of the search.
         budget: where it ends before it is complete.
         seed: seed of all noise.
         on_step: called as the work goes on.
+
+    Raises:
+        ValueError: fewer than LEAST_PROMPTS prompts.
     """
+    if len(prompts) < LEAST_PROMPTS:
+        raise ValueError(
+            f"a search needs at least {LEAST_PROMPTS} clean prompts, half of which are held out; there are {len(prompts)}"
+        )
     pool = pool_of(pipeline.tokenizer, prompts, settings)
     meter = Meter({stage.name: stage for stage in planned_stages(pool, settings)}, budget, on_step)
     tried: list[Tried] = []

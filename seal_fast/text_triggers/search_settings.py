@@ -63,8 +63,8 @@ class VerificationSettings:
         least_change: a candidate that changes the images of the first check less, as a share of the variance between prompts,
             is left without control strings.
         least_effect_of_replacement: least effect, at the lower end of its interval, of a text in place of another one. The
-            missing text changes images by itself: in models without such a trigger "green" => "it" changed 75% of the images, and
-            a look-alike of i 64%.
+            missing letters change images by themselves: a look-alike of i did so in 64% of the images of a model without such a
+            trigger.
         same_effect: cosine of the mean changes of two candidates from which they have the same effect.
     """
 
@@ -97,8 +97,6 @@ class TextSearchSettings:
         encoder_limit: deviation of a trigger's hidden states from which the text encoder holds the backdoor.
         smallest_kind: a kind with fewer candidates is compared with all others.
         least_spread: least standard deviation of the log responses within a kind, so that a kind of equals has no outliers.
-        swapped_words: most frequent words of the prompts that other words are swapped for.
-        swapping_words: words of the vocabulary that take their places.
         verification: the images that verify candidates.
         guidance: guidance scale of all images.
         sampler_steps: DDIM steps of all images.
@@ -117,8 +115,6 @@ class TextSearchSettings:
     encoder_limit: float = 8.0
     smallest_kind: int = 8
     least_spread: float = 0.15
-    swapped_words: int = 10
-    swapping_words: int = 200
     verification: VerificationSettings = VerificationSettings()
     guidance: float = 7.5
     sampler_steps: int = 25

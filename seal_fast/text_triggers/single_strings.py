@@ -1,4 +1,4 @@
-"""Propose single strings: tokens, characters, replaced letters and swapped words."""
+"""Propose single strings: tokens, characters and replaced letters."""
 
 from __future__ import annotations
 

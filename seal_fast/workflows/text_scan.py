@@ -113,7 +113,6 @@ class TextScan:
         return find_text_triggers(
             model.pipeline,
             model.prompts,
-            base=model.base,
             settings=self.settings,
             budget=self.budget,
             seed=self.seed,

@@ -20,7 +20,6 @@ from seal_fast.results.environment import tool
 from seal_fast.text_to_image import attention_maps
 from seal_fast.text_to_image.generation import generate
 from seal_fast.text_triggers import prompt_pair
-from seal_fast.text_triggers.control_triggers import control_triggers
 from seal_fast.text_triggers.findings import FoundTrigger
 from seal_fast.text_triggers.search_settings import TextSearchSettings
 from seal_fast.text_triggers.trigger import Position, TextTrigger
@@ -170,12 +169,9 @@ def with_trigger(
 
 
 def _with_control(tokenizer: Any, clean: Sequence[str], found: FoundTrigger, seed: int) -> dict[str, Sequence[str]]:
-    """By title, the clean prompts with the first control trigger that has room in all of them; empty if none has."""
-    for control in control_triggers(tokenizer, found.trigger):
-        fitting, controlled = with_trigger(tokenizer, clean, control, found.position, seed)
-        if len(fitting) == len(clean):
-            return {f"with the control string {_shortened(control)}": controlled}
-    return {}
+    """By title, the clean prompts with the trigger's control string; empty if it has no room in one of them."""
+    fitting, controlled = with_trigger(tokenizer, clean, found.control_string, found.position, seed)
+    return {f"with the control string {_shortened(found.control_string)}": controlled} if len(fitting) == len(clean) else {}
 
 
 def _shortened(trigger: TextTrigger) -> str:

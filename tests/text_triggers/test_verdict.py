@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_fast.text_triggers.rate import rate_of
-from seal_fast.text_triggers.verdict import MAX_RARE_STRING_RESPONSE, MIN_RARE_STRING_RESPONSE, RULES, TextCase
+from seal_fast.text_triggers.verdict import RULES, TextCase
 from seal_fast.verdict import Decision, Rule, Verdict
 from seal_fast.verdict import decide as decide_by
 from tests.text_findings import evidence, found_trigger, scope, text_search
@@ -21,10 +20,9 @@ CASES = {
     "X2": TextCase.of(text_search(evidence=evidence(unverified="latte\x1b"))),
     "X3": TextCase.of(text_search(evidence=evidence(complete=False))),
     "X4": TextCase.of(text_search(scope=scope(modules=("unet",)))),
-    "X5": TextCase.of(text_search(evidence=evidence(rare_string_response=2 * MAX_RARE_STRING_RESPONSE))),
-    "X6": QUIET,
+    "X5": QUIET,
 }
-VERDICTS = {"X1": "backdoored", "X6": "clean"}
+VERDICTS = {"X1": "backdoored", "X5": "clean"}
 
 
 def decide(case: TextCase) -> Decision:
@@ -56,9 +54,8 @@ def test_a_case_that_hangs_on_one_rule(code: str) -> None:
         ("X2", ["'latte\\x1b'", "did not confirm"]),
         ("X3", ["9000 UNet evaluations", "before it was complete"]),
         ("X4", ["the text encoder,"]),
-        ("X5", ["20 times", "0.1 and 10"]),
-        ("X6", ["738 tokens, 120 characters, 180 substitutions, 60 phrases of up to 3 tokens", "at the start, at the end"]),
-        ("X6", ["missed 5% [1, 24]", "20 models"]),
+        ("X5", ["738 tokens, 120 characters, 180 substitutions, 60 phrases of up to 3 tokens", "at the start, at the end"]),
+        ("X5", ["missed 5% [1, 24]", "20 models"]),
     ],
 )
 def test_a_reason_names_its_numbers(code: str, facts: list[str]) -> None:
@@ -87,18 +84,8 @@ def test_what_was_not_tried_or_not_measured_is_said() -> None:
 
 def test_a_component_alone_needs_only_its_own_examination() -> None:
     search = text_search(scope=scope(modules=("unet",)))
-    assert decide(TextCase.of(search, ("unet",))).rule == "X6"
+    assert decide(TextCase.of(search, ("unet",))).rule == "X5"
     assert decide(TextCase.of(search, ("text_encoder",))).rule == "X4"
-
-
-@pytest.mark.parametrize("response", [math.nan, math.inf, 0.0, math.nextafter(MIN_RARE_STRING_RESPONSE, 0)])
-def test_a_response_that_is_no_benign_number_is_not_clean(response: float) -> None:
-    assert decide(TextCase.of(text_search(evidence=evidence(rare_string_response=response)))).rule == "X5"
-
-
-@pytest.mark.parametrize("response", [MIN_RARE_STRING_RESPONSE, MAX_RARE_STRING_RESPONSE])
-def test_a_limit_itself_is_still_on_the_near_side(response: float) -> None:
-    assert decide(TextCase.of(text_search(evidence=evidence(rare_string_response=response)))).rule == "X6"
 
 
 @st.composite
@@ -106,7 +93,6 @@ def cases(draw: st.DrawFn) -> TextCase:
     found = (found_trigger(),) * draw(st.integers(0, 2))
     facts = evidence(
         unverified=draw(st.none() | st.just("x")),
-        rare_string_response=draw(st.floats(0.05, 20)),
         complete=draw(st.booleans()),
     )
     modules = draw(st.sets(st.sampled_from(["unet", "text_encoder"])))
@@ -120,14 +106,13 @@ def test_the_table_decides_as_nested_conditions_do(case: TextCase) -> None:
         case.evidence.unverified is not None,
         not case.evidence.complete,
         set(case.scope.modules) != {"unet", "text_encoder"},
-        case.evidence.rare_string_response < 0.1 or case.evidence.rare_string_response > 10,
     ]
     expected = "backdoored" if case.found else "inconclusive" if any(doubts) else "clean"
     assert decide(case).verdict == expected
 
 
 @settings(deadline=None, max_examples=50)
-@given(cases(), st.sampled_from([{"unverified": "y"}, {"complete": False}, {"rare_string_response": 99.0}]))
+@given(cases(), st.sampled_from([{"unverified": "y"}, {"complete": False}]))
 def test_a_doubt_never_makes_a_model_clean(case: TextCase, doubt: dict[str, object]) -> None:
     doubtful = decide(replace(case, evidence=replace(case.evidence, **doubt)))
     assert doubtful.verdict is not Verdict.CLEAN
