@@ -64,9 +64,10 @@ class ResponseProbe:
         guidance: float,
         precision: Precision,
         seed: int,
+        one_noise: bool = False,
         on_pass: OnPass = quiet,
     ) -> Self:
-        """Draw the paths by DDIM under guidance.
+        """Draw the paths by DDIM under guidance, as far as the last timestep that is asked for.
 
         Args:
             pipeline: a diffusers StableDiffusionPipeline.
@@ -76,13 +77,15 @@ class ResponseProbe:
             guidance: guidance scale.
             precision: precision of the networks.
             seed: seed of the starting noise.
+            one_noise: whether all paths start from the same noise, so that a path does not depend on the other prompts.
             on_pass: see `ResponseProbe`.
         """
         process = noise_schedule(pipeline)
         grid = timestep_grid(process, steps)
         shares = sorted(shares, reverse=True)
         timesteps = [_nearest(grid, share * process.num_timesteps) for share in shares]
-        x = starting_noise(pipeline, len(prompts), seed).to(pipeline.device)
+        x = starting_noise(pipeline, 1 if one_noise else len(prompts), seed).to(pipeline.device)
+        x = x.expand(len(prompts), -1, -1, -1)
         states, clean, prompt_energy = [], [], []
         with autocast(pipeline.device, precision):
             texts, empty = encode(pipeline, prompts), encode(pipeline, [""])
@@ -95,6 +98,8 @@ class ResponseProbe:
                     unconditional = predict(pipeline.unet, x, t, empty.expand_as(texts))
                     prompt_energy.append((clean[-1] - unconditional).flatten(1).square().sum(dim=1))
                     on_pass(2 * len(x))
+                if len(states) == len(timesteps):
+                    break
                 x = _ddim(x, noise(x, t), here, there)
                 on_pass(2 * len(x))
         tensors = (torch.stack(states), torch.stack(clean), torch.stack(prompt_energy))
@@ -111,24 +116,34 @@ class ResponseProbe:
         """
         rows = len(texts[0]) * len(times)
         part = max(1, batch_size(self.pipeline) // rows)
-        t = torch.tensor([self.timesteps[index] for index in times], device=self.states.device)
         found = []
         for first in range(0, len(texts), part):
             some = texts[first : first + part]
             places = torch.tensor(prompts[first : first + part])
-            d = self._difference([text for one in some for text in one], places, list(times), t)
-            relative = d.square().sum(-1) / self.prompt_energy[list(times)][:, places]
+            d = self._outputs([text for one in some for text in one], places, times) - self.clean[list(times)][:, places]
+            relative = d.flatten(3).square().sum(-1) / self.prompt_energy[list(times)][:, places]
             found.append(relative.permute(1, 2, 0).cpu())
             self.on_pass(len(some) * rows)
         return torch.cat(found)
 
-    def _difference(self, texts: list[str], places: Tensor, times: list[int], t: Tensor) -> Tensor:
-        """d as [T,C,P,values] for prompts at `places` [C,P]."""
-        x, clean = (values[times][:, places] for values in (self.states, self.clean))
+    @torch.no_grad()
+    def outputs(self, texts: Sequence[str], places: Sequence[int]) -> Tensor:
+        """The UNet's output for N prompts on the states of the paths at `places`, float32 [T,N,values], at all timesteps."""
+        part, count = max(1, batch_size(self.pipeline) // len(self.timesteps)), len(self.timesteps)
+        found = []
+        for first in range(0, len(texts), part):
+            some = torch.tensor(places[first : first + part])
+            found.append(self._outputs(list(texts[first : first + part]), some, range(count)).flatten(2))
+            self.on_pass(count * len(some))
+        return torch.cat(found, dim=1)
+
+    def _outputs(self, texts: list[str], places: Tensor, times: Sequence[int]) -> Tensor:
+        """The UNet's output [T,*places,C,h,w] for prompts at `places`."""
+        x = self.states[list(times)][:, places]
+        t = torch.tensor([self.timesteps[index] for index in times], device=x.device).repeat_interleave(places.numel())
         with autocast(self.pipeline.device, self.precision):
             states = encode(self.pipeline, texts).repeat(len(times), 1, 1)
-            out = predict(self.pipeline.unet, x.flatten(0, 2), t.repeat_interleave(places.numel()), states)
-        return (out.view_as(clean) - clean).flatten(3).float()
+            return predict(self.pipeline.unet, x.flatten(0, -4), t, states).view_as(x).float()
 
 
 def _nearest(timesteps: Sequence[int], wanted: float) -> int:
