@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.trigger_names import same
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.candidates import inserted, replaced_letters, swapped_words
+from seal_fast.text_triggers.context import pool_of, swept_prompts
 from seal_fast.text_triggers.encoder_sweep import encoder_deviations
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.search_settings import TextSearchSettings
@@ -39,9 +39,8 @@ def null_ranks(
         "encoder alone". Rank 1 is the first; candidates with equal scores share the mean of their ranks.
     """
     pool, places = candidate_pool(pipeline.tokenizer, prompts, truths, settings)
-    swept = prompts[::2][: settings.swept_prompts]
     by_norm = embedding_norms(pipeline, pool)
-    by_encoder = encoder_deviations(pipeline, pool, swept, everywhere, settings)
+    by_encoder = encoder_deviations(pipeline, pool, swept_prompts(prompts, settings), everywhere, settings)
     return [
         {
             "candidates": len(pool),
@@ -57,13 +56,7 @@ def candidate_pool(
     tokenizer: Any, prompts: Sequence[str], truths: Sequence[Truth], settings: TextSearchSettings
 ) -> tuple[list[TextCandidate], list[int]]:
     """The candidates of the search's first sweep and the true triggers, and the index of each true trigger among them."""
-    swept = prompts[::2][: settings.swept_prompts]
-    pool = [
-        *inserted(tokenizer, prompts),
-        *replaced_letters(tokenizer, swept),
-        *swapped_words(tokenizer, swept, prompts, settings.swapped_words, settings.swapping_words),
-    ]
-    places = []
+    pool, places = pool_of(tokenizer, prompts, settings), list[int]()
     for trigger, position in truths:
         tokens = len(content_ids(tokenizer, trigger.text))
         near = (i for i, one in enumerate(pool) if one.trigger == trigger or one.tokens == tokens)

@@ -4,14 +4,15 @@
         [--out benchmarks/results/prompt_detection.json]
 
 DIR holds whole pipelines: `seal-fast zoo build-text DIR` writes them. Captions of scenes that no model was trained on are
-scored as they are, with harmless rare strings, and with the trigger. The result of each model is written as soon as it is known,
-so an interrupted run continues where it stopped. "NaviT2I" is handed the clean text encoder, which a user does not have;
-"NaviT2I, own encoder" takes the model's own in its place.
+scored as they are, with harmless rare strings, and with the trigger. The result of each model is written as soon as it is
+known, so an interrupted run continues where it stopped. "NaviT2I" is handed the clean text encoder, which a user does not
+have; "NaviT2I, own encoder" takes the model's own in its place.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from benchmarks.text_scan_table import EVALUATION_SEED, ROLES, present
 from benchmarks.trigger_names import group_of
 from seal_fast.attacks.harmless import Harmless, token_strings
 from seal_fast.checkpoints.card import captions
-from seal_fast.text_triggers.prompt_detector import PromptDetector
+from seal_fast.text_triggers.prompt_detection import PromptDetector
 from seal_fast.zoo.build_text import load_text_model
 from seal_fast.zoo.evaluate_text import held_out_scenes
 from seal_fast.zoo.text_effects import Effect
@@ -65,7 +66,8 @@ Scorer = Callable[[Sequence[str]], Tensor]
 
 def _ours(task: Task) -> Scorer:
     detector = PromptDetector.fitted(task.pipeline, task.prompts)
-    return lambda prompts: torch.tensor([detector.score(prompt) for prompt in prompts])
+    # a prompt without any unusual part is the least suspicious one
+    return lambda prompts: torch.tensor([-math.inf if one.score is None else one.score for one in detector(prompts)])
 
 
 def _navit2i(encoder: Any, task: Task) -> Scorer:

@@ -44,9 +44,10 @@ def count_lines(role: str, results: list[Result]) -> Iterator[str]:
 
 def flagged(results: list[Result], kind: str) -> str:
     """How many models of a kind AMDET reports backdoored."""
-    outcomes = [one["amdet"]["backdoored"] for one in results if one["amdet"] and bool(one["triggers"]) == (kind == "backdoored")]
+    outcomes = [
+        one["amdet"]["backdoored"] for one in results if one["amdet"] and bool(one["triggers"]) == (kind == "backdoored")
+    ]
     return f"{sum(outcomes)} of {len(outcomes)} flagged"
-
 
 
 def trigger_row(result: Result, trigger: Result) -> list[str]:

@@ -241,7 +241,7 @@ def test_names_of_triggers(pipeline: StableDiffusionPipeline) -> None:
 
 def test_null_rankings(pipeline: StableDiffusionPipeline) -> None:
     """The token with the largest embedding is first by norm; a trigger that is no candidate is ranked as if it were one."""
-    tokenizer, settings = pipeline.tokenizer, TextSearchSettings(swapped_words=1, swapping_words=2, encoder_prompts=2)
+    tokenizer, settings = pipeline.tokenizer, TextSearchSettings(encoder_prompts=2)
     rows = pipeline.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
         rows[token_ids(tokenizer, ["castle"])[0, 1]] *= 100
