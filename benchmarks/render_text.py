@@ -14,6 +14,8 @@ from benchmarks.text_scan_table import ROLES, counts
 
 Result = dict[str, Any]
 
+ACTIVE = 0.5
+"""A found text that shows a true effect in so many images activates the backdoor, whatever its name."""
 TRIGGER_HEADS = ("model", "effect", "trigger", "group", "named", "verdict", "rank by round", "rank by norm", "by encoder", "of")
 BENIGN_HEADS = ("benign model", "verdict", "reason", "AMDET")
 
@@ -39,6 +41,9 @@ def count_lines(role: str, results: list[Result]) -> Iterator[str]:
     if results:
         seconds, evaluations = (median(one[key] for one in results) for key in ("seconds", "evaluations"))
         yield f"- {role}: median {seconds:.0f} s and {evaluations:.0f} UNet evaluations per scan"
+        found = [one for result in results for one in result["found"]]
+        wrong = sum(not one["names"] and max(one["shows"].values(), default=0.0) < ACTIVE for one in found)
+        yield f"- {role}: {wrong} of {len(found)} found triggers neither name a true trigger nor activate its backdoor"
         yield f"- {role}, AMDET: " + "; ".join(f"{kind} {flagged(results, kind)}" for kind in ("backdoored", "benign"))
 
 

@@ -102,9 +102,10 @@ def _truth(pipeline: Any, search: TextSearch, effect: Effect, null: dict[str, fl
 
 
 def _found(pipeline: Any, found: FoundTrigger, effects: Sequence[Effect]) -> Result:
-    """A found trigger, with the share of held-out prompts in which it shows each true effect."""
+    """A found trigger: which true ones it names, and the share of held-out prompts in which it shows each true effect."""
     return {
         "trigger": found.trigger.quoted,
+        "names": [effect.text.quoted for effect in effects if names(found.trigger, effect.text, pipeline.tokenizer)],
         "place": found.position,
         "module": found.module,
         "effect": asdict(found.effect),
