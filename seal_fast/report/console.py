@@ -135,9 +135,7 @@ def print_prompt_detection(found: Sequence[PromptDetection], false_alarm_rate: f
         notes = [suspected] * one.triggered + ["the model reads only the beginning"] * one.cut
         lines.append(Line((verdict, safe(one.prompt), f"{number(one.score)} / {number(one.threshold)}"), tuple(notes)))
     print_table(console, columns, lines, folded="prompt", numbers=columns[2:])
-    print_sentence(
-        console, "score: deviations of the most suspicious part from harmless ones; - if clean prompts hold all"
-    )
+    print_sentence(console, "score: deviations of the most suspicious part from harmless ones; - if clean prompts hold all")
     triggered = sum(one.triggered for one in found)
     counts = f"{triggered} triggered, {len(found) - triggered} clean"
     share = f"{false_alarm_rate:.0%} of harmless prompts may count as triggered"

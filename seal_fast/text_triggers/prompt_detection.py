@@ -6,9 +6,9 @@ other parts go one by one: a trigger moves the noise that the UNet predicts furt
     log || e(x_t, t, E(p)) - e(x_t, t, E(p without the part)) ||^2
 
 The states x_t lie on the sampling path of the prompt without any unusual part. On the triggered prompt's own path the target is
-already drawn, and the prediction moves less. Of timesteps from .99 T to .1 T, the middle and the end told triggers from harmless
-strings best: the beginning hardly sees a style or a small patch. Neither more starting noises nor an energy that is divided by the
-whole prompt's did better.
+already drawn, and the prediction moves less. Of timesteps from .99 T to .1 T, the middle and the end told triggers from
+harmless strings best: the beginning hardly sees a style or a small patch. Neither more starting noises nor an energy that is
+divided by the whole prompt's did better.
 """
 
 from __future__ import annotations

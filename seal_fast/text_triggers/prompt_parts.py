@@ -73,7 +73,7 @@ def prompt_parts(tokenizer: Any, prompt: str, familiar: Familiar) -> list[Prompt
 
     Parts are words and phrases of adjacent words, pairs of familiar words that are not familiar as a pair, runs of non-ASCII
     characters, and look-alikes of letters. A part goes from all places of the prompt at once, since a trigger may stand at
-    several; a look-alike becomes its Latin letter. Parts that leave the token ids as they are, or the same text as another part,
+    several; a look-alike becomes its Latin letter. Parts that leave the token ids as they are, or the same text as another one,
     are left out.
     """
     ids = content_ids(tokenizer, prompt)
