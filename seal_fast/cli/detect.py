@@ -1,4 +1,4 @@
-"""`seal-fast detect`: which noise inputs carry a trigger?"""
+"""`seal-fast detect`: which noise inputs, or which prompts, carry a trigger?"""
 
 from __future__ import annotations
 
@@ -13,22 +13,86 @@ from seal_fast.cli.common import BACKDOORED, CLEAN, Format, OutputFormat, say, u
 EPILOG = """Exit codes:
 
 \b
-4  usage error, such as a bad option, trigger or input file
-1  an input carries the trigger
-0  no input does"""
+4  usage error, such as a bad option, trigger, pipeline or input file
+1  an input or a prompt carries a trigger
+0  none does"""
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="TRIGGER|PIPELINE",
+        exists=True,
+        help="trigger.safetensors of a scan, for noise; folder of a text-to-image pipeline, for prompts.",
+    ),
+]
+Inputs = Annotated[
+    Path,
+    typer.Argument(
+        metavar="INPUTS|PROMPTS",
+        exists=True,
+        dir_okay=False,
+        allow_dash=True,
+        help="Noise inputs [N,C,H,W]: .npy or .safetensors. Prompts: UTF-8 text, one a line; - for standard input.",
+    ),
+]
+CleanPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="Clean prompts, one a line, like those to judge (default: those of the model card, else shipped ones).",
+    ),
+]
+Seed = Annotated[int | None, typer.Option(metavar="INTEGER", help="Seed of the noise that prompts are tried on (default: 0).")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(metavar="NUMBER", min=1.0, help="Guidance scale that the pipeline is used with (default: 7.5)."),
+]
 
 
 def detect(
-    trigger: Annotated[
-        Path, typer.Argument(metavar="TRIGGER", exists=True, dir_okay=False, help="trigger.safetensors of a scan.")
-    ],
-    inputs: Annotated[
-        Path,
-        typer.Argument(metavar="INPUTS", exists=True, dir_okay=False, help="Noise inputs [N,C,H,W]: .npy or .safetensors."),
-    ],
+    model: Model,
+    inputs: Inputs,
+    clean_prompts: CleanPrompts = None,
+    seed: Seed = None,
+    guidance: Guidance = None,
     output: OutputFormat = Format.CONSOLE,
 ) -> None:
-    """Find out which noise inputs carry a trigger."""
+    """Find out which noise inputs carry a trigger, or which prompts do that are given to a text-to-image pipeline."""
+    if model.is_dir():
+        triggered = _prompts(model, inputs, clean_prompts, seed or 0, guidance, output)
+    elif (clean_prompts, seed, guidance) != (None, None, None):
+        raise typer.BadParameter(f"--clean-prompts, --seed and --guidance are for prompts, and {model} is no pipeline folder")
+    else:
+        triggered = _inputs(model, inputs, output)
+    raise typer.Exit(BACKDOORED if triggered else CLEAN)
+
+
+def _prompts(model: Path, file: Path, clean_prompts: Path | None, seed: int, guidance: float | None, output: Format) -> bool:
+    from seal_fast.checkpoints import CheckpointError
+    from seal_fast.report.console import console_for, print_prompt_detection
+    from seal_fast.report.json import prompt_detection_json
+    from seal_fast.results.environment import tool
+    from seal_fast.text_triggers.prompt_detection import PromptDetectionSettings
+    from seal_fast.workflows.detect_prompts import detect_prompts
+    from seal_fast.workflows.prompts import read_lines
+
+    settings = PromptDetectionSettings() if guidance is None else PromptDetectionSettings(guidance=guidance)
+    with usage_errors():
+        prompts = read_lines(file)
+        if not prompts:
+            raise CheckpointError(file, "no prompt: one a line is expected")
+        clean = None if clean_prompts is None else read_lines(clean_prompts)
+        found = detect_prompts(model, prompts, clean, settings, seed)
+    if output is Format.JSON:
+        typer.echo(prompt_detection_json(found, settings.false_alarm_rate, tool()))
+    else:
+        print_prompt_detection(found, settings.false_alarm_rate, console_for(sys.stdout))
+    return any(one.triggered for one in found)
+
+
+def _inputs(file: Path, inputs: Path, output: Format) -> bool:
     from seal_fast.checkpoints import CheckpointError
     from seal_fast.checkpoints.tensor_file import load_inputs
     from seal_fast.checkpoints.trigger import Trigger
@@ -38,15 +102,15 @@ def detect(
     from seal_fast.results.environment import tool
 
     with usage_errors():
-        found, noise = Trigger.load(trigger), load_inputs(inputs)
+        found, noise = Trigger.load(file), load_inputs(inputs)
         if noise.shape[1:] != found.mu.shape:
             shapes = f"{list(noise.shape[1:])} does not fit the trigger's {list(found.mu.shape)}"
             raise CheckpointError(inputs, f"the shape {shapes}")
     if not found.mu.any() and bool((found.gamma == 1).all()):
-        say(f"{trigger} changes no noise, since the scan found no trigger: every input counts as clean")
+        say(f"{file} changes no noise, since the scan found no trigger: every input counts as clean")
     log_ratios = InputDetector(found).log_ratio(noise)[:, 0].tolist()
     if output is Format.JSON:
         typer.echo(detection_json(log_ratios, tool()))
     else:
         print_detection(log_ratios, console_for(sys.stdout))
-    raise typer.Exit(BACKDOORED if any(value > 0 for value in log_ratios) else CLEAN)
+    return any(value > 0 for value in log_ratios)

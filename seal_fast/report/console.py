@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from seal_fast.results.scan import ModelResult, ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
+    from seal_fast.text_triggers.prompt_detection import PromptDetection
     from seal_fast.verdict import Decision, Verdict
 
 CODE_POINTS = 8
@@ -56,13 +57,18 @@ def _verdict(verdict: Verdict) -> Text:
     return Text(verdict.value, STYLES[verdict.value])
 
 
+def _code_points(text: str) -> str:
+    """The first code points of a text beyond ASCII, in brackets; "" if there are none."""
+    points = [f"U+{ord(character):04X}" for character in text if not character.isascii()]
+    return f" ({', '.join(points[:CODE_POINTS])}{', ...' if len(points) > CODE_POINTS else ''})" if points else ""
+
+
 def _trigger_lines(model: ModelResult) -> Iterator[str]:
     """A line per confirmed text trigger, and one of what else activates its backdoor."""
     for found in model.found:
-        points = [f"U+{ord(c):04X}" for c in found.trigger.text if not c.isascii()]
-        shown = f" ({', '.join(points[:CODE_POINTS])}{', ...' if len(points) > CODE_POINTS else ''})" if points else ""
         effect = f"changes {found.effect} of images, control strings {found.control}"
-        yield f"{found.trigger.quoted}{shown} {PLACES[found.position]}: {effect}; {found.module.replace('_', ' ')}"
+        named = f"{found.trigger.quoted}{_code_points(found.trigger.text)}"
+        yield f"{named} {PLACES[found.position]}: {effect}; {found.module.replace('_', ' ')}"
         if found.also:
             texts = "', '".join(found.also[:ALSO])
             more = f" and {len(found.also) - ALSO} more" if len(found.also) > ALSO else ""
@@ -117,6 +123,23 @@ def print_detection(log_ratios: Sequence[float], console: Console) -> None:
     print_sentence(console, "log ratio: above 0, an input is more likely with the trigger than as clean noise")
     triggered = sum(value > 0 for value in log_ratios)
     print_sentence(console, f"{len(log_ratios)} inputs: {triggered} triggered, {len(log_ratios) - triggered} clean")
+
+
+def print_prompt_detection(found: Sequence[PromptDetection], false_alarm_rate: float, console: Console) -> None:
+    """Verdict, text and score of every prompt, with the suspected part below; then the counts."""
+    columns = ("verdict", "prompt", "score / limit")
+    lines = []
+    for one in found:
+        verdict = Text("triggered", "bold red") if one.triggered else Text("clean", "green")
+        suspected = f"suspected: '{printable(one.part)}'{_code_points(one.part)}"
+        notes = [suspected] * one.triggered + ["the model reads only the beginning"] * one.cut
+        lines.append(Line((verdict, safe(one.prompt), f"{number(one.score)} / {number(one.threshold)}"), tuple(notes)))
+    print_table(console, columns, lines, folded="prompt", numbers=columns[2:])
+    print_sentence(console, "score: deviations of the most suspicious part from harmless ones; - if clean prompts hold all")
+    triggered = sum(one.triggered for one in found)
+    counts = f"{triggered} triggered, {len(found) - triggered} clean"
+    share = f"{false_alarm_rate:.0%} of harmless prompts may count as triggered"
+    print_sentence(console, f"{len(found)} prompt{'' if len(found) == 1 else 's'}: {counts} ({share})")
 
 
 def _clean_drift(value: float) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from seal_fast.results.scan import ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
+    from seal_fast.text_triggers.prompt_detection import PromptDetection
 
 SCHEMA_VERSION = 1
 
@@ -61,6 +62,20 @@ def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
             "log_ratio": list(log_ratios),
             "triggered": triggered,
             "summary": summary,
+        }
+    )
+
+
+def prompt_detection_json(found: Sequence[PromptDetection], false_alarm_rate: float, tool: dict[str, str]) -> str:
+    """Prompt detection as JSON: every prompt with its score and its most suspicious part."""
+    triggered = sum(one.triggered for one in found)
+    return to_json(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "tool": tool,
+            "false_alarm_rate": false_alarm_rate,
+            "prompts": [asdict(one) for one in found],
+            "summary": {"triggered": triggered, "clean": len(found) - triggered},
         }
     )
 

@@ -6,8 +6,9 @@ other parts go one by one: a trigger moves the noise that the UNet predicts furt
     log || e(x_t, t, E(p)) - e(x_t, t, E(p without the part)) ||^2
 
 The states x_t lie on the sampling path of the prompt without any unusual part. On the triggered prompt's own path the target is
-already drawn, and the prediction moves less. Of the timesteps tried, .99 to .1 T, the middle and the end told triggers from harmless
-strings best: the beginning hardly sees a style or a small patch. Dividing the energy by that of the whole prompt did not help.
+already drawn, and the prediction moves less. Of timesteps from .99 T to .1 T, the middle and the end told triggers from
+harmless strings best: the beginning hardly sees a style or a small patch. Neither more starting noises nor an energy that is
+divided by the whole prompt's did better.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Self
 
 import torch
@@ -38,7 +38,6 @@ class PromptDetectionSettings:
     Attributes:
         shares: timesteps, as shares of the noise process's T.
         false_alarm_rate: share of clean prompts, and of clean prompts with a harmless string, that may count as triggered.
-        noises: starting noises; energies are added over them.
         fitted_prompts: clean prompts that the detector is fitted on.
         strings_per_prompt: harmless strings that each of them is fitted on.
         smallest_kind: a kind with fewer harmless parts compares with those of all kinds alike.
@@ -53,7 +52,6 @@ class PromptDetectionSettings:
 
     shares: tuple[float, ...] = (0.45, 0.2)
     false_alarm_rate: float = 0.05
-    noises: int = 1
     fitted_prompts: int = 40
     strings_per_prompt: int = 4
     smallest_kind: int = 8
@@ -133,15 +131,15 @@ class _Measurement:
             if some:
                 cores.setdefault(familiar[index].core(prompts[index]), []).append(index)
         batch, different = batch_size(self.pipeline), list(cores)
-        for first, noise in product(range(0, len(different), batch), range(self.settings.noises)):
-            probe = self._paths(different[first : first + batch], self.seed + noise)
+        for first in range(0, len(different), batch):
+            probe = self._paths(different[first : first + batch])
             for place, path in enumerate(probe.prompts):
                 for index in cores[path]:
-                    energies[index] += _energies(probe, place, prompts[index], parts[index])
+                    energies[index] = _energies(probe, place, prompts[index], parts[index])
         least = torch.finfo(torch.float32).tiny
         return [_Measured(some, energy.clamp_min(least).log()) for some, energy in zip(parts, energies, strict=True)]
 
-    def _paths(self, prompts: Sequence[str], seed: int) -> ResponseProbe:
+    def _paths(self, prompts: Sequence[str]) -> ResponseProbe:
         settings = self.settings
         return ResponseProbe.drawn(
             self.pipeline,
@@ -150,7 +148,7 @@ class _Measurement:
             steps=settings.sampler_steps,
             guidance=settings.guidance,
             precision=settings.precision,
-            seed=seed,
+            seed=self.seed,
             one_noise=True,
             on_pass=self.on_pass,
         )
@@ -194,8 +192,8 @@ class PromptDetector:
     ) -> Self:
         """Fit a detector on clean prompts.
 
-        The limit is such that a further clean prompt, and a further one with a harmless string, exceeds it with a probability of
-        at most `false_alarm_rate`, if it is like these. Every prompt is scored as if it were not among them.
+        The limit is such that a further clean prompt, and a further one with a harmless string, exceeds it with a probability
+        of at most `false_alarm_rate`, if it is like these. Every prompt is scored as if it were not among them.
 
         Args:
             pipeline: a diffusers StableDiffusionPipeline on the device to run on; it is not changed.

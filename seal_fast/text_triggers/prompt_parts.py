@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, Self
 
 from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.vocabulary import kind_of, look_alikes
 
 LONGEST_PHRASE = 3
-"""Adjacent unknown words that are masked together, besides all adjacent ones. Longer triggers show in their parts or as a whole."""
+"""Adjacent unknown words that are masked together, besides all of them. Longer triggers show in their parts or as a whole."""
 MOST_TOKENS = 6
 """Parts of more tokens compare with those of so many, since long strings are rare."""
 
@@ -64,16 +65,16 @@ class Familiar:
 
 def _words_and_pairs(prompt: str) -> set[str]:
     words = _WORD.findall(prompt.lower())
-    return {*words, *map(" ".join, zip(words, words[1:], strict=False))}
+    return {*words, *map(" ".join, pairwise(words))}
 
 
 def prompt_parts(tokenizer: Any, prompt: str, familiar: Familiar) -> list[PromptPart]:
     """Every part of a prompt that is not familiar.
 
     Parts are words and phrases of adjacent words, pairs of familiar words that are not familiar as a pair, runs of non-ASCII
-    characters, and look-alikes of letters. A part goes from all places of the prompt at once, since a trigger may stand at several;
-    a look-alike becomes its Latin letter. Parts that leave the token ids as they are, or leave the same text as another one, are
-    left out.
+    characters, and look-alikes of letters. A part goes from all places of the prompt at once, since a trigger may stand at
+    several; a look-alike becomes its Latin letter. Parts that leave the token ids as they are, or the same text as another one,
+    are left out.
     """
     ids = content_ids(tokenizer, prompt)
     found: dict[str, PromptPart] = {}

@@ -72,7 +72,7 @@ class ResponseProbe:
         Args:
             pipeline: a diffusers StableDiffusionPipeline.
             prompts: clean prompts.
-            shares: see `ResponseProbe`; they become different timesteps.
+            shares: see `ResponseProbe`; of few steps, several may be one timestep.
             steps: steps of the sampler.
             guidance: guidance scale.
             precision: precision of the networks.
@@ -92,11 +92,12 @@ class ResponseProbe:
             noise = GuidedNoise(pipeline.unet, process, texts, empty, guidance)
             for here, there in zip(noise_levels(process, grid), noise_levels(process, grid)[1:], strict=False):
                 t = torch.full((len(x),), here.t, device=x.device)
-                if here.t in timesteps:
-                    states.append(x)
-                    clean.append(predict(pipeline.unet, x, t, texts))
+                if repeats := timesteps.count(here.t):
+                    conditional = predict(pipeline.unet, x, t, texts)
                     unconditional = predict(pipeline.unet, x, t, empty.expand_as(texts))
-                    prompt_energy.append((clean[-1] - unconditional).flatten(1).square().sum(dim=1))
+                    states += [x] * repeats
+                    clean += [conditional] * repeats
+                    prompt_energy += [(conditional - unconditional).flatten(1).square().sum(dim=1)] * repeats
                     on_pass(2 * len(x))
                 if len(states) == len(timesteps):
                     break

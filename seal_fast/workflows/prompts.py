@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,18 +17,27 @@ FEWEST_CAPTIONS = 40
 """Fewest captions of a model card that are used as prompts. Half are held out: 20 without an effect bound its rate to 0.16."""
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank, each as it is, since unusual spaces may matter; "-" is standard input.
+
+    Raises:
+        CheckpointError: no readable UTF-8 text.
+    """
+    try:
+        with nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as stream:
+            text = stream.read(MAX_PROMPT_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(file, f"no readable UTF-8 text: {error}") from error
+    return [line for line in re.split(r"\r?\n", text) if line.strip()]
+
+
 def read_prompts(file: Path) -> list[str]:
     """The different prompts of a UTF-8 text file, one a line.
 
     Raises:
         CheckpointError: no such file, or fewer than four prompts (two to train on and two to measure on).
     """
-    try:
-        with file.open("rb") as stream:
-            lines = stream.read(MAX_PROMPT_BYTES).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(file, f"no readable UTF-8 text: {error}") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    prompts = list(dict.fromkeys(line.strip() for line in read_lines(file)))
     if len(prompts) < 4:
         raise CheckpointError(file, "fewer than four different prompts, one a line: two to train on and two to measure on")
     return prompts
