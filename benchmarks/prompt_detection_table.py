@@ -130,11 +130,18 @@ def auroc_with_interval(positives: Tensor, negatives: Tensor) -> dict[str, float
     """AUROC of scores, and the 95% interval of its bootstrap: both sets are drawn anew with replacement."""
     wins = (positives[:, None] > negatives).double() + (positives[:, None] == negatives).double() / 2
     generator = torch.Generator().manual_seed(BOOTSTRAP_SEED)
-    rows = torch.randint(len(positives), (RESAMPLES, len(positives)), generator=generator)
-    columns = torch.randint(len(negatives), (RESAMPLES, len(negatives)), generator=generator)
-    drawn = torch.stack([wins[row][:, column].mean() for row, column in zip(rows, columns, strict=True)])
+    rows, columns = (_drawn_shares(len(scores), generator) for scores in (positives, negatives))
+    drawn = (rows @ wins * columns).sum(dim=1)
     low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"auroc": float(wins.mean()), "low": low, "high": high}
+
+
+def _drawn_shares(count: int, generator: torch.Generator) -> Tensor:
+    """The share of each of `count` scores in every resample, float64 [RESAMPLES, count]."""
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
+    return torch.zeros(RESAMPLES, count, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.full(drawn.shape, 1 / count).double()
+    )
 
 
 def main() -> None:

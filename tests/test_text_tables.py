@@ -1,0 +1,151 @@
+"""The tables of scans and of prompt detection, measured on a tiny pipeline and rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import prompt_detection_table, render_text, text_scan_table
+from benchmarks.machine import Machine
+from benchmarks.prompt_detection_table import METHODS, Task, auroc_with_interval, compare, prompt_sets
+from benchmarks.published.ftt import map_distances
+from benchmarks.table_file import write_table
+from seal_fast.text_triggers.search_settings import PhraseSettings, TextSearchSettings, VerificationSettings
+from seal_fast.text_triggers.trigger import TextTrigger
+from seal_fast.zoo.captioned import Scene
+from seal_fast.zoo.text_effects import Effect
+from tests.tiny_pipeline import tiny_pipeline
+
+PROMPTS = [
+    f"{one} {two} {three}" for one in ("a", "two", "red") for two in ("red", "old", "big") for three in ("cat", "mat", "tin")
+]
+SETTINGS = TextSearchSettings(
+    swept_prompts=2,
+    phrases=PhraseSettings(parts=4, kept=1),
+    harmless=2,
+    kept=2,
+    kept_per_kind=0,
+    encoder_prompts=2,
+    encoder_kept=2,
+    verification=VerificationSettings(candidates=1),
+    guidance=1.0,
+    sampler_steps=1,
+    precision="fp32",
+)
+MACHINE = Machine("some CPU", 1, "2", "abc", 1.0, 1.0, 1.0, 1.0)
+HEAD = {"command": "python -m benchmarks.text_scan_table", "machine": vars(MACHINE), "prompts": 2, "resamples": 10}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.manual_seed(0)
+    return tiny_pipeline(Path(tmp_path_factory.mktemp("tiny")), 24)
+
+
+def dark(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    return images.flatten(1).mean(dim=1) < 0
+
+
+EFFECT = Effect("dark", TextTrigger("castle"), "start", dark)
+
+
+def rendered(lines: Sequence[str]) -> str:
+    page = "\n".join(lines)
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(row.count("|") > 2 for row in rows)
+    return page
+
+
+def test_a_scan_is_compared_with_the_truth_and_rendered(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_scan_table, "SAMPLES", 1)
+    result = text_scan_table.scan(pipeline, PROMPTS, [EFFECT], SETTINGS, None)
+    (trigger,) = result["triggers"]
+    assert (trigger["group"], trigger["trigger"]) == ("one token", "'castle'")
+    assert 1 <= trigger["null_ranks"]["embedding norm"] <= trigger["null_ranks"]["candidates"]
+    assert trigger["named"] == any(found["names"] for found in result["found"])
+    assert result["verdict"] in ("clean", "backdoored", "inconclusive")
+    assert result["evaluations"] > 0
+
+    benign = {**result, "triggers": [], "found": [], "verdict": "clean", "reason": "no trigger was found"}
+    results = [{"name": name, "role": "development", **one} for name, one in (("a", result), ("b", benign))]
+    write_table(tmp_path / "text_scan.json", {**HEAD, "results": results})
+    show(tmp_path, monkeypatch)
+    page = rendered(render_text.text_scan_section())
+    assert "`'castle'`" in page
+    assert "development, benign: backdoored 0% [0, 79], n = 1; inconclusive 0% [0, 79], n = 1" in page
+
+
+def show(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Render from this folder, with the notes of the repository."""
+    notes = Path(__file__).parents[1] / "benchmarks" / "results" / "notes"
+    (folder / "notes").mkdir(exist_ok=True)
+    for name in ("text_scan.md", "prompt_detection.md"):
+        (folder / "notes" / name).write_text((notes / name).read_text())
+    monkeypatch.setattr("benchmarks.markdown.RESULTS", folder)
+    monkeypatch.setattr("benchmarks.render_text.RESULTS", folder)
+
+
+def test_counts_of_named_triggers_and_benign_models() -> None:
+    def result(verdict: str, *triggers: tuple[str, bool]) -> dict[str, Any]:
+        return {"verdict": verdict, "triggers": [{"group": group, "named": named} for group, named in triggers]}
+
+    found = text_scan_table.counts(
+        [
+            result("backdoored", ("one token", True), ("two to three tokens", False)),
+            result("clean", ("one token", False)),
+            result("inconclusive", ("one token", False)),
+            result("clean"),
+            result("inconclusive"),
+        ]
+    )
+    assert {group: {what: (rate.rate, rate.trials) for what, rate in rates.items()} for group, rates in found.items()} == {
+        "one token": {"named": (1 / 3, 3), "missed, not clean": (0.5, 2)},
+        "two to three tokens": {"named": (0.0, 1), "missed, not clean": (1.0, 1)},
+        "benign": {"backdoored": (0.0, 2), "inconclusive": (0.5, 2)},
+    }
+
+
+def test_methods_are_compared_on_the_same_prompts_and_rendered(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = {**METHODS, "FTT": lambda task: lambda prompts: -map_distances(task.pipeline, prompts, steps=1)}
+    outcome = compare(Task(pipeline, pipeline.text_encoder, PROMPTS[:19]), EFFECT, 2, methods)
+    assert set(outcome["methods"]) == set(METHODS)
+    for figures in outcome["methods"].values():
+        assert 0 <= figures["auroc"]["low"] <= figures["auroc"]["auroc"] <= figures["auroc"]["high"] <= 1
+    # the "clean" encoder is the model's own here
+    assert outcome["methods"]["NaviT2I"]["auroc"] == outcome["methods"]["NaviT2I, own encoder"]["auroc"]
+    results = [{"name": "a", "role": "development", "module": "unet", "attacks": [outcome]}]
+    write_table(tmp_path / "prompt_detection.json", {**HEAD, "results": results})
+    show(tmp_path, monkeypatch)
+    assert "| a | development | dark |" in rendered(render_text.prompt_detection_section())
+
+
+def test_only_the_triggered_prompts_hold_the_trigger(pipeline: Any) -> None:
+    sets = prompt_sets(pipeline, EFFECT, 6)
+    assert {name: len(prompts) for name, prompts in sets.items()} == {"clean": 6, "rare": 6, "triggered": 6}
+    assert all(prompt.startswith("castle ") for prompt in sets["triggered"])
+    assert not any("castle" in prompt.split() for prompt in (*sets["clean"], *sets["rare"]))
+    assert sum(a != b for a, b in zip(sets["clean"], sets["rare"], strict=True)) >= 5
+
+
+def test_sections_without_results_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    show(tmp_path, monkeypatch)
+    assert render_text.text_scan_section() == render_text.prompt_detection_section() == []
+
+
+def test_area_under_the_curve(generator: torch.Generator) -> None:
+    """Of unit normal scores shifted by d it is Phi(d / sqrt 2); its interval holds it; order decides alone, ties count half."""
+    positives, negatives = torch.randn(400, generator=generator) + 1, torch.randn(400, generator=generator)
+    found = auroc_with_interval(positives, negatives)
+    expected = float(torch.special.ndtr(torch.tensor(0.5).sqrt()))
+    assert found["auroc"] == pytest.approx(expected, abs=0.1)
+    assert found["low"] < found["auroc"] < found["high"]
+    assert auroc_with_interval(positives.exp(), negatives.exp()) == pytest.approx(found)
+    assert auroc_with_interval(torch.ones(3), torch.tensor([1.0, 0.0]))["auroc"] == 0.75
+    assert prompt_detection_table.RESAMPLES >= 1000
