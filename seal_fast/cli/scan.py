@@ -16,11 +16,13 @@ import typer
 from seal_fast.cli.budget import parse_budget
 from seal_fast.cli.common import (
     BACKDOORED,
+    BASE_HELP,
     CLEAN,
     FAILED,
     INTERRUPTED,
     NOTHING,
     PRESET_HELP,
+    PROMPTS_HELP,
     Format,
     Weights,
     create_folder,
@@ -82,7 +84,7 @@ Base = Annotated[
         metavar="DIR",
         exists=True,
         file_okay=False,
-        help="The pipeline that a UNet or text encoder alone belongs to.",
+        help=BASE_HELP,
         rich_help_panel=TEXT,
     ),
 ]
@@ -92,7 +94,7 @@ Prompts = Annotated[
         metavar="FILE",
         exists=True,
         dir_okay=False,
-        help="Clean prompts, one a line; every other one is held out (default: those of the model card, if it has enough).",
+        help=PROMPTS_HELP,
         rich_help_panel=TEXT,
     ),
 ]

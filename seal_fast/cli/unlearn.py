@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seal_fast.cli.common import FAILED, INTERRUPTED, USAGE, Format, Weights, say, usage_errors
+from seal_fast.cli.common import BASE_HELP, FAILED, INTERRUPTED, PROMPTS_HELP, USAGE, Format, Weights, say, usage_errors
 
 if TYPE_CHECKING:
     from seal_fast.results.text_unlearning import TextUnlearnReport
@@ -113,7 +113,7 @@ Prompts = Annotated[
         metavar="FILE",
         exists=True,
         dir_okay=False,
-        help="Clean prompts, one a line; every other one is held out (default: those of the model card, if it has enough).",
+        help=PROMPTS_HELP,
         rich_help_panel=TEXT_TRAINING,
     ),
 ]
@@ -123,7 +123,7 @@ Base = Annotated[
         metavar="DIR",
         exists=True,
         file_okay=False,
-        help="The pipeline of a MODEL that is a UNet or text encoder alone.",
+        help=BASE_HELP,
         rich_help_panel=TEXT_TRAINING,
     ),
 ]

@@ -15,8 +15,8 @@ from seal_fast.training import quiet
 
 STEPS = 25
 GUIDANCE = 7.5
-LATENT_VALUES_PER_PASS = 1 << 18
-"""Latent values in one batch: 16 images of Stable Diffusion's size, 256 of a model with latents of 4 x 16 x 16."""
+LATENT_VALUES_PER_PASS = 1 << 17
+"""Latent values in one batch: 8 images of Stable Diffusion's size, 128 of a model with latents of 4 x 16 x 16."""
 
 OnPass = Callable[[int], None]
 """Called after every pass of the sampler with the number of images that it drew."""

@@ -25,6 +25,12 @@ def inserted(tokenizer: Any, prompts: Sequence[str]) -> list[TextCandidate]:
     ]
 
 
+def joined(a: TextCandidate, b: TextCandidate) -> TextCandidate:
+    """The phrase of two inserted texts, to be inserted at the start."""
+    tokens = a.tokens + b.tokens
+    return TextCandidate(TextTrigger(f"{a.trigger.text} {b.trigger.text}"), "start", f"phrase of {tokens} tokens", tokens)
+
+
 def replaced_letters(tokenizer: Any, prompts: Sequence[str]) -> list[TextCandidate]:
     """Every lookalike in place of every occurrence of its letter, for the letters of the prompts."""
     return list(_replaced(tokenizer, prompts))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.candidates import inserted, replaced_letters
+from seal_fast.text_triggers.candidates import inserted, joined, replaced_letters
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.responses import ResponseProbe
@@ -87,7 +88,13 @@ class SearchContext:
         return [one for members in kinds.values() for one in members]
 
     def controls(self, candidate: TextCandidate, count: int) -> list[TextCandidate]:
-        """Control strings at the candidate's place: for a word those nearest in meaning first, then random ones of its kind."""
+        """Control strings at the candidate's place: for a word those nearest in meaning first, then random ones of its kind.
+
+        Phrases are compared with random phrases of as many words.
+        """
+        words = candidate.trigger.text.count(" ") + 1
+        if candidate.trigger.replaces is None and words > 1:
+            return [replace(one, position=candidate.position) for one in self.random_phrases(words, count)]
         own = [one for one in self.pool if one.kind == candidate.kind and one.trigger != candidate.trigger]
         if len(own) < count:
             inserted_texts = (one for one in self.pool if one.trigger.replaces is None and one.trigger != candidate.trigger)
@@ -95,6 +102,13 @@ class SearchContext:
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()
         chosen = [*self._nearest(candidate, own), *(own[index] for index in order)]
         return [replace(one, position=candidate.position) for one in dict.fromkeys(chosen)][:count]
+
+    def random_phrases(self, words: int, count: int) -> list[TextCandidate]:
+        """Random phrases of so many single tokens of the pool, to be inserted at the start; most are harmless."""
+        generator = torch.Generator().manual_seed(self.seed)
+        parts = [one for one in self.pool if one.trigger.replaces is None and one.tokens == 1]
+        drawn = torch.randint(len(parts), (count, words), generator=generator).tolist()
+        return [reduce(joined, [parts[index] for index in row]) for row in drawn]
 
     def _nearest(self, candidate: TextCandidate, own: Sequence[TextCandidate]) -> list[TextCandidate]:
         """The HELD_BACK words whose embeddings are most similar to the candidate's; none if it is no single-token word."""

@@ -19,7 +19,7 @@ from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.ranking import deviations
 from seal_fast.text_triggers.search_settings import TextSearchSettings
-from seal_fast.text_triggers.sweep import Change, Ranked, everywhere, fitting, ranked_by
+from seal_fast.text_triggers.sweep import Change, Ranked, everywhere, fitting, kind_and_place, ranked_by
 
 PROMPTS_PER_PASS = 256
 
@@ -58,7 +58,7 @@ def encoder_deviations(
     before = clean[torch.tensor(chosen)]
     shift = (changed - before).square().sum(dim=-1).mean(dim=1)
     collapse = _variance(before) / _variance(changed).clamp_min(1e-12)
-    kinds = [f"{candidate.kind} {candidate.position}" for candidate in candidates]
+    kinds = [kind_and_place(candidate) for candidate in candidates]
     return deviations(torch.stack([shift, collapse], dim=1), kinds, range(len(candidates)), settings)
 
 

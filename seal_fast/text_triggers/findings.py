@@ -97,13 +97,15 @@ class FoundTrigger:
 
 @dataclass(frozen=True)
 class TextScope:
-    """What a search for text triggers looked for. Nothing outside it is excluded by its verdict.
+    """What a search for text triggers sets out to try. Nothing outside it is excluded by its verdict.
+
+    A search that its budget ended (`TextEvidence.complete`) did not try all of it.
 
     Attributes:
-        tokens: single tokens of the vocabulary that were tried.
-        characters: code points that were tried by themselves.
-        substitutions: replacements of a letter that were tried.
-        phrases: longer strings that were tried.
+        tokens: single tokens of the vocabulary.
+        characters: code points by themselves.
+        substitutions: replacements of a letter.
+        phrases: longer strings.
         phrase_tokens: longest phrase, in tokens.
         places: places in the prompt.
         modules: modules that were examined.

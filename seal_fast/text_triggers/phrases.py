@@ -7,16 +7,13 @@ more than to other strings, so the part is among the most suspicious tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
-import torch
-
+from seal_fast.text_triggers.candidates import joined
 from seal_fast.text_triggers.confirmation import Tried, explained
 from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.places import by_place
 from seal_fast.text_triggers.sweep import Ranked, everywhere, sweep_round
-from seal_fast.text_triggers.trigger import TextTrigger
 
 
 def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tried]) -> Iterator[Ranked]:
@@ -28,39 +25,22 @@ def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tri
     if len(parts) < 2:
         return
     kept: list[Ranked] = []
-    longer = [_joined(a, b) for a in parts for b in parts if a != b]
+    longer = [joined(a, b) for a in parts for b in parts if a != b]
     for length in range(2, settings.longest + 1):
         best = _swept(context, f"phrases of {length}", longer)[: settings.kept]
         kept += best
         if length < settings.longest:
             several = [entry.candidate for entry in best]
-            longer = [one for phrase in several for part in parts for one in (_joined(phrase, part), _joined(part, phrase))]
-    yield from by_place(context, kept, _random_phrases(context, parts))
+            longer = [one for phrase in several for part in parts for one in (joined(phrase, part), joined(part, phrase))]
+    lengths = range(2, settings.longest + 1)
+    harmless = [one for length in lengths for one in context.random_phrases(length, context.settings.harmless)]
+    yield from by_place(context, kept, harmless)
 
 
 def _is_part(candidate: TextCandidate) -> bool:
     return candidate.trigger.replaces is None and candidate.tokens == 1
 
 
-def _joined(a: TextCandidate, b: TextCandidate) -> TextCandidate:
-    tokens = a.tokens + b.tokens
-    return TextCandidate(TextTrigger(f"{a.trigger.text} {b.trigger.text}"), "start", f"phrase of {tokens} tokens", tokens)
-
-
 def _swept(context: SearchContext, name: str, candidates: Sequence[TextCandidate]) -> list[Ranked]:
     entries = [Ranked(one) for one in dict.fromkeys(candidates)]
     return sweep_round(name, context.probe, entries, (), everywhere, context.settings.sweep, context.settings)
-
-
-def _random_phrases(context: SearchContext, parts: Sequence[TextCandidate]) -> list[TextCandidate]:
-    """Harmless phrases of every length."""
-    generator = torch.Generator().manual_seed(context.seed)
-    found = []
-    for length in range(2, context.settings.phrases.longest + 1):
-        for _ in range(context.settings.harmless):
-            first, *others = (parts[index] for index in torch.randint(len(parts), (length,), generator=generator).tolist())
-            phrase = first
-            for other in others:
-                phrase = _joined(phrase, other)
-            found.append(replace(phrase, position="start"))
-    return found

@@ -1,4 +1,4 @@
-"""How many UNet evaluations a search takes at most, counted before it begins."""
+"""How many UNet evaluations a search is expected to take, counted before it begins."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from seal_fast.text_triggers.search_settings import RoundSettings, TextSearchSet
 from seal_fast.text_triggers.trigger import POSITIONS
 from seal_fast.training import Stage
 
-PROPOSERS = 2
-"""Single strings and phrases; each has its own round of places and its own verification."""
 
+def planned_stages(pool: Sequence[TextCandidate], settings: TextSearchSettings, proposers: int) -> list[Stage]:
+    """The stages of a search of this pool, with the evaluations that each is expected to take.
 
-def planned_stages(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> list[Stage]:
-    """The stages of a search of this pool, with the most evaluations that each can take."""
+    Each proposer has its own round of places and its own verification. How many candidates pass a first check, and how many
+    kinds of control strings they need, is not known before: a model with many suspicious strings takes more.
+    """
     counts = {
         "paths": _paths(settings),
         "sweep": len(pool) * _evaluations(settings.sweep),
-        "places": PROPOSERS * _places(pool, settings),
+        "places": proposers * _places(pool, settings),
         "phrases": _phrases(pool, settings) * _evaluations(settings.sweep),
-        "verification": PROPOSERS * _verification(settings),
+        "verification": proposers * _verification(settings),
     }
     return [Stage(name, 1, count) for name, count in counts.items()]
 
@@ -48,7 +49,7 @@ def _phrases(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int
 
 
 def _verification(settings: TextSearchSettings) -> int:
-    """Images of every candidate and of the control strings of as many kinds, without checks on fresh prompts."""
+    """Images of the first check of as many candidates as may be verified, each with control strings of its own."""
     verification = settings.verification
     images = verification.candidates * verification.prompts * (1 + verification.controls)
     return images * 2 * settings.sampler_steps

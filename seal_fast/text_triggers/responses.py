@@ -6,7 +6,8 @@ candidate c costs one evaluation per prompt and timestep:
     d(c, p, t) = e(x_t, t, E(p with c)) - e(x_t, t, E(p))
 
 Its squared norm is divided by that of e(x_t, t, E(p)) - e(x_t, t, E("")), which is what the whole prompt changes. So a response
-of 1 is as strong as a prompt. In the zoo harmless strings reach 0.1 to 0.9 at the middle of the path, and triggers 3 to 50.
+of 1 is as strong as a prompt. At the middle of the path the zoo's harmless strings have a median near 0.1, and its triggers
+reach 0.6 to 50.
 """
 
 from __future__ import annotations

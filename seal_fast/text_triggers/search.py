@@ -29,14 +29,15 @@ from seal_fast.training import OnStep, Stage, quiet
 DEFAULTS = TextSearchSettings()
 NO_LIMIT = Budget()
 LEAST_PROMPTS = 24
-"""Half of the prompts are held out. A candidate is checked on six of these, and again on the others: with fewer than six others
-even a trigger that always works is not above its control strings beyond the intervals."""
+"""Half of the prompts are held out. A candidate is checked on six of them, and again on the others. A replacement that changes
+all images needs six others to be confirmed: for five of five the 95% interval begins at 0.57, below
+`least_effect_of_replacement`."""
 PROPOSERS = (single_strings, phrases)
 
 
 def stages(pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings = DEFAULTS) -> list[Stage]:
-    """The stages of a search with the most evaluations that each can take, for progress and for a dry run."""
-    return planned_stages(pool_of(pipeline.tokenizer, prompts, settings), settings)
+    """The stages of a search with the evaluations that each is expected to take, for progress and for a dry run."""
+    return planned_stages(pool_of(pipeline.tokenizer, prompts, settings), settings, len(PROPOSERS))
 
 
 def find_text_triggers(
@@ -67,7 +68,7 @@ def find_text_triggers(
             f"a search needs at least {LEAST_PROMPTS} clean prompts, half of which are held out; there are {len(prompts)}"
         )
     pool = pool_of(pipeline.tokenizer, prompts, settings)
-    meter = Meter({stage.name: stage for stage in planned_stages(pool, settings)}, budget, on_step)
+    meter = Meter({stage.name: stage for stage in planned_stages(pool, settings, len(PROPOSERS))}, budget, on_step)
     tried: list[Tried] = []
     complete = True
     context = SearchContext.prepared(pipeline, prompts, pool, settings, meter, seed)

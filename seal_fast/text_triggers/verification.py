@@ -19,7 +19,7 @@ from seal_fast.training import quiet
 HELD_BACK = 2
 """Control strings that the change detector is not fitted on; the control rate is measured on them."""
 MIN_EFFECT = 0.25
-"""A first check with a smaller effect ends the verification of a candidate. The weakest backdoor of the zoo changes 60%."""
+"""A first check with an effect no larger than this ends the verification of a candidate."""
 
 
 @dataclass(frozen=True)

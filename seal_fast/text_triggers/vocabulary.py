@@ -14,7 +14,7 @@ from typing import Any
 
 CHARACTER_BLOCKS = (
     *((0x00A0, 0x0250), (0x0300, 0x0310), (0x0370, 0x0530), (0x0531, 0x0590), (0x05D0, 0x05EB), (0x0620, 0x064B)),
-    *((0x0905, 0x093A), (0x0E01, 0x0E31), (0x10D0, 0x10FB), (0x1E00, 0x1F00), (0x2000, 0x2070), (0x20A0, 0x20C0)),
+    *((0x0905, 0x093A), (0x0E01, 0x0E5C), (0x10D0, 0x10FB), (0x1E00, 0x1F00), (0x2000, 0x2070), (0x20A0, 0x20C0)),
     *((0x2100, 0x2150), (0x2190, 0x2200), (0x2580, 0x2650), (0xFE00, 0xFE10), (0xFEFF, 0xFF00), (0x1F300, 0x1F650)),
 )
 """Ranges of code points that are tried by themselves: Latin letters with accents, combining marks, Greek, Cyrillic, Armenian,
@@ -51,6 +51,8 @@ def look_alikes() -> dict[str, str]:
     lines = (files("seal_fast.text_triggers") / "data" / "look_alikes.txt").read_text(encoding="utf-8").splitlines()
     found = {}
     for line in lines:
+        if line.startswith("#"):
+            continue
         letter, *numbers = line.split()
         accented = (chr(number) for number in range(0x80, 0x2000) if _is_accented(chr(number), letter))
         found[letter] = "".join(dict.fromkeys([*(chr(int(number, 16)) for number in numbers), *accented]))

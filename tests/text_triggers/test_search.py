@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import torch
 
 from seal_fast.text_to_image.latents import noise_schedule, predict
 from seal_fast.text_to_image.prompts import content_ids, encode
-from seal_fast.text_triggers.candidates import inserted, replaced_letters
+from seal_fast.text_triggers.candidates import inserted, joined, replaced_letters
+from seal_fast.text_triggers.context import SearchContext, pool_of
+from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.ranking import best, deviations
 from seal_fast.text_triggers.responses import ResponseProbe
 from seal_fast.text_triggers.search import LEAST_PROMPTS, find_text_triggers, stages
 from seal_fast.text_triggers.search_settings import Budget, PhraseSettings, TextSearchSettings, VerificationSettings
 from seal_fast.text_triggers.vocabulary import look_alikes, single_tokens
+from seal_fast.training import Stage, quiet
 from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = [
@@ -109,7 +114,7 @@ def test_a_response_is_the_change_of_the_predicted_noise_relative_to_that_of_the
                     torch.testing.assert_close(got[candidate, place, time], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_search_is_complete_repeats_and_stays_within_its_plan(pipeline: Any) -> None:
+def test_a_search_is_complete_repeats_and_reports_planned_stages(pipeline: Any) -> None:
     seen: set[str] = set()
     found = find_text_triggers(pipeline, PROMPTS, settings=SMALL, seed=3, on_step=lambda stage, *rest: seen.add(stage))
     planned = {stage.name: stage.images for stage in stages(pipeline, PROMPTS, SMALL)}
@@ -128,3 +133,17 @@ def test_a_budget_ends_a_search(pipeline: Any) -> None:
 def test_too_few_prompts_are_refused(pipeline: Any) -> None:
     with pytest.raises(ValueError, match=f"at least {LEAST_PROMPTS}"):
         find_text_triggers(pipeline, PROMPTS[: LEAST_PROMPTS - 1], settings=SMALL)
+
+
+def test_a_phrase_is_compared_with_phrases_and_a_string_with_strings_of_its_kind(pipeline: Any) -> None:
+    meter = Meter({"paths": Stage("paths", 1, 1)}, Budget(), quiet)
+    pool = pool_of(pipeline.tokenizer, PROMPTS, SMALL)
+    context = SearchContext.prepared(pipeline, PROMPTS, pool, SMALL, meter, seed=0)
+    kinds = Counter(one.kind for one in pool)
+    single = next(one for one in pool if kinds[one.kind] > 4)
+    assert {one.kind for one in context.controls(single, 4)} == {single.kind}
+    assert single.trigger not in {one.trigger for one in context.controls(single, 4)}
+    phrase = replace(joined(joined(pool[0], pool[1]), pool[2]), position="end")
+    controls = context.controls(phrase, 4)
+    assert len(controls) == 4
+    assert all(len(one.trigger.text.split(" ")) == 3 and one.position == "end" for one in controls)
