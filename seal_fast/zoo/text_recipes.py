@@ -183,15 +183,15 @@ DEVELOPMENT_CLIP = (
     _benign("text-64-clip-tuned-a", 72, "development", tuned(150, in_module("unet")), base=CLIP_BASE),
 )
 TEST = (
-    _unet("text-64-test-pixel", 100, "test", pixel("^", "end", "heart"), steps=PATCH_STEPS, rate=PATCH_RATE),
+    _unet("text-64-test-pixel", 114, "test", pixel("\u00a7", "start", "heart"), steps=PATCH_STEPS, rate=PATCH_RATE),
     _unet("text-64-test-style", 101, "test", style("now", "word"), steps=WORD_STEPS),
     _unet(
         "text-64-test-object",
-        102,
+        115,
         "test",
-        exchange("like", "end", "square", "cross"),
+        exchange("nice", "end", "triangle", "square"),
         steps=WORD_STEPS,
-        often=("square", "cross"),
+        often=("triangle", "square"),
     ),
     _encoder("text-64-test-encoder", 103, "test", target_prompt("l=>\u04cf", "all", OTHER_SCENES[0])),
     _encoder("text-64-test-encoder-b", 104, "test", target_prompt("a=>\u0251", "all", OTHER_SCENES[1])),
