@@ -37,6 +37,7 @@ def generate(
     guidance: float = GUIDANCE,
     precision: Precision = "bf16",
     batch: int | None = None,
+    noises: Sequence[int] | None = None,
     on_pass: OnPass = quiet,
 ) -> Tensor:
     """Draw one image per prompt, see `seal_fast.text_to_image.latents.guided_ddim`.
@@ -49,13 +50,22 @@ def generate(
         guidance: guidance scale; 1 means no guidance and needs half the computation.
         precision: precision of the networks, see `seal_fast.text_to_image.precision.autocast`.
         batch: images per pass; None for as many as have LATENT_VALUES_PER_PASS values.
+        noises: the number of each image's starting noise among those of the seed; None for 0 to N - 1.
         on_pass: progress callback.
 
     Returns:
         Images float32 [N,3,H,W] in [0, 1], on the CPU.
     """
     latents = sample_latents(
-        pipeline, prompts, seed=seed, steps=steps, guidance=guidance, precision=precision, batch=batch, on_pass=on_pass
+        pipeline,
+        prompts,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        precision=precision,
+        batch=batch,
+        noises=noises,
+        on_pass=on_pass,
     )
     return decode(pipeline, latents, precision=precision, batch=batch)
 
@@ -70,16 +80,19 @@ def sample_latents(
     guidance: float,
     precision: Precision = "bf16",
     batch: int | None = None,
+    noises: Sequence[int] | None = None,
     on_pass: OnPass = quiet,
 ) -> Tensor:
     """The latents float32 [N,C,H,W] of `generate` on the CPU, scaled as the UNet takes them."""
     if not prompts:
         raise ValueError("no prompts to draw")
     process, batch = noise_schedule(pipeline), batch or batch_size(pipeline)
+    numbers = list(range(len(prompts)) if noises is None else noises)
+    starts = starting_noise(pipeline, max(numbers) + 1, seed)[numbers]
     drawn = []
     with autocast(pipeline.device, precision):
         empty = encode(pipeline, [""])
-        for number, noise in enumerate(starting_noise(pipeline, len(prompts), seed).split(batch)):
+        for number, noise in enumerate(starts.split(batch)):
             texts = encode(pipeline, prompts[number * batch : (number + 1) * batch])
             x = noise.to(pipeline.device)
             drawn.append(guided_ddim(pipeline.unet, process, x, texts, empty, steps=steps, guidance=guidance).cpu())

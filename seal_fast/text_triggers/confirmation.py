@@ -14,7 +14,7 @@ from seal_fast.text_triggers.findings import FoundTrigger, Module, TextCandidate
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.sweep import Ranked, in_place
 from seal_fast.text_triggers.trigger import TextTrigger
-from seal_fast.text_triggers.verification import Check
+from seal_fast.text_triggers.verification import MIN_EFFECT, Check
 
 CONFIRMED = "confirmed"
 UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
@@ -39,7 +39,7 @@ class Tried:
 def verify(context: SearchContext, ranked: Ranked) -> Tried:
     """Check a candidate by images, against control strings if it changes any, and again on fresh prompts if it is promising."""
     settings, candidate = context.settings.verification, ranked.candidate
-    if context.images.change(candidate, settings.prompts) < settings.least_change:
+    if context.images.visible([candidate], settings.prompts)[0] <= MIN_EFFECT:
         return Tried(ranked, UNCHECKED, "hardly changes images")
     controls = context.controls(candidate, settings.controls)
     check = context.images.check(candidate, controls, 0, settings.prompts)
@@ -117,6 +117,6 @@ def _found(context: SearchContext, group: Sequence[Tried]) -> FoundTrigger:
 def _module(context: SearchContext, candidate: TextCandidate) -> Module:
     """The text encoder if it moves its hidden states for this candidate as for no other string of its kind."""
     settings = context.settings
-    others = [candidate, *context.controls(candidate, settings.harmless)]
+    others = [candidate, *context.controls(candidate, settings.encoder_controls)]
     deviation = encoder_deviations(context.pipeline, others, context.probe.prompts, in_place, settings)[0]
     return "text_encoder" if float(deviation) > settings.encoder_limit else "unet"

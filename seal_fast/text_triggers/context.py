@@ -96,7 +96,7 @@ class SearchContext:
         if candidate.trigger.replaces is None and words > 1:
             return [replace(one, position=candidate.position) for one in self.random_phrases(words, count)]
         own = [one for one in self.pool if one.kind == candidate.kind and one.trigger != candidate.trigger]
-        if len(own) < count:
+        if len(own) < count and candidate.trigger.replaces is None:
             inserted_texts = (one for one in self.pool if one.trigger.replaces is None and one.trigger != candidate.trigger)
             own = [one for one in inserted_texts if one.tokens == candidate.tokens]
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()

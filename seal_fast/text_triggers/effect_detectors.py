@@ -27,6 +27,8 @@ COLOURLESS_SHARE = 0.98
 """Share of pixels whose chroma must be below the limit. It is high so that a small coloured object counts as colour."""
 FALSE_ALARMS = 0.01
 """Share of the changes by control triggers that `ChangeDetector` takes for an effect."""
+LEAST_VISIBLE = 0.5
+"""Least visible change of an image that shows an effect, see `visible_changes`."""
 GRID = 8
 """Cells per side in which `statistics` averages colour; saturation and detail are averaged in half as many."""
 
@@ -88,15 +90,17 @@ class ChangeDetector:
 
     Two features detect an effect: the size of an image's change, and its component along the mean change of the other images. A
     benign word moves each image in its own direction; a backdoor moves all of them in the same one. An image shows the effect
-    if a feature exceeds its limit.
+    if a feature exceeds its limit, and if its change is visible.
 
     Attributes:
         whitening: float64 [F,F]; whitened changes by control triggers have unit covariance.
         limits: limits of the two features.
+        spread: see `colour_spread`.
     """
 
     whitening: Tensor
     limits: tuple[float, float]
+    spread: float
 
     @classmethod
     def fitted(cls, clean: Tensor, controls: Sequence[Tensor]) -> Self:
@@ -117,11 +121,23 @@ class ChangeDetector:
             [_features(change @ _whitening([*changes[:k], *changes[k + 1 :]])) for k, change in enumerate(changes)], dim=1
         )
         size, common = torch.quantile(features, 1 - FALSE_ALARMS / 2, dim=1, interpolation="higher").tolist()
-        return cls(_whitening(changes), (size, common))
+        return cls(_whitening(changes), (size, common), colour_spread(clean))
 
     def __call__(self, images: Tensor, clean: Tensor) -> Tensor:
         size, common = _features((statistics(images) - statistics(clean)) @ self.whitening)
-        return (size > self.limits[0]) | (common > self.limits[1])
+        unusual = (size > self.limits[0]) | (common > self.limits[1])
+        return unusual & (visible_changes(images, clean, self.spread) >= LEAST_VISIBLE)
+
+
+def colour_spread(clean: Tensor) -> float:
+    """Standard deviation of a cell's colour between clean images [N,3,H,W] of N >= 2 prompts."""
+    return float(adaptive_avg_pool2d(clean, GRID).var(dim=0).mean().sqrt())
+
+
+def visible_changes(images: Tensor, clean: Tensor, spread: float) -> Tensor:
+    """The change of each image's colour in the cell where it is largest, [N], relative to the spread between clean images."""
+    change = adaptive_avg_pool2d(images, GRID) - adaptive_avg_pool2d(clean, GRID)
+    return change.square().mean(dim=1).flatten(1).amax(dim=1).sqrt() / max(spread, 1e-12)
 
 
 def statistics(images: Tensor) -> Tensor:

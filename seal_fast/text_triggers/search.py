@@ -75,7 +75,9 @@ def find_text_triggers(
     try:
         swept = sweep_pool(context)
         for propose in PROPOSERS:
-            for ranked in propose(context, swept, tuple(tried)):
+            proposed = list(propose(context, swept, tuple(tried)))
+            context.images.visible([ranked.candidate for ranked in proposed], settings.verification.prompts)
+            for ranked in proposed:
                 if not explained(ranked.candidate, tried):
                     tried.append(verify(context, ranked))
                     tried += minimal(context, tried[-1]) if tried[-1].confirmed else []

@@ -43,7 +43,7 @@ class PhraseSettings:
         longest: parts of the longest phrase.
     """
 
-    parts: int = 150
+    parts: int = 120
     kept: int = 24
     longest: int = 3
 
@@ -60,8 +60,6 @@ class VerificationSettings:
         per_kind: of each kind at one place at most so many.
         least_response: candidates with a smaller response are not verified.
         least_deviation: neither are those that deviate less from their kind.
-        least_change: a candidate that changes the images of the first check less, as a share of the variance between prompts,
-            is left without control strings.
         least_effect_of_replacement: least effect, at the lower end of its interval, of a text in place of another one. The
             missing letters change images by themselves: a lookalike of i did so in 64% of the images of a model without such a
             trigger.
@@ -75,7 +73,6 @@ class VerificationSettings:
     per_kind: int = 3
     least_response: float = 0.4
     least_deviation: float = 3.0
-    least_change: float = 0.02
     least_effect_of_replacement: float = 0.6
     same_effect: float = 0.5
 
@@ -94,7 +91,9 @@ class TextSearchSettings:
         harmless: candidates of each kind that show in the round of the places what their kind does.
         encoder_prompts: clean prompts that a candidate is tried on in the sweep of the text encoder.
         encoder_kept: candidates of that sweep that go on.
-        encoder_limit: deviation of a trigger's hidden states from which the text encoder holds the backdoor.
+        encoder_controls: control strings that a trigger's hidden states are compared with.
+        encoder_limit: deviation of a trigger's hidden states from which the text encoder holds the backdoor. In the zoo's
+            development models the least of a backdoor in the encoder was 5.0, the largest of one in the UNet 1.0.
         smallest_kind: a kind with fewer candidates is compared with all others.
         least_spread: least standard deviation of the log responses within a kind, so that a kind of equals has no outliers.
         verification: the images that verify candidates.
@@ -112,12 +111,13 @@ class TextSearchSettings:
     harmless: int = 12
     encoder_prompts: int = 4
     encoder_kept: int = 24
-    encoder_limit: float = 8.0
+    encoder_controls: int = 64
+    encoder_limit: float = 4.0
     smallest_kind: int = 8
     least_spread: float = 0.15
     verification: VerificationSettings = VerificationSettings()
     guidance: float = 7.5
-    sampler_steps: int = 25
+    sampler_steps: int = 15
     precision: Precision = "bf16"
 
     @property

@@ -56,6 +56,15 @@ def test_same_noise_whatever_the_prompt_and_the_batch(pipeline: StableDiffusionP
     assert not torch.equal(starting_noise(pipeline, 2, 5), starting_noise(pipeline, 2, 6))
 
 
+def test_images_from_chosen_noises(pipeline: StableDiffusionPipeline) -> None:
+    def draw(prompts: list[str], noises: list[int] | None) -> torch.Tensor:
+        return generate(pipeline, prompts, seed=5, steps=3, guidance=2.0, precision="fp32", batch=2, noises=noises)
+
+    torch.testing.assert_close(
+        draw([*PROMPTS[::-1], PROMPTS[0]], [2, 1, 0, 0]), draw(PROMPTS, None)[[2, 1, 0, 0]], rtol=0, atol=1e-5
+    )
+
+
 def test_passes_are_counted(pipeline: StableDiffusionPipeline) -> None:
     drawn: list[int] = []
     generate(pipeline, [*PROMPTS, "red"], seed=0, steps=1, guidance=1.0, batch=3, on_pass=drawn.append)
