@@ -29,9 +29,6 @@ Inputs = Annotated[
     Path,
     typer.Argument(
         metavar="INPUTS|PROMPTS",
-        exists=True,
-        dir_okay=False,
-        allow_dash=True,
         help="Noise inputs [N,C,H,W]: .npy or .safetensors. Prompts: UTF-8 text, one a line; - for standard input.",
     ),
 ]

@@ -133,9 +133,12 @@ class _Measurement:
         batch, different = batch_size(self.pipeline), list(cores)
         for first in range(0, len(different), batch):
             probe = self._paths(different[first : first + batch])
-            for place, path in enumerate(probe.prompts):
-                for index in cores[path]:
-                    energies[index] = _energies(probe, place, prompts[index], parts[index])
+            tried = [(place, index) for place, path in enumerate(probe.prompts) for index in cores[path]]
+            texts = [[prompts[index], *(part.without for part in parts[index])] for _, index in tried]
+            places = [place for (place, _), some in zip(tried, texts, strict=True) for _ in some]
+            outputs = probe.outputs([text for some in texts for text in some], places)
+            for (_, index), out in zip(tried, outputs.split([len(some) for some in texts], dim=1), strict=True):
+                energies[index] = (out[:, 1:] - out[:, :1]).square().sum(-1).T.cpu()
         least = torch.finfo(torch.float32).tiny
         return [_Measured(some, energy.clamp_min(least).log()) for some, energy in zip(parts, energies, strict=True)]
 
@@ -152,12 +155,6 @@ class _Measurement:
             one_noise=True,
             on_pass=self.on_pass,
         )
-
-
-def _energies(probe: ResponseProbe, place: int, prompt: str, parts: Sequence[PromptPart]) -> Tensor:
-    """Energies float32 [N,T] of what the prompt's parts change on the path at `place`."""
-    out = probe.outputs([prompt, *(part.without for part in parts)], [place] * (len(parts) + 1))
-    return (out[:, 1:] - out[:, :1]).square().sum(-1).T.cpu()
 
 
 @dataclass(frozen=True)
@@ -264,10 +261,13 @@ def _limit(sources: Sequence[str], measured: Sequence[_Measured], clean: int, se
     The rank is that of conformal prediction: of n+1 exchangeable scores the last one exceeds the k-th of the others with a
     probability of at most 1 - k / (n+1). Prompts that come from the same clean prompt are left out of each other's nulls.
     """
-    scores = []
-    for source, own in zip(sources, measured, strict=True):
-        others = [one for name, one in zip(sources, measured, strict=True) if name != source]
-        score = _nulls(others, settings).deviations(own.kinds, own.logs).max() if own.parts else -math.inf
-        scores.append(float(score))
+    nulls = {
+        source: _nulls([one for name, one in zip(sources, measured, strict=True) if name != source], settings)
+        for source in dict.fromkeys(sources)
+    }
+    scores = [
+        float(nulls[source].deviations(own.kinds, own.logs).max()) if own.parts else -math.inf
+        for source, own in zip(sources, measured, strict=True)
+    ]
     groups = [sorted(some) for some in (scores[:clean], scores[clean:]) if some]
     return max(some[math.ceil((len(some) + 1) * (1 - settings.false_alarm_rate)) - 1] for some in groups)
