@@ -40,7 +40,7 @@ class PromptDetectionSettings:
         false_alarm_rate: share of clean prompts, and of clean prompts with a harmless string, that may count as triggered.
         fitted_prompts: clean prompts that the detector is fitted on.
         strings_per_prompt: harmless strings that each of them is fitted on.
-        smallest_kind: a kind with fewer harmless parts compares with those of all kinds alike.
+        smallest_kind: a kind with fewer harmless parts compares with wider ones, see `PartNulls`.
         least_deviation: least deviation of the log energies within a kind.
         guidance: guidance scale of the paths.
         sampler_steps: DDIM steps of a whole path.
@@ -194,7 +194,7 @@ class PromptDetector:
 
         Args:
             pipeline: a diffusers StableDiffusionPipeline on the device to run on; it is not changed.
-            prompts: clean prompts, like those that are to be judged. Their words count as harmless, so more of them help.
+            prompts: clean prompts, like those that it will examine. Their words count as harmless, so more of them help.
             settings: settings; None for the defaults.
             seed: seed of all random choices.
             on_pass: called after every pass of the UNet with its number of evaluations, of one latent each.
@@ -220,12 +220,12 @@ class PromptDetector:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], on_pass: OnPass = quiet) -> list[PromptDetection]:
-        """Judge prompts; the others in the list make no difference to one of them, beyond rounding."""
+        """Examine prompts; the others in the list make no difference to one of them, beyond rounding."""
         read = [_read(self.pipeline.tokenizer, prompt) for prompt in prompts]
         measured = _Measurement(self.pipeline, self.settings, self.seed, on_pass)(read, [self.familiar] * len(read))
-        return [self._judged(*one) for one in zip(prompts, read, measured, strict=True)]
+        return [self._detection(*one) for one in zip(prompts, read, measured, strict=True)]
 
-    def _judged(self, prompt: str, read: str, measured: _Measured) -> PromptDetection:
+    def _detection(self, prompt: str, read: str, measured: _Measured) -> PromptDetection:
         cut = read != prompt
         if not measured.parts:
             return PromptDetection(prompt, None, self.threshold, False, "", (), cut)
