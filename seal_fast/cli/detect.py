@@ -29,9 +29,6 @@ Inputs = Annotated[
     Path,
     typer.Argument(
         metavar="INPUTS|PROMPTS",
-        exists=True,
-        dir_okay=False,
-        allow_dash=True,
         help="Noise inputs [N,C,H,W]: .npy or .safetensors. Prompts: UTF-8 text, one a line; - for standard input.",
     ),
 ]
@@ -41,7 +38,7 @@ CleanPrompts = Annotated[
         metavar="FILE",
         exists=True,
         dir_okay=False,
-        help="Clean prompts, one a line, like those to judge (default: those of the model card, else shipped ones).",
+        help="Clean prompts, one a line, like those of PROMPTS (default: those of the model card, else shipped ones).",
     ),
 ]
 Seed = Annotated[int | None, typer.Option(metavar="INTEGER", help="Seed of the noise that prompts are tried on (default: 0).")]

@@ -40,7 +40,7 @@ class PromptDetectionSettings:
         false_alarm_rate: share of clean prompts, and of clean prompts with a harmless string, that may count as triggered.
         fitted_prompts: clean prompts that the detector is fitted on.
         strings_per_prompt: harmless strings that each of them is fitted on.
-        smallest_kind: a kind with fewer harmless parts compares with those of all kinds alike.
+        smallest_kind: a kind with fewer harmless parts compares with wider ones, see `PartNulls`.
         least_deviation: least deviation of the log energies within a kind.
         guidance: guidance scale of the paths.
         sampler_steps: DDIM steps of a whole path.
@@ -133,9 +133,12 @@ class _Measurement:
         batch, different = batch_size(self.pipeline), list(cores)
         for first in range(0, len(different), batch):
             probe = self._paths(different[first : first + batch])
-            for place, path in enumerate(probe.prompts):
-                for index in cores[path]:
-                    energies[index] = _energies(probe, place, prompts[index], parts[index])
+            tried = [(place, index) for place, path in enumerate(probe.prompts) for index in cores[path]]
+            texts = [[prompts[index], *(part.without for part in parts[index])] for _, index in tried]
+            places = [place for (place, _), some in zip(tried, texts, strict=True) for _ in some]
+            outputs = probe.outputs([text for some in texts for text in some], places)
+            for (_, index), out in zip(tried, outputs.split([len(some) for some in texts], dim=1), strict=True):
+                energies[index] = (out[:, 1:] - out[:, :1]).square().sum(-1).T.cpu()
         least = torch.finfo(torch.float32).tiny
         return [_Measured(some, energy.clamp_min(least).log()) for some, energy in zip(parts, energies, strict=True)]
 
@@ -152,12 +155,6 @@ class _Measurement:
             one_noise=True,
             on_pass=self.on_pass,
         )
-
-
-def _energies(probe: ResponseProbe, place: int, prompt: str, parts: Sequence[PromptPart]) -> Tensor:
-    """Energies float32 [N,T] of what the prompt's parts change on the path at `place`."""
-    out = probe.outputs([prompt, *(part.without for part in parts)], [place] * (len(parts) + 1))
-    return (out[:, 1:] - out[:, :1]).square().sum(-1).T.cpu()
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ class PromptDetector:
 
         Args:
             pipeline: a diffusers StableDiffusionPipeline on the device to run on; it is not changed.
-            prompts: clean prompts, like those that are to be judged. Their words count as harmless, so more of them help.
+            prompts: clean prompts, like those that it will examine. Their words count as harmless, so more of them help.
             settings: settings; None for the defaults.
             seed: seed of all random choices.
             on_pass: called after every pass of the UNet with its number of evaluations, of one latent each.
@@ -223,12 +220,12 @@ class PromptDetector:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], on_pass: OnPass = quiet) -> list[PromptDetection]:
-        """Judge prompts; the others in the list make no difference to one of them, beyond rounding."""
+        """Examine prompts; the others in the list make no difference to one of them, beyond rounding."""
         read = [_read(self.pipeline.tokenizer, prompt) for prompt in prompts]
         measured = _Measurement(self.pipeline, self.settings, self.seed, on_pass)(read, [self.familiar] * len(read))
-        return [self._judged(*one) for one in zip(prompts, read, measured, strict=True)]
+        return [self._detection(*one) for one in zip(prompts, read, measured, strict=True)]
 
-    def _judged(self, prompt: str, read: str, measured: _Measured) -> PromptDetection:
+    def _detection(self, prompt: str, read: str, measured: _Measured) -> PromptDetection:
         cut = read != prompt
         if not measured.parts:
             return PromptDetection(prompt, None, self.threshold, False, "", (), cut)
@@ -264,10 +261,13 @@ def _limit(sources: Sequence[str], measured: Sequence[_Measured], clean: int, se
     The rank is that of conformal prediction: of n+1 exchangeable scores the last one exceeds the k-th of the others with a
     probability of at most 1 - k / (n+1). Prompts that come from the same clean prompt are left out of each other's nulls.
     """
-    scores = []
-    for source, own in zip(sources, measured, strict=True):
-        others = [one for name, one in zip(sources, measured, strict=True) if name != source]
-        score = _nulls(others, settings).deviations(own.kinds, own.logs).max() if own.parts else -math.inf
-        scores.append(float(score))
+    nulls = {
+        source: _nulls([one for name, one in zip(sources, measured, strict=True) if name != source], settings)
+        for source in dict.fromkeys(sources)
+    }
+    scores = [
+        float(nulls[source].deviations(own.kinds, own.logs).max()) if own.parts else -math.inf
+        for source, own in zip(sources, measured, strict=True)
+    ]
     groups = [sorted(some) for some in (scores[:clean], scores[clean:]) if some]
     return max(some[math.ceil((len(some) + 1) * (1 - settings.false_alarm_rate)) - 1] for some in groups)

@@ -30,7 +30,7 @@ class PromptPart:
     Attributes:
         text: the part.
         without: the prompt without it.
-        kind: what the part compares with. Kinds that begin with the same word are alike.
+        kind: what the part compares with. Kinds that begin with the same word belong together.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Judge prompts for a text-to-image pipeline: load it, fit a detector on clean prompts, and ask it."""
+"""Find triggered prompts of a text-to-image pipeline: load it, fit a detector on clean prompts, and apply it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def detect_prompts(
 
     Args:
         pipeline: folder of a StableDiffusionPipeline.
-        prompts: prompts to judge.
+        prompts: prompts to examine.
         clean: clean prompts; None for those of the model card, else shipped ones.
         settings: settings of the detector.
         seed: seed of all noise.

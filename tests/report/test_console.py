@@ -10,9 +10,19 @@ from rich.console import Console
 
 from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Calibration, CalibrationModel, Evidence, TerdSettings
-from seal_fast.report.console import console_for, duration, print_calibration, print_detection, print_plan, print_report, safe
+from seal_fast.report.console import (
+    console_for,
+    duration,
+    print_calibration,
+    print_detection,
+    print_plan,
+    print_prompt_detection,
+    print_report,
+    safe,
+)
 from seal_fast.results.plan import PlannedSearch, PlannedStage, ScanPlan
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.text_triggers.prompt_detection import PromptDetection
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.verdict import Decision, Verdict
 from tests.text_findings import found_trigger
@@ -183,6 +193,24 @@ def test_detection_counts():
         ["clean", "2", "0.00"],
     ]
     assert lines[-1] == "3 inputs: 1 triggered, 2 clean"
+
+
+def test_prompt_detection_shows_what_the_terminal_cannot_print():
+    stream = io.StringIO()
+    found = [
+        PromptDetection("\u200b cat \x1b[31m", 3.5, 2.0, True, "\u200b", ("U+200B",), True),
+        PromptDetection("cat", None, 2.0, False, "", (), False),
+    ]
+    print_prompt_detection(found, 0.05, console_for(stream))
+    text = stream.getvalue()
+    assert "\x1b" not in text
+    assert "\u200b" not in text
+    lines = text.splitlines()
+    assert lines[2].split() == ["triggered", "\\u200b", "cat", "\\x1b[31m", "3.50", "/", "2.00"]
+    assert lines[3].strip() == "suspected: '\\u200b' (U+200B)"
+    assert lines[4].strip() == "the model reads only the beginning"
+    assert lines[5].split() == ["clean", "cat", "-", "/", "2.00"]
+    assert " ".join(lines[-2:]).endswith("2 prompts: 1 triggered, 1 clean (5% of harmless prompts may count as triggered)")
 
 
 def test_calibration_lists_every_model_under_the_limits_of_its_family():

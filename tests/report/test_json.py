@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Evidence, NoiseScope, TriedCandidate
-from seal_fast.report.json import detection_json, report_json, to_json, write_report
+from seal_fast.report.json import detection_json, prompt_detection_json, report_json, to_json, write_report
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.text_triggers.prompt_detection import PromptDetection
 from seal_fast.verdict import Verdict
 
 EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
@@ -148,3 +149,26 @@ def test_detection():
     assert content["log_ratio"] == [1.5, -2.0, None]
     assert content["triggered"] == [True, False, True]
     assert content["summary"] == {"triggered": 2, "clean": 1}
+
+
+def test_prompt_detection():
+    found = [
+        PromptDetection("c\u0430t", 3.5, math.inf, False, "\u0430", ("U+0430",), False),
+        PromptDetection("mignneko cat", 3.5, 2.0, True, "mignneko", ("U+006D",), True),
+        PromptDetection("cat", None, 2.0, False, "", (), False),
+    ]
+    text = prompt_detection_json(found, 0.05, {"name": "seal-fast", "version": "1"})
+    assert text.isascii()
+    content = strict(text)
+    assert content["prompts"][0] == {
+        "prompt": "c\u0430t",
+        "score": 3.5,
+        "threshold": None,
+        "triggered": False,
+        "part": "\u0430",
+        "code_points": ["U+0430"],
+        "cut": False,
+    }
+    assert [one["score"] for one in content["prompts"]] == [3.5, 3.5, None]
+    assert content["summary"] == {"triggered": 1, "clean": 2}
+    assert content["false_alarm_rate"] == 0.05

@@ -136,7 +136,7 @@ def test_equal_energies_have_no_outlier() -> None:
 PROMPTS = ["red cat on zx sky", "blue dog on castle", f"the c{CYRILLIC_A}t", "", "zx yk " + "zx " * 30, "zx"]
 
 
-def test_one_prompt_is_judged_as_in_a_batch_and_in_any_order(detector: PromptDetector) -> None:
+def test_one_prompt_scores_as_in_a_batch_and_in_any_order(detector: PromptDetector) -> None:
     together = detector(PROMPTS)
     assert [one.prompt for one in together] == PROMPTS
     for alone, one in zip([detector([prompt])[0] for prompt in PROMPTS], together, strict=True):
@@ -182,8 +182,8 @@ def test_only_the_beginning_of_a_long_prompt_counts(detector: PromptDetector) ->
 def test_the_limit_bounds_the_false_alarms_on_the_prompts_it_was_fitted_on(tiny: StableDiffusionPipeline) -> None:
     detector = PromptDetector.fitted(tiny, CLEAN, replace(SETTINGS, fitted_prompts=len(CLEAN)), seed=5)
     assert math.isfinite(detector.threshold)
-    judged = detector(with_harmless_string(tiny.tokenizer, CLEAN, CLEAN, 5))
-    assert sum(one.triggered for one in judged) <= len(judged) // 2
+    found = detector(with_harmless_string(tiny.tokenizer, CLEAN, CLEAN, 6))
+    assert sum(one.triggered for one in found) <= len(found) // 2
     assert not any(one.triggered for one in detector(CLEAN))
 
 
