@@ -30,7 +30,7 @@ class PromptPart:
     Attributes:
         text: the part.
         without: the prompt without it.
-        kind: what the part compares with. Kinds that begin with the same word belong together.
+        kind: what the part compares with. Kinds that begin with the same word are near each other, see `PartNulls`.
     """
 
     text: str
@@ -56,7 +56,7 @@ class Familiar:
         return words.lower() in self.counts
 
     def core(self, prompt: str) -> str:
-        """The familiar words of a prompt, after look-alikes became Latin letters: what is left if all unusual parts go."""
+        """The familiar words of a prompt, after lookalikes became Latin letters: what is left if all unusual parts go."""
         letters = _letters()
         folded = "".join(letters.get(character, character) for character in prompt)
         plain = _NON_ASCII.sub(lambda run: " " if run[0].isspace() else "", folded)
@@ -72,8 +72,8 @@ def prompt_parts(tokenizer: Any, prompt: str, familiar: Familiar) -> list[Prompt
     """Every part of a prompt that is not familiar.
 
     Parts are words and phrases of adjacent words, pairs of familiar words that are not familiar as a pair, runs of non-ASCII
-    characters, and look-alikes of letters. A part goes from all places of the prompt at once, since a trigger may stand at
-    several; a look-alike becomes its Latin letter. Parts that leave the token ids as they are, or the same text as another one,
+    characters, and lookalikes of letters. A part goes from all places of the prompt at once, since a trigger may stand at
+    several; a lookalike becomes its Latin letter. Parts that leave the token ids as they are, or the same text as another one,
     are left out.
     """
     ids = content_ids(tokenizer, prompt)
@@ -136,15 +136,15 @@ def _characters(prompt: str) -> Iterator[PromptPart]:
 
 
 def _folded(prompt: str) -> Iterator[PromptPart]:
-    """Every look-alike as its Latin letter, each one and all at once, as an attack may replace several letters."""
+    """Every lookalike as its Latin letter, each one and all at once, as an attack may replace several letters."""
     letters = _letters()
     found = [character for character in dict.fromkeys(prompt) if character in letters]
     for some in dict.fromkeys([*((one,) for one in found), tuple(found)] if found else []):
         folded = "".join(letters[character] if character in some else character for character in prompt)
-        yield PromptPart("".join(some), folded, "look-alikes")
+        yield PromptPart("".join(some), folded, "lookalikes")
 
 
 @cache
 def _letters() -> dict[str, str]:
-    """Look-alike -> the Latin letter."""
+    """Lookalike -> the Latin letter."""
     return {other: letter for letter, others in look_alikes().items() for other in others}

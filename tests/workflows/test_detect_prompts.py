@@ -22,6 +22,7 @@ from tests.tiny_pipeline import tiny_pipeline
 
 CLEAN = [f"{a} {b} on {c}" for a in ("red", "blue", "the", "photo") for b in ("cat", "dog", "house") for c in ("sky", "castle")]
 MIXED = "z z z red cat on sky\nred cat on sky\nred cat kq on sky\n"
+SAFER = "prompts of your own are safer"
 Detect = Callable[..., Result]
 
 
@@ -67,15 +68,17 @@ def mixed(detect: Detect) -> Result:
 def test_0_no_prompt_is_triggered(detect: Detect) -> None:
     result = detect("red cat on sky\n\nthe dog on castle\n")
     assert result.exit_code == 0
-    assert "2 prompts: 0 triggered, 2 clean" in " ".join(result.stdout.split())
+    assert "2 prompts: 0 triggered, 0 clean, 2 familiar" in " ".join(result.stdout.split())
 
 
 def test_1_a_prompt_is_triggered(mixed: Result) -> None:
     content = json.loads(mixed.stdout)
-    assert [one["triggered"] for one in content["prompts"]] == [True, False, False]
+    assert [one["verdict"] for one in content["prompts"]] == ["triggered", "familiar", "clean"]
     assert set(content["prompts"][0]["part"]) <= set("z ")
-    assert content["summary"] == {"triggered": 1, "clean": 2}
+    assert content["summary"] == {"triggered": 1, "clean": 1, "familiar": 1}
     assert [one["prompt"] for one in content["prompts"]] == MIXED.splitlines()
+    assert content["notes"] == [f"{len(CLEAN)} clean prompts: given"]
+    assert mixed.stderr.splitlines()[-1] == content["notes"][0]
     assert mixed.exit_code == 1
 
 
@@ -98,7 +101,9 @@ def test_clean_prompts_come_from_the_model_card(model: Path, tmp_path: Path) -> 
     )
     (model / "README.md").unlink()
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["prompts"][0]["score"] is None, "all words and pairs stand in the card"
+    content = json.loads(result.stdout)
+    assert content["prompts"][0]["verdict"] == "familiar", "all words and pairs stand in the card"
+    assert content["notes"] == [f"{len(more)} clean prompts: model card, which the maker of the model wrote ({SAFER})"]
 
 
 @pytest.mark.parametrize(
@@ -119,10 +124,32 @@ def test_4_too_few_clean_prompts(model: Path, clean: Path, tmp_path: Path) -> No
     assert "at least 19 different clean prompts, not 2" in _words(result)
 
 
-def test_4_a_folder_that_is_no_pipeline(clean: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, "UNet2DModel"])
+def test_4_a_folder_that_is_no_pipeline(clean: Path, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": content}))
     result = CliRunner().invoke(app, ["detect", str(tmp_path), str(clean)])
     assert (result.exit_code, result.stdout) == (4, "")
-    assert "no text-to-image checkpoint" in _words(result)
+    assert "no text-to-image pipeline: prompts need one, and noise inputs need the trigger.safetensors" in _words(result)
+
+
+def test_4_a_folder_in_place_of_prompts(model: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["detect", str(model), str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert "is a directory" in _words(result)
+
+
+def test_4_noise_for_a_pipeline_and_prompts_for_a_trigger(model: Path, clean: Path, tmp_path: Path) -> None:
+    Trigger.shift(torch.zeros(3, 4, 4)).save(tmp_path / "trigger.safetensors")
+    np.save(tmp_path / "inputs.npy", np.zeros((1, 3, 4, 4)))
+    for first, second, message in (
+        (model, tmp_path / "inputs.npy", "holds noise, which needs a trigger file"),
+        (tmp_path / "trigger.safetensors", clean, "prompts need a pipeline"),
+        (tmp_path / "trigger.safetensors", "-", "prompts need a pipeline"),
+    ):
+        result = CliRunner().invoke(app, ["detect", str(first), str(second)])
+        assert (result.exit_code, result.stdout) == (4, "")
+        assert message in _words(result)
 
 
 @pytest.mark.parametrize("option", [["--seed", "1"], ["--guidance", "2"], ["--clean-prompts", "inputs.npy"]])
