@@ -73,9 +73,7 @@ def detect(
             kinds = " or ".join(NOISE_SUFFIXES)
             raise typer.BadParameter(f"{inputs} is no {kinds} file of noise, which a trigger takes; prompts need a pipeline")
         if (clean_prompts, seed, guidance) != (None, None, None):
-            raise typer.BadParameter(
-                f"--clean-prompts, --seed and --guidance are for prompts, and {model} is no pipeline folder"
-            )
+            raise typer.BadParameter(f"--clean-prompts, --seed and --guidance are for prompts; {model} is no pipeline folder")
         triggered = _inputs(model, inputs, output)
     raise typer.Exit(BACKDOORED if triggered else CLEAN)
 

@@ -12,8 +12,8 @@ from seal_fast.text_to_image.precision import Precision
 class PromptDetectionSettings:
     """Settings of a prompt detector.
 
-    Of timesteps from .99 T to .1 T, the middle and the end told triggers from harmless strings best: the beginning hardly sees a
-    style or a small patch. Neither more starting noises nor energies relative to the whole prompt's did better.
+    Of timesteps from .99 T to .1 T, the middle and the end told triggers from harmless strings best: the beginning hardly sees
+    a style or a small patch. Neither more starting noises nor energies relative to the whole prompt's did better.
 
     Attributes:
         shares: timesteps, as shares of the noise process's T.

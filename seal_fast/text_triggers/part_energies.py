@@ -2,8 +2,8 @@
 
     log || e(x_t, t, E(p)) - e(x_t, t, E(p without the part)) ||^2
 
-The states x_t lie on the sampling path of the prompt's core, which holds no unusual part. On the triggered prompt's own path the
-target is already drawn, and the prediction moves less.
+The states x_t lie on the sampling path of the prompt's core, which holds no unusual part. On the triggered prompt's own path
+the target is already drawn, and the prediction moves less.
 """
 
 from __future__ import annotations
