@@ -112,7 +112,7 @@ def compare(scorers: Mapping[str, Scorer], task: Task, effect: Effect, count: in
 
 
 def prompt_sets(tokenizer: Any, known: Sequence[str], effect: Effect, count: int) -> dict[str, list[str]]:
-    """The same captions clean, triggered, and with a harmless string in the trigger's place. Words of `known` are no strings."""
+    """The same captions clean, triggered, and with a harmless string in the trigger's place. None is of `known`."""
     prompts = [scene.caption for scene in held_out_scenes(count, EVALUATION_SEED, effect)]
     kinds: dict[str, list[str]] = {}
     for candidate in inserted(tokenizer, known):
