@@ -118,16 +118,16 @@ def prompt_sets(tokenizer: Any, known: Sequence[str], effect: Effect, count: int
     for candidate in inserted(tokenizer, known):
         kinds.setdefault(candidate.kind, []).append(candidate.trigger.text)
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
-    rare = [placed(stand_in(tokenizer, effect.text, kinds, generator), effect.place)(prompt) for prompt in prompts]
+    rare = [placed(random_control(tokenizer, effect.text, kinds, generator), effect.place)(prompt) for prompt in prompts]
     return {"clean": prompts, "rare": rare, "triggered": [effect.trigger(prompt) for prompt in prompts]}
 
 
-def stand_in(
+def random_control(
     tokenizer: Any, trigger: TextTrigger, kinds: Mapping[str, Sequence[str]], generator: torch.Generator
 ) -> TextTrigger:
-    """A random harmless trigger of the same kind: another lookalike of the letter, or other strings for all its own words.
+    """A random control trigger of the same kind: another lookalike of the letter, or other strings for all its own words.
 
-    A word's stand-in has its kind and token count; words of the text that is replaced stay.
+    A word's string has its kind and token count; words of the text that is replaced stay.
     """
     old = trigger.replaces or ""
     if len(old) == 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import prompt_detection_table, render_text, text_scan_table
 from benchmarks.machine import Machine
-from benchmarks.prompt_detection_table import METHODS, Task, auroc_with_interval, compare, prompt_sets, stand_in
+from benchmarks.prompt_detection_table import METHODS, Task, auroc_with_interval, compare, prompt_sets, random_control
 from benchmarks.published.ftt import map_distances
 from benchmarks.table_file import write_table
 from seal_fast.text_to_image.prompts import content_ids
@@ -146,7 +146,7 @@ def test_only_the_triggered_prompts_hold_the_trigger(pipeline: Any) -> None:
         assert len(content_ids(pipeline.tokenizer, string)) == 1
 
 
-def test_a_harmless_trigger_is_of_the_kind_of_the_true_one(pipeline: Any, generator: torch.Generator) -> None:
+def test_a_control_trigger_is_of_the_kind_of_the_true_one(pipeline: Any, generator: torch.Generator) -> None:
     tokenizer, kinds = pipeline.tokenizer, {"word of 1 token": ["photo", "sky"], "symbol of 1 token": ["~", "+"]}
     for text, expected in (
         ("photo ~", {"sky +"}),
@@ -155,7 +155,7 @@ def test_a_harmless_trigger_is_of_the_kind_of_the_true_one(pipeline: Any, genera
         ("zzzz", {"photo", "sky", "~", "+"}),
     ):
         trigger = TextTrigger.parse(text)
-        found = stand_in(tokenizer, trigger, kinds, generator)
+        found = random_control(tokenizer, trigger, kinds, generator)
         assert found.text in expected
         assert found.replaces == trigger.replaces
 
