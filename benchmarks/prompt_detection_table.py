@@ -12,22 +12,18 @@ guidance scale that the zoo is drawn with.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe_machine
 from benchmarks.published.ftt import map_distances
 from benchmarks.published.navit2i import navigate
-from benchmarks.table_file import grow_table
-from benchmarks.text_scan_table import EVALUATION_SEED, ROLES, present
+from benchmarks.text_zoo import EVALUATION_SEED, grow_zoo_table, recipe_of
 from benchmarks.trigger_names import group_of
 from seal_fast.attacks.prompts import placed
 from seal_fast.checkpoints.card import captions
@@ -40,7 +36,6 @@ from seal_fast.text_triggers.vocabulary import kind_of, look_alikes
 from seal_fast.zoo.build_text import load_text_model
 from seal_fast.zoo.evaluate_text import GUIDANCE, held_out_scenes
 from seal_fast.zoo.text_effects import Effect
-from seal_fast.zoo.text_recipes import TEXT_RECIPES
 
 PROMPTS = 40
 """Prompts of each of the three sets; an attack then takes about 1 minute on one core, most of it for FTT."""
@@ -90,7 +85,7 @@ METHODS: Mapping[str, Callable[[Task], Scorer]] = {
 
 def measure(zoo: Path, name: str) -> Result:
     """Every method on every attack of one model."""
-    recipe = next(recipe for recipe in TEXT_RECIPES if recipe.name == name)
+    recipe = recipe_of(name)
     assert recipe.base is not None
     # the model card's prompts alternate between training and held-out scenes
     task = Task(load_text_model(name, zoo), load_text_model(recipe.base, zoo).text_encoder, captions(zoo / name)[::2])
@@ -170,25 +165,8 @@ def _drawn_shares(count: int, generator: torch.Generator) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", type=Path, required=True)
-    parser.add_argument("--role", choices=ROLES, default="development")
-    parser.add_argument("--only", nargs="+", help="default: all backdoored models of the role")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prompt_detection.json"))
-    options = parser.parse_args()
-    wanted = [recipe.name for recipe in present(options.zoo, options.role) if recipe.effects]
-    if options.only and not set(options.only) <= set(wanted):
-        parser.error(f"--only: {options.zoo} holds these backdoored models of role {options.role}: {', '.join(wanted)}")
-    head = {
-        "command": "python -m benchmarks.prompt_detection_table",
-        "machine": describe_machine(),
-        "prompts": PROMPTS,
-        "guidance": GUIDANCE,
-        "resamples": RESAMPLES,
-        "seed": BOOTSTRAP_SEED,
-    }
-    everyone = [recipe.name for recipe in TEXT_RECIPES]
-    grow_table(options.out, head, everyone, options.only or wanted, partial(measure, options.zoo))
+    head = {"prompts": PROMPTS, "guidance": GUIDANCE, "resamples": RESAMPLES, "seed": BOOTSTRAP_SEED}
+    grow_zoo_table("prompt_detection", head, __doc__, lambda recipe: bool(recipe.effects), measure)
 
 
 if __name__ == "__main__":

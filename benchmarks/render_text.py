@@ -10,7 +10,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.markdown import ABSENT, RESULTS, note, number, read, table
-from benchmarks.text_scan_table import ROLES, counts
+from benchmarks.text_scan_table import counts
+from benchmarks.text_zoo import ROLES
 
 Result = dict[str, Any]
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from seal_fast.text_triggers.candidates import inserted
-from seal_fast.text_triggers.trigger import Position, TextTrigger, random_item
+from seal_fast.text_triggers.trigger import POSITIONS, TextTrigger, random_item
 from seal_fast.text_triggers.vocabulary import look_alikes
 
 LONGEST_STRING = 3
 """Words of an inserted string at most."""
 REPLACED = 4
 """In one of so many prompts a lookalike replaces a letter; in the others a string is inserted."""
-PLACES: tuple[Position, ...] = ("start", "word", "end")
 
 
 def with_harmless_string(tokenizer: Any, prompts: Sequence[str], known: Sequence[str], seed: int) -> list[str]:
@@ -39,7 +38,7 @@ def with_harmless_string(tokenizer: Any, prompts: Sequence[str], known: Sequence
 def _with_string(prompt: str, pool: Sequence[Sequence[str]], generator: torch.Generator) -> str:
     count = random_item(range(1, LONGEST_STRING + 1), generator)
     string = TextTrigger(" ".join(random_item(random_item(pool, generator), generator) for _ in range(count)))
-    return string.insert(prompt, string.places(prompt, random_item(PLACES, generator), generator)[0])
+    return string.insert(prompt, string.places(prompt, random_item(POSITIONS, generator), generator)[0])
 
 
 def _with_lookalike(prompt: str, generator: torch.Generator) -> str:
