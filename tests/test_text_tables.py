@@ -14,7 +14,8 @@ from benchmarks import prompt_detection_table, render_text, text_scan_table
 from benchmarks.machine import Machine
 from benchmarks.prompt_detection_table import METHODS, Task, auroc_with_interval, compare, prompt_sets, random_control
 from benchmarks.published.ftt import map_distances
-from benchmarks.table_file import write_table
+from benchmarks.table_file import read_results, write_table
+from benchmarks.text_zoo import grow_zoo_table
 from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.search_settings import PhraseSettings, TextSearchSettings, VerificationSettings
 from seal_fast.text_triggers.trigger import TextTrigger
@@ -158,6 +159,31 @@ def test_a_control_trigger_is_of_the_kind_of_the_true_one(pipeline: Any, generat
         found = random_control(tokenizer, trigger, kinds, generator)
         assert found.text in expected
         assert found.replaces == trigger.replaces
+
+
+def test_a_table_of_a_role_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.text_zoo.describe_machine", lambda: vars(MACHINE))
+    for name in ("text-64-style", "text-64-test-style", "text-64-test-pixel", "text-64-test-copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").touch()
+    measured: list[str] = []
+
+    def measure(zoo: Path, name: str) -> dict[str, Any]:
+        measured.append(name)
+        return {"zoo": str(zoo)}
+
+    def run(*only: str) -> list[str]:
+        arguments = ["x", "--zoo", str(tmp_path), "--role", "test", "--out", str(tmp_path / "t.json"), *only]
+        monkeypatch.setattr("sys.argv", arguments)
+        grow_zoo_table("some", {}, None, lambda recipe: bool(recipe.effects), measure)
+        return [result["name"] for result in read_results(tmp_path / "t.json")]
+
+    assert run("--only", "text-64-test-style") == ["text-64-test-style"]
+    assert run() == ["text-64-test-pixel", "text-64-test-style"], "in the order of the recipes"
+    assert measured == ["text-64-test-style", "text-64-test-pixel"]
+    for other in ("text-64-style", "text-64-test-copy", "absent"):
+        with pytest.raises(SystemExit):
+            run("--only", other)
 
 
 def test_sections_without_results_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
