@@ -31,10 +31,8 @@ Model = Annotated[
 Inputs = Annotated[
     Path,
     typer.Argument(
+        # typer would refuse "-" as a file that does not exist; reading the file says what is wrong with it
         metavar="INPUTS|PROMPTS",
-        exists=True,
-        dir_okay=False,
-        allow_dash=True,
         help="Noise inputs [N,C,H,W]: .npy or .safetensors. Prompts: UTF-8 text, one a line; - for standard input.",
     ),
 ]

@@ -30,7 +30,9 @@ def read_lines(file: Path) -> list[str]:
         if len(content) > MAX_PROMPT_BYTES:
             raise CheckpointError(file, f"more than {MAX_PROMPT_BYTES} bytes of prompts: split it")
         text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(file, f"not readable: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
         raise CheckpointError(file, f"no readable UTF-8 text: {error}") from error
     return [line for line in re.split(r"\r?\n", text) if line.strip()]
 
