@@ -51,7 +51,11 @@ class PartProbe:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], familiar: Sequence[Familiar]) -> list[MeasuredPrompt]:
-        """Measure each prompt's parts, those that its own `familiar` lacks. A prompt without any needs no evaluation."""
+        """Measure each prompt's parts, those that its own `familiar` lacks. A prompt without any needs no evaluation.
+
+        Raises:
+            ValueError: the UNet predicts noise that is not finite.
+        """
         parts = [tuple(prompt_parts(self.pipeline.tokenizer, *one)) for one in zip(prompts, familiar, strict=True)]
         energies = [torch.zeros(len(some), len(self.settings.shares)) for some in parts]
         cores: dict[str, list[int]] = {}
@@ -65,6 +69,8 @@ class PartProbe:
             texts = [[prompts[index], *(part.without for part in parts[index])] for index in places]
             for index, energy in zip(places, _energies(paths, texts, list(places.values())), strict=True):
                 energies[index] = energy
+        if not all(energy.isfinite().all() for energy in energies):
+            raise ValueError("the UNet predicts noise that is not finite, so no prompt can be examined")
         least = torch.finfo(torch.float32).tiny
         return [MeasuredPrompt(some, energy.clamp_min(least).log()) for some, energy in zip(parts, energies, strict=True)]
 

@@ -33,7 +33,7 @@ class PromptVerdict(StrEnum):
     CLEAN = "clean"
     """None of the unusual parts does."""
     FAMILIAR = "familiar"
-    """The prompt has no unusual part, so nothing was measured."""
+    """The prompt has no unusual part that the model reads, so nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class PromptDetector:
             on_pass: called after every pass of the UNet with its number of evaluations, of one latent each.
 
         Raises:
-            ValueError: too few different clean prompts for the false alarm rate.
+            ValueError: too few different clean prompts for the false alarm rate, or predictions that are not finite.
         """
         settings = settings or PromptDetectionSettings()
         tokenizer = pipeline.tokenizer
@@ -129,7 +129,11 @@ class PromptDetector:
         return cls(pipeline, settings, seed, familiar, PartNulls.fitted(measured, settings), limit)
 
     def __call__(self, prompts: Sequence[str], on_pass: OnPass = quiet) -> list[PromptDetection]:
-        """Examine prompts; the others in the list make no difference to one of them, beyond rounding."""
+        """Examine prompts; the others in the list make no difference to one of them, beyond rounding.
+
+        Raises:
+            ValueError: the UNet predicts noise that is not finite.
+        """
         read = [beginning_read(self.pipeline.tokenizer, prompt) for prompt in prompts]
         measured = PartProbe(self.pipeline, self.settings, self.seed, on_pass)(read, [self.familiar] * len(read))
         return [

@@ -244,3 +244,10 @@ def test_too_few_clean_prompts(tiny: StableDiffusionPipeline) -> None:
 def test_a_rate_that_cannot_be(rate: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         PromptDetectionSettings(false_alarm_rate=rate)
+
+
+def test_a_model_that_diverges_calls_no_prompt_clean(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tmp_path, 16)
+    pipeline.unet.conv_out.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        PromptDetector.fitted(pipeline, CLEAN, SETTINGS)
