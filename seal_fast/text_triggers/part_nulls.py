@@ -35,7 +35,7 @@ class PartNulls:
         members = defaultdict(list)
         for prompt in prompts:
             for kind, log in zip(prompt.kinds, prompt.logs, strict=True):
-                for name in _wider(kind):
+                for name in dict.fromkeys(_wider(kind)):
                     members[name].append(log)
         large = {name: some for name, some in members.items() if name == EVERYTHING or len(some) >= settings.smallest_kind}
         return cls({name: _null(torch.stack(some), settings.least_deviation) for name, some in large.items()})

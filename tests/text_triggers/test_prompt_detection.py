@@ -142,20 +142,22 @@ def test_equal_energies_have_no_outlier() -> None:
     nulls = PartNulls.fitted([measured(["a"] * 9, torch.ones(9, 1))], settings)
     deviations = nulls.deviations(measured(["a", "a"], torch.tensor([[1.0], [2.0]])))
     torch.testing.assert_close(deviations, torch.tensor([0.0, 2.0]))
+    once = PartNulls.fitted([measured(["a"], torch.ones(1, 1))], settings)
+    assert "a" not in once.kinds, "a kind of one word counts each part once"
     assert PartNulls.fitted([], settings).deviations(measured(["a"], torch.ones(1, 1))).tolist() == [0.0]
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.1, 0.25])
+@pytest.mark.parametrize("rate", [0.05, 0.25])
 def test_new_harmless_prompts_exceed_the_limit_as_rarely_as_promised(rate: float) -> None:
-    """Fewer than rate + 4 standard errors of 400 detectors; the seed is fixed, since a fresh one could exceed any bound."""
+    """Fewer than rate + 4 standard errors of 150 detectors; the seed is fixed, since a fresh one could exceed any bound."""
     settings, generator = replace(SETTINGS, false_alarm_rate=rate), torch.Generator().manual_seed(0)
     alarms = 0
-    for _ in range(400):
+    for _ in range(150):
         prompts = [measured(["a"], torch.randn(1, 1, generator=generator)) for _ in range(20)]
         group = [(str(number), prompt) for number, prompt in enumerate(prompts[:-1])]
         nulls = PartNulls.fitted(prompts[:-1], settings)
         alarms += float(nulls.deviations(prompts[-1])) > conformal_limit((group, []), settings)
-    assert alarms / 400 <= rate + 4 * math.sqrt(rate * (1 - rate) / 400)
+    assert alarms / 150 <= rate + 4 * math.sqrt(rate * (1 - rate) / 150)
 
 
 PROMPTS = ["red cat on zx sky", "blue dog on castle", f"the c{CYRILLIC_A}t", "", "zx yk " + "zx " * 30, "zx"]
