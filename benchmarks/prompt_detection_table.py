@@ -4,41 +4,41 @@
         [--out benchmarks/results/prompt_detection.json]
 
 DIR holds whole pipelines: `seal-fast zoo build-text DIR` writes them. Captions of scenes that no model was trained on are
-scored as they are, with harmless rare strings, and with the trigger. The result of each model is written as soon as it is
-known, so an interrupted run continues where it stopped. "NaviT2I" is handed the clean text encoder, which a user does not
-have; "NaviT2I, own encoder" takes the model's own in its place.
+scored as they are, with the trigger, and with a harmless rare string of the trigger's kind in its place. The result of each
+model is written as soon as it is known, so an interrupted run continues where it stopped. "NaviT2I" is handed the clean text
+encoder, which a user does not have; "NaviT2I, own encoder" takes the model's own in its place. Methods that draw use the
+guidance scale that the zoo is drawn with.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe_machine
 from benchmarks.published.ftt import map_distances
 from benchmarks.published.navit2i import navigate
-from benchmarks.table_file import grow_table
-from benchmarks.text_scan_table import EVALUATION_SEED, ROLES, present
+from benchmarks.text_zoo import EVALUATION_SEED, grow_zoo_table, recipe_of
 from benchmarks.trigger_names import group_of
-from seal_fast.attacks.harmless import Harmless, token_strings
+from seal_fast.attacks.prompts import placed
 from seal_fast.checkpoints.card import captions
+from seal_fast.text_to_image.prompts import content_ids
+from seal_fast.text_triggers.candidates import inserted
+from seal_fast.text_triggers.detection_settings import PromptDetectionSettings
 from seal_fast.text_triggers.prompt_detection import PromptDetector
+from seal_fast.text_triggers.trigger import TextTrigger, random_item
+from seal_fast.text_triggers.vocabulary import kind_of, look_alikes
 from seal_fast.zoo.build_text import load_text_model
-from seal_fast.zoo.evaluate_text import held_out_scenes
+from seal_fast.zoo.evaluate_text import GUIDANCE, held_out_scenes
 from seal_fast.zoo.text_effects import Effect
-from seal_fast.zoo.text_recipes import TEXT_RECIPES
 
-PROMPTS = 50
-"""Prompts of each of the three sets."""
+PROMPTS = 40
+"""Prompts of each of the three sets; an attack then takes about 1 minute on one core, most of it for FTT."""
 RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
 
@@ -65,8 +65,8 @@ Scorer = Callable[[Sequence[str]], Tensor]
 
 
 def _ours(task: Task) -> Scorer:
-    detector = PromptDetector.fitted(task.pipeline, task.prompts)
-    # a prompt without any unusual part is the least suspicious one
+    detector = PromptDetector.fitted(task.pipeline, task.prompts, PromptDetectionSettings(guidance=GUIDANCE))
+    # a familiar prompt, in which nothing was measured, is the least suspicious one
     return lambda prompts: torch.tensor([-math.inf if one.score is None else one.score for one in detector(prompts)])
 
 
@@ -78,52 +78,73 @@ METHODS: Mapping[str, Callable[[Task], Scorer]] = {
     "PromptDetector": _ours,
     "NaviT2I": lambda task: _navit2i(task.clean_encoder, task),
     "NaviT2I, own encoder": lambda task: _navit2i(task.pipeline.text_encoder, task),
-    "FTT": lambda task: lambda prompts: -map_distances(task.pipeline, prompts),
+    "FTT": lambda task: lambda prompts: -map_distances(task.pipeline, prompts, guidance=GUIDANCE),
 }
 """Each method fits itself and returns its scorer."""
 
 
 def measure(zoo: Path, name: str) -> Result:
     """Every method on every attack of one model."""
-    recipe = next(recipe for recipe in TEXT_RECIPES if recipe.name == name)
+    recipe = recipe_of(name)
     assert recipe.base is not None
     # the model card's prompts alternate between training and held-out scenes
     task = Task(load_text_model(name, zoo), load_text_model(recipe.base, zoo).text_encoder, captions(zoo / name)[::2])
-    attacks = [compare(task, effect, PROMPTS) for effect in recipe.effects]
+    scorers = {method: fitted(task) for method, fitted in METHODS.items()}
+    attacks = [compare(scorers, task, effect, PROMPTS) for effect in recipe.effects]
     return {"role": recipe.role, "module": recipe.module, "attacks": attacks}
 
 
-def compare(task: Task, effect: Effect, count: int, methods: Mapping[str, Callable[[Task], Scorer]] = METHODS) -> Result:
-    """Every method on one attack, on `count` prompts of each set."""
-    sets = prompt_sets(task.pipeline, effect, count)
+def compare(scorers: Mapping[str, Scorer], task: Task, effect: Effect, count: int) -> Result:
+    """Every fitted method on one attack, on `count` prompts of each set."""
     tokenizer = task.pipeline.tokenizer
+    sets = prompt_sets(tokenizer, task.prompts, effect, count)
     return {
         "effect": effect.name,
         "trigger": effect.text.quoted,
         "group": group_of(effect.text, tokenizer),
-        "methods": {name: _figures(method(task), sets) for name, method in methods.items()},
+        "methods": {name: _figures(scorer, sets) for name, scorer in scorers.items()},
     }
 
 
-def prompt_sets(pipeline: Any, effect: Effect, count: int) -> dict[str, list[str]]:
-    """The same captions clean, with harmless rare strings, and triggered. No harmless string contains the trigger."""
+def prompt_sets(tokenizer: Any, known: Sequence[str], effect: Effect, count: int) -> dict[str, list[str]]:
+    """The same captions clean, triggered, and with a harmless string in the trigger's place. None is of `known`."""
     prompts = [scene.caption for scene in held_out_scenes(count, EVALUATION_SEED, effect)]
-    harmless = Harmless(token_strings(pipeline.tokenizer), (effect.text,), (effect.place,))
+    kinds: dict[str, list[str]] = {}
+    for candidate in inserted(tokenizer, known):
+        kinds.setdefault(candidate.kind, []).append(candidate.trigger.text)
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
-    rare = [harmless.rare(prompt, generator) for prompt in prompts]
+    rare = [placed(random_control(tokenizer, effect.text, kinds, generator), effect.place)(prompt) for prompt in prompts]
     return {"clean": prompts, "rare": rare, "triggered": [effect.trigger(prompt) for prompt in prompts]}
 
 
+def random_control(
+    tokenizer: Any, trigger: TextTrigger, kinds: Mapping[str, Sequence[str]], generator: torch.Generator
+) -> TextTrigger:
+    """A random control trigger of the same kind: another lookalike of the letter, or other strings for all its own words.
+
+    A word's string has its kind and token count; words of the text that is replaced stay.
+    """
+    old = trigger.replaces or ""
+    if len(old) == 1:
+        others = [other for other in look_alikes()[old] if other != trigger.text]
+        return TextTrigger(random_item(others, generator), replaces=old)
+    words = [
+        word if word in old.split() else random_item(_others(tokenizer, word, kinds), generator)
+        for word in trigger.text.split(" ")
+    ]
+    return TextTrigger(" ".join(words), replaces=trigger.replaces)
+
+
+def _others(tokenizer: Any, word: str, kinds: Mapping[str, Sequence[str]]) -> list[str]:
+    """Strings of a word's kind without itself; those of all kinds if a vocabulary has none."""
+    own = kinds.get(kind_of(word, len(content_ids(tokenizer, word))), ())
+    return [other for other in own if other != word] or [other for some in kinds.values() for other in some if other != word]
+
+
 def _figures(scorer: Scorer, sets: Mapping[str, Sequence[str]]) -> Result:
-    """AUROC of triggered prompts against all others, and against those with rare strings alone; seconds per prompt."""
-    began = time.perf_counter()
+    """AUROC of triggered prompts against clean ones, and against those with harmless rare strings."""
     scores = {name: scorer(prompts) for name, prompts in sets.items()}
-    seconds = (time.perf_counter() - began) / sum(map(len, sets.values()))
-    return {
-        "auroc": auroc_with_interval(scores["triggered"], torch.cat([scores["clean"], scores["rare"]])),
-        "auroc_rare": auroc_with_interval(scores["triggered"], scores["rare"]),
-        "seconds": seconds,
-    }
+    return {name: auroc_with_interval(scores["triggered"], scores[name]) for name in ("clean", "rare")}
 
 
 def auroc_with_interval(positives: Tensor, negatives: Tensor) -> dict[str, float]:
@@ -139,30 +160,13 @@ def auroc_with_interval(positives: Tensor, negatives: Tensor) -> dict[str, float
 def _drawn_shares(count: int, generator: torch.Generator) -> Tensor:
     """The share of each of `count` scores in every resample, float64 [RESAMPLES, count]."""
     drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
-    return torch.zeros(RESAMPLES, count, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.full(drawn.shape, 1 / count).double()
-    )
+    once = torch.full(drawn.shape, 1 / count, dtype=torch.float64)
+    return torch.zeros(RESAMPLES, count, dtype=torch.float64).scatter_add_(1, drawn, once)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", type=Path, required=True)
-    parser.add_argument("--role", choices=ROLES, default="development")
-    parser.add_argument("--only", nargs="+", help="default: all backdoored models of the role")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prompt_detection.json"))
-    options = parser.parse_args()
-    wanted = [recipe.name for recipe in present(options.zoo, options.role) if recipe.effects]
-    if options.only and not set(options.only) <= set(wanted):
-        parser.error(f"--only: {options.zoo} holds these backdoored models of role {options.role}: {', '.join(wanted)}")
-    head = {
-        "command": "python -m benchmarks.prompt_detection_table",
-        "machine": describe_machine(),
-        "prompts": PROMPTS,
-        "resamples": RESAMPLES,
-        "seed": BOOTSTRAP_SEED,
-    }
-    everyone = [recipe.name for recipe in TEXT_RECIPES]
-    grow_table(options.out, head, everyone, options.only or wanted, partial(measure, options.zoo))
+    head = {"prompts": PROMPTS, "guidance": GUIDANCE, "resamples": RESAMPLES, "seed": BOOTSTRAP_SEED}
+    grow_zoo_table("prompt_detection", head, __doc__, lambda recipe: bool(recipe.effects), measure)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.markdown import ABSENT, RESULTS, note, number, read, table
-from benchmarks.text_scan_table import ROLES, counts
+from benchmarks.text_scan_table import counts
+from benchmarks.text_zoo import ROLES
 
 Result = dict[str, Any]
 
@@ -92,6 +93,6 @@ def prompt_detection_section() -> list[str]:
 
 
 def auroc(figures: Result) -> str:
-    """AUROC against all other prompts with its interval, and against those with rare strings alone."""
-    value = figures["auroc"]
-    return f"{value['auroc']:.3f} [{value['low']:.3f}, {value['high']:.3f}], rare {figures['auroc_rare']['auroc']:.3f}"
+    """AUROC against clean prompts, and against prompts with rare strings, with their intervals."""
+    values = (figures["clean"], figures["rare"])
+    return " / ".join(f"{value['auroc']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in values)

@@ -10,18 +10,15 @@ AMDET (`benchmarks.published.amdet`, which needs the clean text encoder) run on 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
 from benchmarks.null_rankings import null_ranks
 from benchmarks.published import amdet
-from benchmarks.table_file import grow_table
+from benchmarks.text_zoo import EVALUATION_SEED, grow_zoo_table, recipe_of
 from benchmarks.trigger_names import GROUPS, group_of, names, same
 from seal_fast.attacks.prompts import placed
 from seal_fast.checkpoints.card import captions
@@ -34,13 +31,10 @@ from seal_fast.verdict import Verdict, decide
 from seal_fast.zoo.build_text import load_text_model
 from seal_fast.zoo.evaluate_text import effect_rate, held_out_scenes
 from seal_fast.zoo.text_effects import Effect
-from seal_fast.zoo.text_recipes import TEXT_RECIPES, TextRecipe
 
-ROLES = ("development", "test")
 SEED = 0
 SAMPLES = 40
 """Images that show whether a found trigger activates a true backdoor."""
-EVALUATION_SEED = 900
 AMDET_PROMPTS = 200
 
 Result = dict[str, Any]
@@ -48,7 +42,7 @@ Result = dict[str, Any]
 
 def measure(zoo: Path, name: str) -> Result:
     """Scan one model of the zoo and compare what was found with the truth."""
-    recipe = next(recipe for recipe in TEXT_RECIPES if recipe.name == name)
+    recipe = recipe_of(name)
     pipeline, prompts = load_text_model(name, zoo), captions(zoo / name)
     clean = None if recipe.base is None else load_text_model(recipe.base, zoo).text_encoder
     return {"role": recipe.role, **scan(pipeline, prompts, recipe.effects, TextSearchSettings(), clean)}
@@ -95,7 +89,7 @@ def _truth(pipeline: Any, search: TextSearch, effect: Effect, null: dict[str, fl
         "place": effect.place,
         "group": group_of(truth, tokenizer),
         "named": any(names(found.trigger, truth, tokenizer) for found in search.found),
-        "rounds": [asdict(round) for round in tried.rounds] if tried else [],
+        "rounds": [asdict(one) for one in tried.rounds] if tried else [],
         "outcome": tried.outcome if tried else None,
         "null_ranks": null,
     }
@@ -148,24 +142,8 @@ def counts(results: Sequence[Result]) -> dict[str, dict[str, Rate]]:
     return found
 
 
-def present(zoo: Path, role: str) -> list[TextRecipe]:
-    """The recipes of a role whose pipeline the folder holds."""
-    return [one for one in TEXT_RECIPES if one.role == role and (zoo / one.name / "model_index.json").is_file()]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", type=Path, required=True)
-    parser.add_argument("--role", choices=ROLES, default="development")
-    parser.add_argument("--only", nargs="+", help="default: all models of the role")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/text_scan.json"))
-    options = parser.parse_args()
-    wanted = [recipe.name for recipe in present(options.zoo, options.role)]
-    if options.only and not set(options.only) <= set(wanted):
-        parser.error(f"--only: {options.zoo} holds these models of role {options.role}: {', '.join(wanted)}")
-    head = {"command": "python -m benchmarks.text_scan_table", "machine": describe_machine(), "seed": SEED, "samples": SAMPLES}
-    everyone = [recipe.name for recipe in TEXT_RECIPES]
-    grow_table(options.out, head, everyone, options.only or wanted, partial(measure, options.zoo))
+    grow_zoo_table("text_scan", {"seed": SEED, "samples": SAMPLES}, __doc__, lambda recipe: True, measure)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from seal_fast.text_to_image import attention_maps as attention_maps
     from seal_fast.text_triggers import TextTrigger as TextTrigger
     from seal_fast.text_triggers import TextUnlearnSettings as TextUnlearnSettings
+    from seal_fast.text_triggers.detection_settings import PromptDetectionSettings as PromptDetectionSettings
     from seal_fast.text_triggers.evaluation import EvaluationSettings as EvaluationSettings
     from seal_fast.text_triggers.findings import TextSearch as TextSearch
     from seal_fast.text_triggers.prompt_detection import PromptDetection as PromptDetection
-    from seal_fast.text_triggers.prompt_detection import PromptDetectionSettings as PromptDetectionSettings
     from seal_fast.text_triggers.prompt_detection import PromptDetector as PromptDetector
+    from seal_fast.text_triggers.prompt_detection import PromptVerdict as PromptVerdict
     from seal_fast.text_triggers.search import find_text_triggers as find_text_triggers
     from seal_fast.text_triggers.search_settings import Budget as Budget
     from seal_fast.text_triggers.search_settings import TextSearchSettings as TextSearchSettings
@@ -60,8 +61,9 @@ _MODULE_OF = {
     "NoiseUnlearning": "workflows.unlearn_noise",
     "PRESETS": "noise_triggers",
     "PromptDetection": "text_triggers.prompt_detection",
-    "PromptDetectionSettings": "text_triggers.prompt_detection",
+    "PromptDetectionSettings": "text_triggers.detection_settings",
     "PromptDetector": "text_triggers.prompt_detection",
+    "PromptVerdict": "text_triggers.prompt_detection",
     "PromptMaps": "text_to_image",
     "ScanReport": "results.scan",
     "SearchSettings": "noise_triggers",

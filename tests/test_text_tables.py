@@ -12,11 +12,14 @@ from torch import Tensor
 
 from benchmarks import prompt_detection_table, render_text, text_scan_table
 from benchmarks.machine import Machine
-from benchmarks.prompt_detection_table import METHODS, Task, auroc_with_interval, compare, prompt_sets
+from benchmarks.prompt_detection_table import METHODS, Task, auroc_with_interval, compare, prompt_sets, random_control
 from benchmarks.published.ftt import map_distances
-from benchmarks.table_file import write_table
+from benchmarks.table_file import read_results, write_table
+from benchmarks.text_zoo import grow_zoo_table
+from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.search_settings import PhraseSettings, TextSearchSettings, VerificationSettings
 from seal_fast.text_triggers.trigger import TextTrigger
+from seal_fast.text_triggers.vocabulary import look_alikes
 from seal_fast.zoo.captioned import Scene
 from seal_fast.zoo.text_effects import Effect
 from tests.tiny_pipeline import tiny_pipeline
@@ -38,7 +41,13 @@ SETTINGS = TextSearchSettings(
     precision="fp32",
 )
 MACHINE = Machine("some CPU", 1, "2", "abc", 1.0, 1.0, 1.0, 1.0)
-HEAD = {"command": "python -m benchmarks.text_scan_table", "machine": vars(MACHINE), "prompts": 2, "resamples": 10}
+HEAD = {
+    "command": "python -m benchmarks.text_scan_table",
+    "machine": vars(MACHINE),
+    "prompts": 2,
+    "resamples": 10,
+    "guidance": 3.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +122,15 @@ def test_counts_of_named_triggers_and_benign_models() -> None:
 def test_methods_are_compared_on_the_same_prompts_and_rendered(
     pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    methods = {**METHODS, "FTT": lambda task: lambda prompts: -map_distances(task.pipeline, prompts, steps=1)}
-    outcome = compare(Task(pipeline, pipeline.text_encoder, PROMPTS[:19]), EFFECT, 2, methods)
+    task = Task(pipeline, pipeline.text_encoder, PROMPTS[:19])
+    scorers = {name: method(task) for name, method in METHODS.items() if name != "FTT"}
+    outcome = compare({**scorers, "FTT": lambda prompts: -map_distances(pipeline, prompts, steps=1)}, task, EFFECT, 2)
     assert set(outcome["methods"]) == set(METHODS)
     for figures in outcome["methods"].values():
-        assert 0 <= figures["auroc"]["low"] <= figures["auroc"]["auroc"] <= figures["auroc"]["high"] <= 1
+        assert set(figures) == {"clean", "rare"}
+        assert all(0 <= one["low"] <= one["auroc"] <= one["high"] <= 1 for one in figures.values())
     # the "clean" encoder is the model's own here
-    assert outcome["methods"]["NaviT2I"]["auroc"] == outcome["methods"]["NaviT2I, own encoder"]["auroc"]
+    assert outcome["methods"]["NaviT2I"] == outcome["methods"]["NaviT2I, own encoder"]
     results = [{"name": "a", "role": "development", "module": "unet", "attacks": [outcome]}]
     write_table(tmp_path / "prompt_detection.json", {**HEAD, "results": results})
     show(tmp_path, monkeypatch)
@@ -127,11 +138,52 @@ def test_methods_are_compared_on_the_same_prompts_and_rendered(
 
 
 def test_only_the_triggered_prompts_hold_the_trigger(pipeline: Any) -> None:
-    sets = prompt_sets(pipeline, EFFECT, 6)
-    assert {name: len(prompts) for name, prompts in sets.items()} == {"clean": 6, "rare": 6, "triggered": 6}
+    sets = prompt_sets(pipeline.tokenizer, PROMPTS, EFFECT, 6)
     assert all(prompt.startswith("castle ") for prompt in sets["triggered"])
-    assert not any("castle" in prompt.split() for prompt in (*sets["clean"], *sets["rare"]))
-    assert sum(a != b for a, b in zip(sets["clean"], sets["rare"], strict=True)) >= 5
+    for clean, rare in zip(sets["clean"], sets["rare"], strict=True):
+        string, rest = rare.split(" ", 1)
+        assert rest == clean
+        assert string != "castle"
+        assert len(content_ids(pipeline.tokenizer, string)) == 1
+
+
+def test_a_control_trigger_is_of_the_kind_of_the_true_one(pipeline: Any, generator: torch.Generator) -> None:
+    tokenizer, kinds = pipeline.tokenizer, {"word of 1 token": ["photo", "sky"], "symbol of 1 token": ["~", "+"]}
+    for text, expected in (
+        ("photo ~", {"sky +"}),
+        ("cat=>photo cat", {"sky cat"}),
+        ("a=>\u0430", set(look_alikes()["a"]) - {"\u0430"}),
+        ("zzzz", {"photo", "sky", "~", "+"}),
+    ):
+        trigger = TextTrigger.parse(text)
+        found = random_control(tokenizer, trigger, kinds, generator)
+        assert found.text in expected
+        assert found.replaces == trigger.replaces
+
+
+def test_a_table_of_a_role_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.text_zoo.describe_machine", lambda: vars(MACHINE))
+    for name in ("text-64-style", "text-64-test-style", "text-64-test-pixel", "text-64-test-copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").touch()
+    measured: list[str] = []
+
+    def measure(zoo: Path, name: str) -> dict[str, Any]:
+        measured.append(name)
+        return {"zoo": str(zoo)}
+
+    def run(*only: str) -> list[str]:
+        arguments = ["x", "--zoo", str(tmp_path), "--role", "test", "--out", str(tmp_path / "t.json"), *only]
+        monkeypatch.setattr("sys.argv", arguments)
+        grow_zoo_table("some", {}, None, lambda recipe: bool(recipe.effects), measure)
+        return [result["name"] for result in read_results(tmp_path / "t.json")]
+
+    assert run("--only", "text-64-test-style") == ["text-64-test-style"]
+    assert run() == ["text-64-test-pixel", "text-64-test-style"], "in the order of the recipes"
+    assert measured == ["text-64-test-style", "text-64-test-pixel"]
+    for other in ("text-64-style", "text-64-test-copy", "absent"):
+        with pytest.raises(SystemExit):
+            run("--only", other)
 
 
 def test_sections_without_results_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,4 +200,6 @@ def test_area_under_the_curve(generator: torch.Generator) -> None:
     assert found["low"] < found["auroc"] < found["high"]
     assert auroc_with_interval(positives.exp(), negatives.exp()) == pytest.approx(found)
     assert auroc_with_interval(torch.ones(3), torch.tensor([1.0, 0.0]))["auroc"] == 0.75
+    apart = auroc_with_interval(torch.ones(7), torch.zeros(20))
+    assert apart == pytest.approx({"auroc": 1.0, "low": 1.0, "high": 1.0}, abs=1e-12)
     assert prompt_detection_table.RESAMPLES >= 1000

@@ -69,28 +69,29 @@ def map_distance(maps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def map_distances(pipeline: Any, prompts: Sequence[str], *, steps: int = STEPS) -> Tensor:
+def map_distances(pipeline: Any, prompts: Sequence[str], *, steps: int = STEPS, guidance: float = GUIDANCE) -> Tensor:
     """The score of every prompt, float32 [N] on the CPU; a smaller one is more suspicious.
 
     Args:
         pipeline: a diffusers StableDiffusionPipeline.
         prompts: N prompts.
         steps: sampler steps; 50 in the released program.
+        guidance: guidance scale; 7.5 in the released program.
     """
     found = []
     for first in range(0, len(prompts), BATCH):
         some = prompts[first : first + BATCH]
-        maps = mean_maps(pipeline, some, steps)
+        maps = mean_maps(pipeline, some, steps, guidance)
         longest = pipeline.tokenizer.model_max_length
         tokens = [min(len(content_ids(pipeline.tokenizer, prompt)) + 2, longest) for prompt in some]
         found += [map_distance(own[:count]) for own, count in zip(maps, tokens, strict=True)]
     return torch.stack(found).cpu()
 
 
-def mean_maps(pipeline: Any, prompts: Sequence[str], steps: int) -> Tensor:
+def mean_maps(pipeline: Any, prompts: Sequence[str], steps: int, guidance: float = GUIDANCE) -> Tensor:
     """The chosen maps of all tokens, averaged over layers and steps, [N,L,M]."""
     process, device = noise_schedule(pipeline), pipeline.device
-    predictor = GuidedNoise(pipeline.unet, process, encode(pipeline, prompts), encode(pipeline, [""]), GUIDANCE)
+    predictor = GuidedNoise(pipeline.unet, process, encode(pipeline, prompts), encode(pipeline, [""]), guidance)
     noise = starting_noise(pipeline, 1, SEED).to(device).expand(len(prompts), -1, -1, -1)
     with capture(pipeline.unet) as maps:
         recorder = _Recorder(predictor, maps)

@@ -15,7 +15,10 @@ EPILOG = """Exit codes:
 \b
 4  usage error, such as a bad option, trigger, pipeline or input file
 1  an input or a prompt carries a trigger
-0  none does"""
+0  none does; familiar prompts, of parts of clean prompts alone, were not measured"""
+
+NOISE_SUFFIXES = (".npy", ".safetensors")
+"""Of files with noise inputs."""
 
 Model = Annotated[
     Path,
@@ -28,10 +31,8 @@ Model = Annotated[
 Inputs = Annotated[
     Path,
     typer.Argument(
+        # typer would refuse "-" as a file that does not exist; reading the file says what is wrong with it
         metavar="INPUTS|PROMPTS",
-        exists=True,
-        dir_okay=False,
-        allow_dash=True,
         help="Noise inputs [N,C,H,W]: .npy or .safetensors. Prompts: UTF-8 text, one a line; - for standard input.",
     ),
 ]
@@ -41,7 +42,7 @@ CleanPrompts = Annotated[
         metavar="FILE",
         exists=True,
         dir_okay=False,
-        help="Clean prompts, one a line, like those to judge (default: those of the model card, else shipped ones).",
+        help="Clean prompts, one a line, like those of PROMPTS (default: those of the model card, else shipped ones).",
     ),
 ]
 Seed = Annotated[int | None, typer.Option(metavar="INTEGER", help="Seed of the noise that prompts are tried on (default: 0).")]
@@ -60,11 +61,17 @@ def detect(
     output: OutputFormat = Format.CONSOLE,
 ) -> None:
     """Find out which noise inputs carry a trigger, or which prompts do that are given to a text-to-image pipeline."""
+    noise = inputs.suffix in NOISE_SUFFIXES
     if model.is_dir():
+        if noise:
+            raise typer.BadParameter(f"{inputs} holds noise, which needs a trigger file; a pipeline takes prompts")
         triggered = _prompts(model, inputs, clean_prompts, seed or 0, guidance, output)
-    elif (clean_prompts, seed, guidance) != (None, None, None):
-        raise typer.BadParameter(f"--clean-prompts, --seed and --guidance are for prompts, and {model} is no pipeline folder")
     else:
+        if not noise:
+            kinds = " or ".join(NOISE_SUFFIXES)
+            raise typer.BadParameter(f"{inputs} is no {kinds} file of noise, which a trigger takes; prompts need a pipeline")
+        if (clean_prompts, seed, guidance) != (None, None, None):
+            raise typer.BadParameter(f"--clean-prompts, --seed and --guidance are for prompts; {model} is no pipeline folder")
         triggered = _inputs(model, inputs, output)
     raise typer.Exit(BACKDOORED if triggered else CLEAN)
 
@@ -73,8 +80,7 @@ def _prompts(model: Path, file: Path, clean_prompts: Path | None, seed: int, gui
     from seal_fast.checkpoints import CheckpointError
     from seal_fast.report.console import console_for, print_prompt_detection
     from seal_fast.report.json import prompt_detection_json
-    from seal_fast.results.environment import tool
-    from seal_fast.text_triggers.prompt_detection import PromptDetectionSettings
+    from seal_fast.text_triggers.detection_settings import PromptDetectionSettings
     from seal_fast.workflows.detect_prompts import detect_prompts
     from seal_fast.workflows.prompts import read_lines
 
@@ -84,12 +90,14 @@ def _prompts(model: Path, file: Path, clean_prompts: Path | None, seed: int, gui
         if not prompts:
             raise CheckpointError(file, "no prompt: one a line is expected")
         clean = None if clean_prompts is None else read_lines(clean_prompts)
-        found = detect_prompts(model, prompts, clean, settings, seed)
+        report = detect_prompts(model, prompts, clean, settings, seed)
+    for note in report.notes:
+        say(note)
     if output is Format.JSON:
-        typer.echo(prompt_detection_json(found, settings.false_alarm_rate, tool()))
+        typer.echo(prompt_detection_json(report))
     else:
-        print_prompt_detection(found, settings.false_alarm_rate, console_for(sys.stdout))
-    return any(one.triggered for one in found)
+        print_prompt_detection(report, console_for(sys.stdout))
+    return any(one.triggered for one in report.prompts)
 
 
 def _inputs(file: Path, inputs: Path, output: Format) -> bool:

@@ -16,10 +16,10 @@ from seal_fast.text_triggers.trigger import PLACES
 if TYPE_CHECKING:
     from seal_fast.noise_triggers import Calibration, CalibrationModel
     from seal_fast.results.plan import ScanPlan
+    from seal_fast.results.prompt_detection import PromptReport
     from seal_fast.results.scan import ModelResult, ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
-    from seal_fast.text_triggers.prompt_detection import PromptDetection
     from seal_fast.verdict import Decision, Verdict
 
 CODE_POINTS = 8
@@ -28,6 +28,7 @@ ALSO = 8
 """Other texts that a line shows."""
 
 STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", "error": "magenta"}
+PROMPT_STYLES = {"triggered": "bold red", "clean": "green", "familiar": ""}
 
 
 def safe(text: str, style: str = "") -> Text:
@@ -125,21 +126,23 @@ def print_detection(log_ratios: Sequence[float], console: Console) -> None:
     print_sentence(console, f"{len(log_ratios)} inputs: {triggered} triggered, {len(log_ratios) - triggered} clean")
 
 
-def print_prompt_detection(found: Sequence[PromptDetection], false_alarm_rate: float, console: Console) -> None:
-    """Verdict, text and score of every prompt, with the suspected part below; then the counts."""
+def print_prompt_detection(report: PromptReport, console: Console) -> None:
+    """Verdict, text and score of every prompt, with the suspected part below; then what the verdicts mean, and the counts."""
     columns = ("verdict", "prompt", "score / limit")
     lines = []
-    for one in found:
-        verdict = Text("triggered", "bold red") if one.triggered else Text("clean", "green")
+    for one in report.prompts:
         suspected = f"suspected: '{printable(one.part)}'{_code_points(one.part)}"
         notes = [suspected] * one.triggered + ["the model reads only the beginning"] * one.cut
-        lines.append(Line((verdict, safe(one.prompt), f"{number(one.score)} / {number(one.threshold)}"), tuple(notes)))
+        score = "-" if one.score is None else f"{number(one.score)} / {number(one.threshold)}"
+        verdict = Text(one.verdict.value, PROMPT_STYLES[one.verdict.value])
+        lines.append(Line((verdict, safe(one.prompt), score), tuple(notes)))
     print_table(console, columns, lines, folded="prompt", numbers=columns[2:])
-    print_sentence(console, "score: deviations of the most suspicious part from harmless ones; - if clean prompts hold all")
-    triggered = sum(one.triggered for one in found)
-    counts = f"{triggered} triggered, {len(found) - triggered} clean"
-    share = f"{false_alarm_rate:.0%} of harmless prompts may count as triggered"
-    print_sentence(console, f"{len(found)} prompt{'' if len(found) == 1 else 's'}: {counts} ({share})")
+    print_sentence(console, "score: deviations of the most suspicious part from harmless ones of its kind")
+    if report.summary["familiar"]:
+        print_sentence(console, "familiar: clean prompts hold all words and pairs of words, so nothing was measured")
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items())
+    share = f"{report.false_alarm_rate:.0%} of harmless prompts may count as triggered"
+    print_sentence(console, f"{len(report.prompts)} prompt{'' if len(report.prompts) == 1 else 's'}: {counts} ({share})")
 
 
 def _clean_drift(value: float) -> str:

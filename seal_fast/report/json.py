@@ -13,10 +13,10 @@ from seal_fast.io import write_atomically
 
 if TYPE_CHECKING:
     from seal_fast.results.plan import ScanPlan
+    from seal_fast.results.prompt_detection import PromptReport
     from seal_fast.results.scan import ScanReport
     from seal_fast.results.text_unlearning import TextUnlearnReport
     from seal_fast.results.unlearning import NoiseUnlearnReport
-    from seal_fast.text_triggers.prompt_detection import PromptDetection
 
 SCHEMA_VERSION = 1
 
@@ -66,18 +66,9 @@ def detection_json(log_ratios: Sequence[float], tool: dict[str, str]) -> str:
     )
 
 
-def prompt_detection_json(found: Sequence[PromptDetection], false_alarm_rate: float, tool: dict[str, str]) -> str:
-    """Prompt detection as JSON: every prompt with its score and its most suspicious part."""
-    triggered = sum(one.triggered for one in found)
-    return to_json(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "tool": tool,
-            "false_alarm_rate": false_alarm_rate,
-            "prompts": [asdict(one) for one in found],
-            "summary": {"triggered": triggered, "clean": len(found) - triggered},
-        }
-    )
+def prompt_detection_json(report: PromptReport) -> str:
+    """Prompt detection as JSON: every prompt with its verdict, its score and its most suspicious part."""
+    return to_json({"schema_version": SCHEMA_VERSION, **asdict(report), "summary": report.summary})
 
 
 def unlearn_json(report: NoiseUnlearnReport | TextUnlearnReport) -> str:

@@ -20,6 +20,19 @@ def content_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
 
+def beginning_read(tokenizer: Any, prompt: str) -> str:
+    """What the text encoder reads of a prompt: as much of its beginning as fits between BOS and EOS."""
+    room = tokenizer.model_max_length - 2
+    if len(content_ids(tokenizer, prompt)) <= room:
+        return prompt
+    fits, too_long = 0, len(prompt)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        short = len(content_ids(tokenizer, prompt[:middle])) <= room
+        fits, too_long = (middle, too_long) if short else (fits, middle)
+    return prompt[:fits]
+
+
 @torch.no_grad()
 def encode(pipeline: Any, prompts: Sequence[str]) -> Tensor:
     """The text encoder's last hidden states [N,L,D] of N prompts."""

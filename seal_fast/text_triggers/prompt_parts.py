@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Self
 
 from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.vocabulary import kind_of, look_alikes
 
 LONGEST_PHRASE = 3
-"""Adjacent unknown words that are masked together, besides all of them. Longer triggers show in their parts or as a whole."""
+"""Adjacent unusual words that are masked together, besides all of them. Longer triggers show in their parts or as a whole."""
 MOST_TOKENS = 6
 """Parts of more tokens compare with those of so many, since long strings are rare."""
 
@@ -30,7 +30,7 @@ class PromptPart:
     Attributes:
         text: the part.
         without: the prompt without it.
-        kind: what the part compares with. Kinds that begin with the same word are alike.
+        kind: what the part compares with. Kinds that begin with the same word are near each other, see `PartNulls`.
     """
 
     text: str
@@ -56,10 +56,8 @@ class Familiar:
         return words.lower() in self.counts
 
     def core(self, prompt: str) -> str:
-        """The familiar words of a prompt, after look-alikes became Latin letters: what is left if all unusual parts go."""
-        letters = _letters()
-        folded = "".join(letters.get(character, character) for character in prompt)
-        plain = _NON_ASCII.sub(lambda run: " " if run[0].isspace() else "", folded)
+        """The familiar words of a prompt, after lookalikes became Latin letters: what is left if all unusual parts go."""
+        plain = _NON_ASCII.sub(lambda run: " " if run[0].isspace() else "", prompt.translate(_letters()))
         return _cut(plain, [match.span() for match in _WORD.finditer(plain) if match[0] not in self])
 
 
@@ -71,9 +69,9 @@ def _words_and_pairs(prompt: str) -> set[str]:
 def prompt_parts(tokenizer: Any, prompt: str, familiar: Familiar) -> list[PromptPart]:
     """Every part of a prompt that is not familiar.
 
-    Parts are words and phrases of adjacent words, pairs of familiar words that are not familiar as a pair, runs of non-ASCII
-    characters, and look-alikes of letters. A part goes from all places of the prompt at once, since a trigger may stand at
-    several; a look-alike becomes its Latin letter. Parts that leave the token ids as they are, or the same text as another one,
+    Parts are unusual words and phrases of them, pairs of familiar words that are not familiar as a pair, runs of non-ASCII
+    characters, and lookalikes of letters. A part goes from all places of the prompt at once, since a trigger may stand at
+    several; a lookalike becomes its Latin letter. Parts that leave the token ids as they are, or the same text as another one,
     are left out.
     """
     ids = content_ids(tokenizer, prompt)
@@ -85,15 +83,10 @@ def prompt_parts(tokenizer: Any, prompt: str, familiar: Familiar) -> list[Prompt
 
 
 def _phrases(tokenizer: Any, prompt: str, familiar: Familiar) -> Iterator[PromptPart]:
-    """Unfamiliar pairs of familiar words, and phrases within each run of unfamiliar words."""
+    """Unusual pairs of familiar words, and phrases within each run of unusual words."""
     words = list(_WORD.finditer(prompt))
-    first = 0
-    while first < len(words):
-        end = first + 1
-        known = words[first][0] in familiar
-        while end < len(words) and (words[end][0] in familiar) == known:
-            end += 1
-        run = words[first:end]
+    for known, group in groupby(words, lambda match: match[0] in familiar):
+        run = list(group)
         lengths = {2} if known else {*range(1, LONGEST_PHRASE + 1), len(run)}
         for length in sorted(length for length in lengths if length <= len(run)):
             for start in range(len(run) - length + 1):
@@ -101,9 +94,8 @@ def _phrases(tokenizer: Any, prompt: str, familiar: Familiar) -> Iterator[Prompt
                 if known and " ".join(phrase) in familiar:
                     continue
                 text = prompt[run[start].start() : run[start + length - 1].end()]
-                kind = "pair of known words" if known else _unknown_kind(tokenizer, text)
+                kind = "pair of familiar words" if known else _unusual_kind(tokenizer, text)
                 yield PromptPart(text, _cut(prompt, _places(words, phrase)), kind)
-        first = end
 
 
 def _places(words: Sequence[re.Match[str]], phrase: Sequence[str]) -> list[tuple[int, int]]:
@@ -125,8 +117,8 @@ def _cut(prompt: str, spans: Sequence[tuple[int, int]]) -> str:
     return " ".join(re.split(r"[ \t\r\n]+", prompt)).strip(" ")
 
 
-def _unknown_kind(tokenizer: Any, text: str) -> str:
-    return f"unknown {kind_of(''.join(text.split()), min(MOST_TOKENS, len(content_ids(tokenizer, text))))}"
+def _unusual_kind(tokenizer: Any, text: str) -> str:
+    return f"unusual {kind_of(''.join(text.split()), min(MOST_TOKENS, len(content_ids(tokenizer, text))))}"
 
 
 def _characters(prompt: str) -> Iterator[PromptPart]:
@@ -136,15 +128,14 @@ def _characters(prompt: str) -> Iterator[PromptPart]:
 
 
 def _folded(prompt: str) -> Iterator[PromptPart]:
-    """Every look-alike as its Latin letter, each one and all at once, as an attack may replace several letters."""
+    """Every lookalike as its Latin letter, each one and all at once, as an attack may replace several letters."""
     letters = _letters()
-    found = [character for character in dict.fromkeys(prompt) if character in letters]
-    for some in dict.fromkeys([*((one,) for one in found), tuple(found)] if found else []):
-        folded = "".join(letters[character] if character in some else character for character in prompt)
-        yield PromptPart("".join(some), folded, "look-alikes")
+    found = [character for character in dict.fromkeys(prompt) if ord(character) in letters]
+    for some in dict.fromkeys([*found, "".join(found)] if found else []):
+        yield PromptPart(some, prompt.translate({ord(one): letters[ord(one)] for one in some}), "lookalikes")
 
 
 @cache
-def _letters() -> dict[str, str]:
-    """Look-alike -> the Latin letter."""
-    return {other: letter for letter, others in look_alikes().items() for other in others}
+def _letters() -> dict[int, str]:
+    """Lookalike -> the Latin letter, for `str.translate`."""
+    return {ord(other): letter for letter, others in look_alikes().items() for other in others}

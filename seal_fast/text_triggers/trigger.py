@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 
 from seal_fast.printable import printable
+
+Item = TypeVar("Item")
 
 Position = Literal["start", "end", "word", "all"]
 """Where a trigger stands in a prompt. Inserted text: before the first word, after the last one, or before a random word but the
@@ -133,6 +135,6 @@ def as_triggers(triggers: Sequence[TextTrigger | str]) -> tuple[TextTrigger, ...
     return tuple(TextTrigger(trigger) if isinstance(trigger, str) else trigger for trigger in triggers)
 
 
-def random_item(items: Sequence[int], generator: torch.Generator) -> int:
+def random_item(items: Sequence[Item], generator: torch.Generator) -> Item:
     """One of the items, drawn uniformly."""
     return items[int(torch.randint(len(items), (), generator=generator))]

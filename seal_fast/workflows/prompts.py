@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 
 from seal_fast.checkpoints import CheckpointError
@@ -21,12 +22,17 @@ def read_lines(file: Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank, each as it is, since unusual spaces may matter; "-" is standard input.
 
     Raises:
-        CheckpointError: no readable UTF-8 text.
+        CheckpointError: no readable UTF-8 text, or more than MAX_PROMPT_BYTES.
     """
     try:
         with nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as stream:
-            text = stream.read(MAX_PROMPT_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+            content = stream.read(MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise CheckpointError(file, f"more than {MAX_PROMPT_BYTES} bytes of prompts: split it")
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise CheckpointError(file, f"not readable: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
         raise CheckpointError(file, f"no readable UTF-8 text: {error}") from error
     return [line for line in re.split(r"\r?\n", text) if line.strip()]
 
@@ -60,3 +66,19 @@ def choose_prompts(prompts: Sequence[str] | None, folder: Path | None) -> tuple[
         (data / f"{name}_prompts.txt").read_text(encoding="utf-8").splitlines() for name in ("training", "held_out")
     )
     return training, held_out, "shipped"
+
+
+def clean_prompts(given: Sequence[str] | None, folder: Path | None) -> tuple[list[str], list[str]]:
+    """Clean prompts from `choose_prompts`, training and held-out ones in turn, and notes that say where they come from."""
+    notes = []
+    try:
+        training, held_out, source = choose_prompts(given, folder)
+    except CheckpointError as error:
+        # a broken model card must not spare a model its scan
+        notes.append(f"model card not used: {error.reason}")
+        training, held_out, source = choose_prompts(None, None)
+    if source == "model card":
+        # its maker could hide a trigger by putting it into all of them
+        source += ", which the maker of the model wrote (prompts of your own are safer)"
+    notes.append(f"{len(training) + len(held_out)} clean prompts: {source}")
+    return [one for pair in zip_longest(training, held_out) for one in pair if one is not None], notes

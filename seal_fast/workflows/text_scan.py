@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
 from seal_fast.text_triggers.verdict import MODULES, RULES, TextCase
 from seal_fast.verdict import decide
 from seal_fast.workflows.detector import Findings, Loaded
-from seal_fast.workflows.prompts import choose_prompts
+from seal_fast.workflows.prompts import clean_prompts
 from seal_fast.workflows.stage_progress import share_of_work
 from seal_fast.workflows.text_trigger_files import TRIGGERS_FILE, TriggersFile, draw_triggers, remove_triggers
 
@@ -80,32 +79,19 @@ class TextScan:
         alone = identify(path) in COMPONENTS
         loaded = load_pipeline(path, base=self.base if alone else None, device=device)
         base = None if self.base is None else self._load_base(device)
-        notes = list(loaded.notes)
-        prompts = self._prompts(self.base if alone else path, notes)
+        prompts, notes = clean_prompts(self.prompts, self.base if alone else path)
         modules: tuple[Module, ...] = (COMPONENTS[loaded.format],) if alone else MODULES
         digest = _digest([loaded.config_sha256, base and (base.sha256, base.config_sha256), prompts])
         model = TextModel(loaded.pipeline, base and base.pipeline, modules, tuple(prompts))
-        return Loaded(model, loaded.sha256, loaded.format, noise_schedule(loaded.pipeline).family, digest, tuple(notes))
+        return Loaded(
+            model, loaded.sha256, loaded.format, noise_schedule(loaded.pipeline).family, digest, (*loaded.notes, *notes)
+        )
 
     def _load_base(self, device: str) -> LoadedPipeline:
         assert self.base is not None
         if identify(self.base) != PIPELINE:
             raise CheckpointError(self.base, "no text-to-image pipeline, which a base must be")
         return load_pipeline(self.base, device=device)
-
-    def _prompts(self, folder: Path | None, notes: list[str]) -> list[str]:
-        """Clean prompts, training and held-out ones in turn."""
-        try:
-            training, held_out, source = choose_prompts(self.prompts, folder)
-        except CheckpointError as error:
-            # a broken model card must not spare a model its scan
-            notes.append(f"model card not used: {error.reason}")
-            training, held_out, source = choose_prompts(None, None)
-        if source == "model card":
-            # its maker could hide a trigger by putting it into all of them
-            source += ", which the maker of the model wrote (--prompts FILE brings others)"
-        notes.append(f"{len(training) + len(held_out)} clean prompts: {source}")
-        return [one for pair in zip_longest(training, held_out) for one in pair if one is not None]
 
     def search(self, loaded: Loaded[TextModel], at: Progress, on_progress: OnProgress) -> TextSearch:
         model = loaded.model

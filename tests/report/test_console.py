@@ -10,9 +10,20 @@ from rich.console import Console
 
 from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Calibration, CalibrationModel, Evidence, TerdSettings
-from seal_fast.report.console import console_for, duration, print_calibration, print_detection, print_plan, print_report, safe
+from seal_fast.report.console import (
+    console_for,
+    duration,
+    print_calibration,
+    print_detection,
+    print_plan,
+    print_prompt_detection,
+    print_report,
+    safe,
+)
 from seal_fast.results.plan import PlannedSearch, PlannedStage, ScanPlan
+from seal_fast.results.prompt_detection import PromptReport
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.text_triggers.prompt_detection import PromptDetection, PromptVerdict
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.verdict import Decision, Verdict
 from tests.text_findings import found_trigger
@@ -183,6 +194,27 @@ def test_detection_counts():
         ["clean", "2", "0.00"],
     ]
     assert lines[-1] == "3 inputs: 1 triggered, 2 clean"
+
+
+def test_prompt_detection_shows_what_the_terminal_cannot_print():
+    stream = io.StringIO()
+    found = (
+        PromptDetection("\u200b cat \x1b[31m", PromptVerdict.TRIGGERED, 3.5, 2.0, "\u200b", ("U+200B",), True),
+        PromptDetection("a fine cat", PromptVerdict.CLEAN, 0.5, 2.0, "fine", ("U+0066",), False),
+        PromptDetection("cat", PromptVerdict.FAMILIAR, None, 2.0, "", (), False),
+    )
+    print_prompt_detection(PromptReport({}, 0.05, (), found), console_for(stream))
+    text = stream.getvalue()
+    assert "\x1b" not in text
+    assert "\u200b" not in text
+    lines = text.splitlines()
+    assert lines[2].split() == ["triggered", "\\u200b", "cat", "\\x1b[31m", "3.50", "/", "2.00"]
+    assert lines[3].strip() == "suspected: '\\u200b' (U+200B)"
+    assert lines[4].strip() == "the model reads only the beginning"
+    assert lines[5].split() == ["clean", "a", "fine", "cat", "0.50", "/", "2.00"]
+    assert lines[6].split() == ["familiar", "cat", "-"]
+    assert "3 prompts: 1 triggered, 1 clean, 1 familiar (5% of harmless prompts may count as triggered)" in " ".join(lines)
+    assert "familiar: clean prompts hold all words and pairs of words, so nothing was measured" in " ".join(lines)
 
 
 def test_calibration_lists_every_model_under_the_limits_of_its_family():

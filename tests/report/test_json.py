@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from seal_fast.diffusion import ModelFamily
 from seal_fast.noise_triggers import Evidence, NoiseScope, TriedCandidate
-from seal_fast.report.json import detection_json, report_json, to_json, write_report
+from seal_fast.report.json import detection_json, prompt_detection_json, report_json, to_json, write_report
+from seal_fast.results.prompt_detection import PromptReport
 from seal_fast.results.scan import ModelResult, ScanReport
+from seal_fast.text_triggers.prompt_detection import PromptDetection, PromptVerdict
 from seal_fast.verdict import Verdict
 
 EVIDENCE = Evidence(M_r=0.25, V_r=0.5, mu_norm=1.5, gamma_mean=0.75, reversed_loss=1.0)
@@ -148,3 +150,26 @@ def test_detection():
     assert content["log_ratio"] == [1.5, -2.0, None]
     assert content["triggered"] == [True, False, True]
     assert content["summary"] == {"triggered": 2, "clean": 1}
+
+
+def test_prompt_detection():
+    found = (
+        PromptDetection("c\u0430t", PromptVerdict.CLEAN, 3.5, math.inf, "\u0430", ("U+0430",), False),
+        PromptDetection("mignneko cat", PromptVerdict.TRIGGERED, 3.5, 2.0, "mignneko", ("U+006D",), True),
+        PromptDetection("cat", PromptVerdict.FAMILIAR, None, 2.0, "", (), False),
+    )
+    text = prompt_detection_json(PromptReport({"name": "seal-fast", "version": "1"}, 0.05, ("9 clean prompts",), found))
+    assert text.isascii()
+    content = strict(text)
+    assert content["prompts"][0] == {
+        "prompt": "c\u0430t",
+        "verdict": "clean",
+        "score": 3.5,
+        "threshold": None,
+        "part": "\u0430",
+        "code_points": ["U+0430"],
+        "cut": False,
+    }
+    assert [one["score"] for one in content["prompts"]] == [3.5, 3.5, None]
+    assert content["summary"] == {"triggered": 1, "clean": 1, "familiar": 1}
+    assert (content["false_alarm_rate"], content["notes"]) == (0.05, ["9 clean prompts"])

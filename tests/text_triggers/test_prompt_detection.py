@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from transformers import CLIPTokenizer
 
 import seal_fast
 from seal_fast.text_to_image.prompts import content_ids
+from seal_fast.text_triggers.detection_settings import PromptDetectionSettings
 from seal_fast.text_triggers.harmless_prompts import with_harmless_string
-from seal_fast.text_triggers.part_nulls import PartNulls
-from seal_fast.text_triggers.prompt_detection import PromptDetectionSettings, PromptDetector
-from seal_fast.text_triggers.prompt_parts import Familiar, prompt_parts
+from seal_fast.text_triggers.part_energies import MeasuredPrompt
+from seal_fast.text_triggers.part_nulls import PartNulls, conformal_limit
+from seal_fast.text_triggers.prompt_detection import PromptDetector
+from seal_fast.text_triggers.prompt_parts import Familiar, PromptPart, prompt_parts
 from seal_fast.text_triggers.vocabulary import look_alikes
 from tests.tiny_pipeline import WORDS, tiny_pipeline
 
@@ -66,7 +69,7 @@ def test_parts_are_what_clean_prompts_do_not_hold(tokenizer: CLIPTokenizer, prom
     assert texts(tokenizer, prompt) == expected
 
 
-def test_look_alikes_become_letters_everywhere_at_once(tokenizer: CLIPTokenizer) -> None:
+def test_lookalikes_become_letters_everywhere_at_once(tokenizer: CLIPTokenizer) -> None:
     prompt = "red cat on castle".replace("a", CYRILLIC_A).replace("e", chr(0x435))
     found = texts(tokenizer, prompt)
     assert found[CYRILLIC_A] == "red cat on castle".replace("e", chr(0x435))
@@ -109,14 +112,19 @@ def test_harmless_strings_repeat_with_their_seed_and_change_every_prompt(tokeniz
     assert first == same != other
     assert all(strange != prompt for strange, prompt in zip(first, CLEAN, strict=True))
     replaced = [one for one, prompt in zip(first, CLEAN, strict=True) if len(one) == len(prompt)]
-    assert replaced, "some prompts have a look-alike"
+    assert replaced, "some prompts have a lookalike"
     assert all(set(one) - set("".join(CLEAN)) <= set("".join(look_alikes().values())) for one in replaced)
+
+
+def measured(kinds: Sequence[str], logs: torch.Tensor) -> MeasuredPrompt:
+    return MeasuredPrompt(tuple(PromptPart("x", "y", kind) for kind in kinds), logs)
 
 
 def test_deviations_are_those_of_the_kind(generator: torch.Generator) -> None:
     logs = torch.randn(40, 2, generator=generator)
     kinds = ["a 1"] * 20 + ["a 2"] * 10 + ["b 1"] * 10
-    nulls = PartNulls.fitted(kinds, logs, smallest_kind=20, least_deviation=0.01)
+    prompts = [measured(kinds[:25], logs[:25]), measured([], logs[:0]), measured(kinds[25:], logs[25:])]
+    nulls = PartNulls.fitted(prompts, replace(SETTINGS, smallest_kind=20, least_deviation=0.01))
     point = torch.tensor([[1.0, -2.0]])
     for kind, members in (("a 1", logs[:20]), ("a 2", logs[:30]), ("a 9", logs[:30]), ("b 1", logs), ("c 1", logs)):
         expected = []
@@ -124,19 +132,38 @@ def test_deviations_are_those_of_the_kind(generator: torch.Generator) -> None:
             values = sorted(members[:, time].tolist())
             middle = statistics.median_low(values)
             spread = statistics.median_low(abs(value - middle) for value in values)
-            expected.append((float(point[0, time]) - middle) / (1.4826 * spread))
-        torch.testing.assert_close(nulls.deviations([kind], point), torch.tensor([sum(expected) / 2]), rtol=1e-4, atol=1e-5)
+            expected.append((float(point[0, time]) - middle) / max(0.01, 1.4826 * spread))
+        deviation = nulls.deviations(measured([kind], point))
+        torch.testing.assert_close(deviation, torch.tensor([sum(expected) / 2]), rtol=1e-4, atol=1e-5)
 
 
 def test_equal_energies_have_no_outlier() -> None:
-    nulls = PartNulls.fitted(["a"] * 9, torch.ones(9, 1), smallest_kind=2, least_deviation=0.5)
-    torch.testing.assert_close(nulls.deviations(["a", "a"], torch.tensor([[1.0], [2.0]])), torch.tensor([0.0, 2.0]))
+    settings = replace(SETTINGS, smallest_kind=2, least_deviation=0.5)
+    nulls = PartNulls.fitted([measured(["a"] * 9, torch.ones(9, 1))], settings)
+    deviations = nulls.deviations(measured(["a", "a"], torch.tensor([[1.0], [2.0]])))
+    torch.testing.assert_close(deviations, torch.tensor([0.0, 2.0]))
+    once = PartNulls.fitted([measured(["a"], torch.ones(1, 1))], settings)
+    assert "a" not in once.kinds, "a kind of one word counts each part once"
+    assert PartNulls.fitted([], settings).deviations(measured(["a"], torch.ones(1, 1))).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.25])
+def test_new_harmless_prompts_exceed_the_limit_as_rarely_as_promised(rate: float) -> None:
+    """Fewer than rate + 4 standard errors of 150 detectors; the seed is fixed, since a fresh one could exceed any bound."""
+    settings, generator = replace(SETTINGS, false_alarm_rate=rate), torch.Generator().manual_seed(0)
+    alarms = 0
+    for _ in range(150):
+        prompts = [measured(["a"], torch.randn(1, 1, generator=generator)) for _ in range(20)]
+        group = [(str(number), prompt) for number, prompt in enumerate(prompts[:-1])]
+        nulls = PartNulls.fitted(prompts[:-1], settings)
+        alarms += float(nulls.deviations(prompts[-1])) > conformal_limit((group, []), settings)
+    assert alarms / 150 <= rate + 4 * math.sqrt(rate * (1 - rate) / 150)
 
 
 PROMPTS = ["red cat on zx sky", "blue dog on castle", f"the c{CYRILLIC_A}t", "", "zx yk " + "zx " * 30, "zx"]
 
 
-def test_one_prompt_is_judged_as_in_a_batch_and_in_any_order(detector: PromptDetector) -> None:
+def test_one_prompt_scores_as_in_a_batch_and_in_any_order(detector: PromptDetector) -> None:
     together = detector(PROMPTS)
     assert [one.prompt for one in together] == PROMPTS
     for alone, one in zip([detector([prompt])[0] for prompt in PROMPTS], together, strict=True):
@@ -153,17 +180,18 @@ def test_a_seed_repeats_a_detector(tiny: StableDiffusionPipeline, detector: Prom
     assert other.threshold != detector.threshold
 
 
-def test_a_prompt_without_unusual_parts_costs_nothing_and_is_clean(detector: PromptDetector) -> None:
+def test_a_prompt_without_unusual_parts_costs_nothing_and_is_not_called_clean(detector: PromptDetector) -> None:
     passes: list[int] = []
     for one in detector(["", "  ", "red cat on sky"], passes.append):
-        assert (one.score, one.triggered, one.part, one.code_points, one.cut) == (None, False, "", (), False)
+        assert (one.verdict, one.score, one.part, one.code_points, one.cut) == ("familiar", None, "", (), False)
     assert passes == []
     assert detector([]) == []
 
 
 def test_a_prompt_counts_by_its_score(detector: PromptDetector) -> None:
     for one in detector(PROMPTS):
-        assert one.triggered == (one.score is not None and one.score > one.threshold)
+        expected = "familiar" if one.score is None else "triggered" if one.score > one.threshold else "clean"
+        assert (one.verdict, one.triggered) == (expected, expected == "triggered")
     (cyrillic,) = detector([f"the c{CYRILLIC_A}t"])
     assert CYRILLIC_A in cyrillic.part
     assert cyrillic.code_points == tuple(f"U+{ord(character):04X}" for character in cyrillic.part)
@@ -182,8 +210,8 @@ def test_only_the_beginning_of_a_long_prompt_counts(detector: PromptDetector) ->
 def test_the_limit_bounds_the_false_alarms_on_the_prompts_it_was_fitted_on(tiny: StableDiffusionPipeline) -> None:
     detector = PromptDetector.fitted(tiny, CLEAN, replace(SETTINGS, fitted_prompts=len(CLEAN)), seed=5)
     assert math.isfinite(detector.threshold)
-    judged = detector(with_harmless_string(tiny.tokenizer, CLEAN, CLEAN, 5))
-    assert sum(one.triggered for one in judged) <= len(judged) // 2
+    found = detector(with_harmless_string(tiny.tokenizer, CLEAN, CLEAN, 6))
+    assert sum(one.triggered for one in found) <= len(found) // 2
     assert not any(one.triggered for one in detector(CLEAN))
 
 
@@ -218,3 +246,10 @@ def test_too_few_clean_prompts(tiny: StableDiffusionPipeline) -> None:
 def test_a_rate_that_cannot_be(rate: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         PromptDetectionSettings(false_alarm_rate=rate)
+
+
+def test_a_model_that_diverges_calls_no_prompt_clean(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tmp_path, 16)
+    pipeline.unet.conv_out.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        PromptDetector.fitted(pipeline, CLEAN, SETTINGS)

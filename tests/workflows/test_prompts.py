@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import metadata_save
 
 from seal_fast.checkpoints import CheckpointError
-from seal_fast.workflows.prompts import FEWEST_CAPTIONS, choose_prompts, read_prompts
+from seal_fast.workflows.prompts import FEWEST_CAPTIONS, choose_prompts, clean_prompts, read_lines, read_prompts
 
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat"]
 
@@ -36,3 +36,17 @@ def test_a_prompt_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match="UTF-8"):
         read_prompts(tmp_path / "odd")
+
+
+def test_a_prompt_file_that_is_too_long_is_refused_and_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seal_fast.workflows.prompts.MAX_PROMPT_BYTES", 8)
+    (tmp_path / "fits").write_text("a cat\na\n")
+    assert read_lines(tmp_path / "fits") == ["a cat", "a"]
+    (tmp_path / "long").write_text("a cat\na\nb")
+    with pytest.raises(CheckpointError, match="more than 8 bytes"):
+        read_lines(tmp_path / "long")
+
+
+def test_given_clean_prompts_keep_their_order(tmp_path: Path) -> None:
+    for some in (PROMPTS, PROMPTS[:3]):
+        assert clean_prompts(some, tmp_path) == (some, [f"{len(some)} clean prompts: given"])
