@@ -55,6 +55,10 @@ def _own_exit_codes() -> Iterator[None]:
         raise
     except (typer.Exit, typer.Abort):
         raise
+    except KeyboardInterrupt as interrupt:
+        # on the way to a command's own work, such as the import of torch
+        say("interrupted: nothing was done")
+        raise typer.Exit(INTERRUPTED) from interrupt
     except Exception as error:
         traceback.print_exc()
         raise typer.Exit(FAILED) from error

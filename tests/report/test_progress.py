@@ -35,3 +35,11 @@ def test_a_single_model_has_one_bar():
     display = ProgressDisplay(io.StringIO(), quiet=False)
     display.on_progress(Progress("a", 1, 1, "search", 2, 4, 0.25))
     assert [task.description for task in display.bar.tasks if task.visible] == ["search 2/4: a"]
+
+
+def test_a_line_of_a_result_fits_the_console():
+    stream = io.StringIO()
+    ProgressDisplay(stream, quiet=True).done("model", 1, 1, f"model: error (0.1 s): {'no such file ' * 20}")
+    lines = stream.getvalue().splitlines()
+    assert " ".join("".join(lines).split()).count("no such file") >= 19
+    assert max(map(len, lines)) <= 80
