@@ -1,6 +1,6 @@
 """Draw the README's image, docs/overview.png, from the results of `make demo`.
 
-python docs/overview.py [demo-results] [docs/overview.png]
+python docs/overview.py [demo-results/noise] [docs/overview.png]
 """
 
 from __future__ import annotations
@@ -64,5 +64,6 @@ def main(results: Path, path: Path) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    arguments = [Path(argument) for argument in sys.argv[1:]]
-    main(arguments[0] if arguments else Path("demo-results"), arguments[1] if len(arguments) > 1 else Path("docs/overview.png"))
+    defaults = Path("demo-results/noise"), Path("docs/overview.png")
+    given = tuple(Path(argument) for argument in sys.argv[1:])
+    main(*given, *defaults[len(given) :])

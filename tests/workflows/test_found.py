@@ -87,7 +87,16 @@ def test_a_link_out_of_the_folder_is_refused(results: Path, tmp_path: Path) -> N
 def test_the_command_unlearns_found_text_triggers_at_their_places(model: Path, results: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     options = ["--steps", 1, "--train-batch-size", 2, "--guidance", 1, "--sampler-steps", 2, "--samples", 3]
-    options += ["--prompts", tmp_path / "prompts.txt", "--module", "text_encoder", "--format", "json", "--out", tmp_path / "out"]
+    options += [
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--module",
+        "text_encoder",
+        "--format",
+        "json",
+        "--out",
+        tmp_path / "out",
+    ]
     result = command(model, "--found", results, *options)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
