@@ -29,7 +29,8 @@ class ProgressDisplay:
         self.console = console_for(stream)
         text = TextColumn("{task.description}", markup=False)
         self.bar = Bar(
-            BarColumn(),
+            # leaves room for the name of a model in 80 columns
+            BarColumn(20),
             TaskProgressColumn(),
             TimeRemainingColumn(),
             text,
