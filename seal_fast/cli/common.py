@@ -56,8 +56,8 @@ def _own_exit_codes() -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt as interrupt:
-        # on the way to a command's own work, such as the import of torch
-        say("interrupted: nothing was done")
+        # outside the commands' own handling, such as in the import of torch
+        say("interrupted")
         raise typer.Exit(INTERRUPTED) from interrupt
     except Exception as error:
         traceback.print_exc()

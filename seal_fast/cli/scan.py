@@ -31,6 +31,7 @@ from seal_fast.cli.common import (
     usage_errors,
 )
 from seal_fast.cli.doctor import backends
+from seal_fast.printable import printable
 
 if TYPE_CHECKING:
     from seal_fast.noise_triggers import Calibration
@@ -328,4 +329,5 @@ def _images(report: ScanReport, out: Path) -> Iterator[str]:
         image = out / model.path / (TEXT_SAMPLES.format(1) if model.detector == "text" else SAMPLES)
         # a full disk costs the images, not the verdict
         if image.is_file():
-            yield f"look at: {image}"
+            # a model's name may try to control the terminal
+            yield f"look at: {printable(str(image))}"
