@@ -71,8 +71,8 @@ class ProgressDisplay:
     def on_result(self, model: ModelResult, finished: int, total: int) -> None:
         """`done` with the result of a scan. The report gives the reasons; only that of an error cannot wait for it."""
         how = "resumed" if model.resumed else f"{number(model.seconds, 1)} s"
-        reason = f": {model.error}" if model.error else ""
-        self.done(model.path, finished, total, f"{model.path}: {model.verdict.value} ({how}){reason}")
+        reason = f", {model.error}" if model.error else ""
+        self.done(model.path, finished, total, f"{model.path}: {model.verdict.value}{reason} ({how})")
 
     def _show_whole(self) -> None:
         """Update the bar of all models, which is hidden if there is only one model."""
