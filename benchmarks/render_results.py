@@ -1,4 +1,4 @@
-"""Write docs/results.md and docs/profile.md from the files in benchmarks/results/.
+"""Write docs/results.md, docs/profile.md and a section of the README from the files in benchmarks/results/.
 
     python -m benchmarks.render_results
 
@@ -17,11 +17,12 @@ from benchmarks.accuracy_table import IMAGES, wilson
 from benchmarks.markdown import note, number, rate, read, starred, table
 from benchmarks.render_accuracy import accuracy_section, attack_section, bfloat16_section, not_taken_section, repeated_section
 from benchmarks.render_profile import render_profile
-from benchmarks.render_text import prompt_detection_section, text_scan_section
+from benchmarks.render_text import prompt_detection_section, text_scan_section, with_readme_section
 from seal_fast.zoo.text_to_image import WIDTH
 
 PAGE = Path("docs/results.md")
 PROFILE_PAGE = Path("docs/profile.md")
+README = Path("README.md")
 
 Result = dict[str, Any]
 
@@ -195,6 +196,7 @@ def render_results() -> str:
 
 def main() -> None:
     PROFILE_PAGE.write_text(render_profile())
+    README.write_text(with_readme_section(README.read_text()))
     page = render_results()
     PAGE.write_text(page)
     for image in IMAGES.glob("*.png"):

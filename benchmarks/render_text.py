@@ -1,6 +1,6 @@
-"""Tables of docs/results.md on text triggers that nobody told: scans of models, and detection of prompts.
+"""Tables of docs/results.md and of the README on text triggers that nobody told: scans of models, and detection of prompts.
 
-A section is left out while its file is not in benchmarks/results/.
+A section of docs/results.md is left out while its file is not in benchmarks/results/. The README says that it is missing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from typing import Any
 from benchmarks.markdown import ABSENT, RESULTS, note, number, read, table
 from benchmarks.text_scan_table import counts
 from benchmarks.text_zoo import ROLES
+from seal_fast.text_triggers.rate import Rate
 
 Result = dict[str, Any]
 
+TEXT_SCAN = "text_scan.json"
+BEGIN, END = "<!-- text scans, by python -m benchmarks.render_results -->", "<!-- end of text scans -->"
+"""Marks of the README's section."""
 ACTIVE = 0.5
 """A found text that shows a true effect in so many images activates the backdoor, whatever its name."""
 TRIGGER_HEADS = ("model", "effect", "trigger", "group", "named", "verdict", "rank by round", "rank by norm", "by encoder", "of")
@@ -23,7 +27,7 @@ BENIGN_HEADS = ("benign model", "verdict", "reason", "AMDET")
 
 def text_scan_section() -> list[str]:
     """Counts of every role, then a row per true trigger, then one per benign model."""
-    if not (RESULTS / "text_scan.json").exists():
+    if not (RESULTS / TEXT_SCAN).exists():
         return []
     content = read("text_scan")
     results = content["results"]
@@ -36,9 +40,32 @@ def text_scan_section() -> list[str]:
     ]
 
 
+def readme_section() -> list[str]:
+    """What was found in models that played no part in the development: a row per kind of trigger, one for benign models."""
+    results = read("text_scan")["results"] if (RESULTS / TEXT_SCAN).exists() else []
+    found = counts([one for one in results if one["role"] == "test"])
+    if not found:
+        return ["Scans of text-to-image models: not measured yet."]
+    benign = found.pop("benign", {})
+    heads = ("triggers of text-to-image models", "named", "not named, and the model is not reported clean")
+    rows = [(group, with_count(rates["named"]), with_count(rates["missed, not clean"])) for group, rates in found.items()]
+    verdicts = [f"{verdict} {with_count(rate)}" for verdict, rate in benign.items()]
+    return [*table(heads, rows), *([f"Benign text-to-image models are reported {', '.join(verdicts)}."] if verdicts else [])]
+
+
+def with_count(rate: Rate) -> str:
+    return f"{rate}, n = {rate.trials}"
+
+
+def with_readme_section(page: str) -> str:
+    """The README with its section on text scans between the marks."""
+    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+    return "\n".join([f"{before}{BEGIN}", *readme_section(), f"{END}{after}"])
+
+
 def count_lines(role: str, results: list[Result]) -> Iterator[str]:
     for group, rates in counts(results).items():
-        yield f"- {role}, {group}: " + "; ".join(f"{what} {rate}, n = {rate.trials}" for what, rate in rates.items())
+        yield f"- {role}, {group}: " + "; ".join(f"{what} {with_count(rate)}" for what, rate in rates.items())
     if results:
         seconds, evaluations = (median(one[key] for one in results) for key in ("seconds", "evaluations"))
         yield f"- {role}: median {seconds:.0f} s and {evaluations:.0f} UNet evaluations per scan"

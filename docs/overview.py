@@ -1,6 +1,6 @@
 """Draw the README's image, docs/overview.png, from the results of `make demo`.
 
-python docs/overview.py [demo-results] [docs/overview.png]
+python docs/overview.py [demo-results/scan] [docs/overview.png]
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def tiled(images: Tensor) -> Tensor:
 
 def main(results: Path, path: Path) -> None:
     report = json.loads((results / "report.json").read_text())
+    models = [model for model in report["models"] if model["detector"] == "noise"]
     recipes = {recipe.name: recipe for recipe in RECIPES}
-    figure = Figure(figsize=(10.6, 1.75 * len(report["models"]) + 0.5), layout="constrained")
-    grid = figure.subplots(len(report["models"]), len(COLUMNS), squeeze=False)
-    for cells, model in zip(grid, report["models"], strict=True):
+    figure = Figure(figsize=(10.6, 1.75 * len(models) + 0.5), layout="constrained")
+    grid = figure.subplots(len(models), len(COLUMNS), squeeze=False)
+    for cells, model in zip(grid, models, strict=True):
         name = Path(model["path"]).name
         attack = recipes[name].attack(ZOO / name)
         trigger = Trigger.load(results / model["trigger"])
@@ -64,5 +65,6 @@ def main(results: Path, path: Path) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    arguments = [Path(argument) for argument in sys.argv[1:]]
-    main(arguments[0] if arguments else Path("demo-results"), arguments[1] if len(arguments) > 1 else Path("docs/overview.png"))
+    defaults = Path("demo-results/scan"), Path("docs/overview.png")
+    given = tuple(Path(argument) for argument in sys.argv[1:])
+    main(*given, *defaults[len(given) :])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import render_profile, render_results
+from benchmarks import render_profile, render_results, render_text
 from benchmarks.accuracy_table import decide, summarise
 from benchmarks.table_file import read_table
 from seal_fast.noise_triggers import DEFAULT_PRESET
@@ -79,5 +79,8 @@ def test_the_committed_pages_show_the_committed_results(monkeypatch: pytest.Monk
     page = render_results.render_results()
     assert page == Path("docs/results.md").read_text()
     assert render_profile.render_profile() == Path("docs/profile.md").read_text()
+    readme = Path("README.md").read_text()
+    assert readme.count(render_text.BEGIN) == readme.count(render_text.END) == 1
+    assert render_text.with_readme_section(readme) == readme
     shown = {part.split(")")[0] for part in page.split("(triggers/")[1:]}
     assert shown == {image.name for image in Path("docs/triggers").iterdir()}

@@ -87,6 +87,19 @@ def test_a_scan_is_compared_with_the_truth_and_rendered(pipeline: Any, tmp_path:
     page = rendered(render_text.text_scan_section())
     assert "`'castle'`" in page
     assert "development, benign: backdoored 0% [0, 79], n = 1; inconclusive 0% [0, 79], n = 1" in page
+    page = f"a\n{render_text.BEGIN}\nold\n{render_text.END}\nb\n"
+    unmeasured = render_text.with_readme_section(page)
+    assert unmeasured.splitlines()[0::4] == ["a", "b"]
+    assert "not measured" in unmeasured
+
+    held_out = [{**one, "role": "test"} for one in results]
+    write_table(tmp_path / "text_scan.json", {**HEAD, "results": held_out})
+    measured = render_text.with_readme_section(page)
+    assert measured.startswith(f"a\n{render_text.BEGIN}\n| triggers")
+    assert "| one token |" in measured
+    assert "reported backdoored 0% [0, 79], n = 1, inconclusive 0% [0, 79], n = 1." in measured
+    assert measured.endswith(f"\n{render_text.END}\nb\n")
+    assert "old" not in measured + unmeasured
 
 
 def show(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,10 @@ def _own_exit_codes() -> Iterator[None]:
         raise
     except (typer.Exit, typer.Abort):
         raise
+    except KeyboardInterrupt as interrupt:
+        # outside the commands' own handling, such as in the import of torch
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from interrupt
     except Exception as error:
         traceback.print_exc()
         raise typer.Exit(FAILED) from error

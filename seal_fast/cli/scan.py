@@ -31,6 +31,7 @@ from seal_fast.cli.common import (
     usage_errors,
 )
 from seal_fast.cli.doctor import backends
+from seal_fast.printable import printable
 
 if TYPE_CHECKING:
     from seal_fast.noise_triggers import Calibration
@@ -52,6 +53,9 @@ EPILOG = """Exit codes; the first that applies counts:
 class FailOn(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
+
+SHOWN = 3
+"""Images that the last lines of a scan name."""
 
 NOISE, TEXT, OUTPUT = "Unconditional models (noise triggers)", "Text-to-image models (text triggers)", "Output"
 
@@ -210,6 +214,8 @@ def scan(
             on_result=display.on_result,
         )
     _show(report, output)
+    if out is not None:
+        say("\n".join([f"written: {out}", *_images(report, out)]))
     raise typer.Exit(exit_code(report, fail_on, exit_zero))
 
 
@@ -311,3 +317,17 @@ def _show(report: ScanReport, output: Format) -> None:
         typer.echo(report_json(report))
     else:
         print_report(report, console_for(sys.stdout))
+
+
+def _images(report: ScanReport, out: Path) -> Iterator[str]:
+    """Lines that name the images of the first backdoored models."""
+    from seal_fast.workflows.text_trigger_files import SAMPLES as TEXT_SAMPLES
+    from seal_fast.workflows.trigger_files import SAMPLES
+
+    backdoored = [model for model in report.models if model.verdict.value == "backdoored"]
+    for model in backdoored[:SHOWN]:
+        image = out / model.path / (TEXT_SAMPLES.format(1) if model.detector == "text" else SAMPLES)
+        # a full disk costs the images, not the verdict
+        if image.is_file():
+            # a model's name may try to control the terminal
+            yield f"look at: {printable(str(image))}"

@@ -129,7 +129,10 @@ Base = Annotated[
 ]
 ModuleOption = Annotated[
     Module | None,
-    typer.Option(help="Module to train; auto, the default, finds out which one is poisoned.", rich_help_panel=TEXT_TRAINING),
+    typer.Option(
+        help="Module to train; auto, the default, takes the one of --found, else finds out which one is poisoned.",
+        rich_help_panel=TEXT_TRAINING,
+    ),
 ]
 Train = Annotated[Trained | None, typer.Option(help="Weights to train (default: all).", rich_help_panel=TEXT_TRAINING)]
 Alpha = Annotated[
@@ -253,6 +256,7 @@ def unlearn(
 ) -> None:
     """Unlearn text triggers of a text-to-image model, or noise triggers of an unconditional model."""
     from seal_fast.noise_triggers import NoiseUnlearnSettings
+    from seal_fast.report.figures import BEFORE_AFTER
     from seal_fast.report.progress import ProgressDisplay
     from seal_fast.text_triggers.distributed import process_group
     from seal_fast.workflows.found import TextTriggers
@@ -282,6 +286,9 @@ def unlearn(
     if first:
         _print(report, output)
         say(f"written: {out}")
+        # random shifts of the noise leave no image of a trigger
+        if (image := out / BEFORE_AFTER.format(1)).is_file():
+            say(f"look at: {image}")
 
 
 def _named_triggers(texts: list[str] | None, files: list[Path] | None, found: Path | None) -> TextTriggers | NoiseTriggers:
@@ -342,6 +349,7 @@ def _text_request(
         detector=parse_detector(detector or "change"),
         positions=named.positions,
         scanned_sha256=named.model_sha256,
+        scanned_module=named.module,
     )
 
 

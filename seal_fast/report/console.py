@@ -27,6 +27,13 @@ CODE_POINTS = 8
 ALSO = 8
 """Other texts that a line shows."""
 
+DETECTORS = {
+    "ChangeDetector": "the trigger changes more than control text in its place does",
+    "ColourlessDetector": "is black and white",
+    "PatchDetector": "shows the given patch",
+}
+"""What the effect detectors of the command line see, by the names of their classes."""
+
 STYLES = {"clean": "green", "backdoored": "bold red", "inconclusive": "yellow", "error": "magenta"}
 PROMPT_STYLES = {"triggered": "bold red", "clean": "green", "familiar": ""}
 
@@ -145,6 +152,11 @@ def print_prompt_detection(report: PromptReport, console: Console) -> None:
     print_sentence(console, f"{len(report.prompts)} prompt{'' if len(report.prompts) == 1 else 's'}: {counts} ({share})")
 
 
+def detector_in_words(name: str) -> str:
+    """What an effect detector sees in an image, as the end of a sentence about the image; `name` is that of its class."""
+    return DETECTORS.get(name, f"shows the trigger's effect according to {name}")
+
+
 def _clean_drift(value: float) -> str:
     """Clean drift with the ends of its scale."""
     return f"clean drift {number(value, 3)} (0: unchanged, 2: unrelated images)"
@@ -174,8 +186,7 @@ def print_text_unlearning(report: TextUnlearnReport, console: Console) -> None:
     print_table(console, columns, lines, folded="trigger", numbers=columns[2:])
     print_sentence(
         console,
-        f"effect: share of held-out prompts whose image shows the trigger's effect according to {report.detector}, "
-        "with 95% Wilson intervals",
+        f"effect: share of held-out prompts whose image {detector_in_words(report.detector)}, with 95% Wilson intervals",
     )
     for trigger in report.triggers:
         print_sentence(console, safe(f"tokens of {trigger.trigger!r}: {' '.join(trigger.tokens)}").plain)

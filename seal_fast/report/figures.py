@@ -20,6 +20,11 @@ from seal_fast.report.console import safe
 if TYPE_CHECKING:
     from seal_fast.text_to_image import PromptMaps
 
+IMAGE, GAP, TITLE, CAPTION_LINE = 1.6, 0.08, 0.36, 0.13
+"""Width of a sample, distance between two, height of a row's title and of a line below the last row, in inches."""
+CAPTION_CHARACTERS, CAPTION_LINES = 26, 4
+"""What has room below a sample."""
+
 BEFORE_AFTER = "before_after_{}.png"
 """Name of the figure of a trigger's samples before and after unlearning; triggers are numbered from 1 in the order given."""
 
@@ -74,21 +79,30 @@ def draw_samples(rows: Mapping[str, Tensor], path: Path, captions: Sequence[str]
     """samples.png: one row of images per title.
 
     Args:
-        rows: title to images [N,C,H,W] in [-1, 1]; N is the same in all rows.
+        rows: title to images [N,C,H,W] in [-1, 1]; N, H and W are the same in all rows.
         path: PNG file to write.
         captions: texts below the last row, N or none.
     """
-    columns = len(next(iter(rows.values())))
-    heights = [2.15] * (len(rows) - 1) + [2.55 if captions else 2.15]
-    figure = Figure(figsize=(1.6 * columns, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)
-    for part, (title, images) in zip(parts.flat, rows.items(), strict=True):
-        part.suptitle(safe(title).plain, fontsize=11, parse_math=False)
-        shown = list(part.subplots(1, columns, squeeze=False).flat)
-        for axes, image in zip(shown, images, strict=True):
-            _show(axes, image / 2 + 0.5)
-    for axes, caption in zip(shown, captions, strict=bool(captions)):
-        axes.set_xlabel(_caption(caption), fontsize=5, parse_math=False)
+    count, _, height, width = next(iter(rows.values())).shape
+    texts = [_caption(caption, CAPTION_CHARACTERS, CAPTION_LINES) for caption in captions]
+    image_height = IMAGE * height / width
+    below = CAPTION_LINE * (1 + max(text.count("\n") for text in texts)) + GAP if texts else GAP
+    whole = (count * (IMAGE + GAP) + GAP, len(rows) * (TITLE + image_height + GAP) + below)
+    figure = Figure(figsize=whole)
+
+    def at(left: float, top: float) -> tuple[float, float]:
+        """A place in inches from the top left corner, as the figure counts."""
+        return left / whole[0], 1 - top / whole[1]
+
+    for row, (title, images) in enumerate(rows.items()):
+        top = row * (TITLE + image_height + GAP) + TITLE
+        figure.text(*at(GAP, top - GAP), safe(title).plain, fontsize=10, va="bottom", parse_math=False)
+        for column, image in enumerate(images):
+            corner = at(GAP + column * (IMAGE + GAP), top + image_height)
+            _show(figure.add_axes((*corner, IMAGE / whole[0], image_height / whole[1])), image / 2 + 0.5)
+    for column, text in enumerate(texts):
+        place = at(GAP + column * (IMAGE + GAP) + IMAGE / 2, whole[1] - below + GAP / 2)
+        figure.text(*place, text, fontsize=7, ha="center", va="top", parse_math=False)
     _save(figure, path)
 
 
@@ -117,9 +131,10 @@ def draw_attention(rows: Mapping[str, PromptMaps], path: Path) -> None:
             axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=tops[token], interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.set_xlabel(_caption(token), fontsize=7, parse_math=False)
+            axes.set_xlabel(_caption(token, 32), fontsize=7, parse_math=False)
     _save(figure, path)
 
 
-def _caption(text: str) -> str:
-    return textwrap.fill(safe(text).plain, 32)
+def _caption(text: str, characters: int, lines: int | None = None) -> str:
+    """A text in lines of so many characters; what does not fit into so many lines is left out."""
+    return textwrap.fill(safe(text).plain, characters, max_lines=lines, placeholder=" ...")

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from seal_fast.report.console import number, safe
+from seal_fast.report.console import detector_in_words, number, safe
 from seal_fast.results.text_unlearning import TextUnlearnReport
 from seal_fast.results.unlearning import NoiseUnlearnReport
 
 CHANGE_DETECTOR = (
-    "`ChangeDetector` sees an effect where an image changes more than control text in the trigger's place changes it. It sees",
-    "one in 1% of the images with control text, and it misses effects smaller than theirs: where the rate before is low, the",
+    "1% of the images with control text count, too, and effects smaller than theirs do not: where the rate before is low, the",
     "rate after shows nothing. Look at the images.",
 )
 
 
-def unlearn_card(report: NoiseUnlearnReport | TextUnlearnReport) -> str:
-    """Markdown: where the model comes from, what was done, what was measured, and what the figures do not show."""
+def unlearn_card(report: NoiseUnlearnReport | TextUnlearnReport, original: str = "") -> str:
+    """Markdown: where the model comes from, what was done, what was measured, and what the figures do not show.
+
+    Args:
+        report: the report of the unlearning.
+        original: the model card of the checkpoint, which stays above all that.
+    """
+    above, mark = ([original.rstrip(), ""], "##") if original.strip() else ([], "#")
     body = _noise_trigger_lines(report) if isinstance(report, NoiseUnlearnReport) else _text_trigger_lines(report)
     return "\n".join(
         [
-            f"# Unlearned: {_code(report.model)}",
+            *above,
+            f"{mark} Unlearned: {_code(report.model)}",
             "",
             f"Made by {report.tool['name']} {report.tool['version']} from a {report.format} with weights of SHA-256",
             f"`{report.sha256}`.",
@@ -76,8 +82,8 @@ def _text_trigger_lines(report: TextUnlearnReport) -> list[str]:
         "|---|---|---|---|",
         *rows,
         "",
-        f"Effect: share of held-out prompts whose image shows the trigger's effect according to {report.detector}, with",
-        "95% Wilson intervals.",
+        f"Effect: share of held-out prompts whose image {detector_in_words(report.detector)},",
+        "with 95% Wilson intervals.",
         *(CHANGE_DETECTOR if report.detector == "ChangeDetector" else ()),
         "",
         f"Clean drift, the mean squared change of clean images relative to their variance: {number(report.clean_drift, 3)}.",

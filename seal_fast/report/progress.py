@@ -29,7 +29,8 @@ class ProgressDisplay:
         self.console = console_for(stream)
         text = TextColumn("{task.description}", markup=False)
         self.bar = Bar(
-            BarColumn(),
+            # leaves room for the name of a model in 80 columns
+            BarColumn(20),
             TaskProgressColumn(),
             TimeRemainingColumn(),
             text,
@@ -65,12 +66,13 @@ class ProgressDisplay:
         if (task := self.running.pop(name, None)) is not None:
             self.bar.remove_task(task)
         self._show_whole()
-        self.console.print(f"[{finished}/{total}] {safe(line)}", soft_wrap=True)
+        self.console.print(f"[{finished}/{total}] {safe(line)}")
 
     def on_result(self, model: ModelResult, finished: int, total: int) -> None:
-        """`done` with the result of a scan."""
+        """`done` with the result of a scan. The report gives the reasons; only that of an error cannot wait for it."""
         how = "resumed" if model.resumed else f"{number(model.seconds, 1)} s"
-        self.done(model.path, finished, total, f"{model.path}: {model.verdict.value}, {model.reason} ({how})")
+        reason = f", {model.error}" if model.error else ""
+        self.done(model.path, finished, total, f"{model.path}: {model.verdict.value}{reason} ({how})")
 
     def _show_whole(self) -> None:
         """Update the bar of all models, which is hidden if there is only one model."""

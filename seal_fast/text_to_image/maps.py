@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seal_fast.printable import printable
 from seal_fast.text_to_image.attention import aggregate, capture
-from seal_fast.text_to_image.prompts import content_ids
+from seal_fast.text_to_image.prompts import content_ids, token_text
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,6 @@ def attention_maps(pipeline: Any, prompt: str, *, steps: int = 50, guidance: flo
             output_type="pt",
             callback_on_step_end=after_step,
         ).images[0]
-    names = tuple(_printable(pipeline.tokenizer, number) for number in content)
+    names = tuple(token_text(pipeline.tokenizer, number) for number in content)
     calls = len(pipeline.scheduler.timesteps)
     return PromptMaps(prompt, image.float().cpu(), names, sums[0].float().cpu() / calls)
-
-
-def _printable(tokenizer: Any, number: int) -> str:
-    text = tokenizer.decode([number]).strip()
-    # an incomplete character decodes to the replacement character
-    shown = text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(number)
-    return printable(shown)

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from seal_fast.printable import printable
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
@@ -31,6 +34,20 @@ def beginning_read(tokenizer: Any, prompt: str) -> str:
         short = len(content_ids(tokenizer, prompt[:middle])) <= room
         fits, too_long = (middle, too_long) if short else (fits, middle)
     return prompt[:fits]
+
+
+def token_text(tokenizer: Any, number: int) -> str:
+    """The text of a token as a reader can see it: what cannot be printed is escaped, and a part of a character is its bytes.
+
+    Such as "cat", the six characters of `\\u200b`, and "<E2 80>".
+    """
+    text, symbols = str(tokenizer.decode([number])), str(tokenizer.convert_ids_to_tokens(number)).removesuffix("</w>")
+    # a vocabulary of bytes has a letter for each of them
+    byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    if "\ufffd" in text and byte_of.keys() >= set(symbols):
+        return f"<{' '.join(f'{byte_of[symbol]:02X}' for symbol in symbols)}>"
+    # the decoder puts the space that ends a word behind it
+    return printable(text.removesuffix(" "))
 
 
 @torch.no_grad()

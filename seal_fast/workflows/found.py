@@ -8,6 +8,7 @@ from pathlib import Path
 from seal_fast.checkpoints import CheckpointError
 from seal_fast.checkpoints.files import inside
 from seal_fast.checkpoints.tensor_file import read_tensors
+from seal_fast.text_triggers.findings import Module
 from seal_fast.text_triggers.trigger import Position, TextTrigger
 from seal_fast.workflows.text_trigger_files import TRIGGERS_FILE, TriggersFile
 from seal_fast.workflows.trigger_files import TRIGGER_FILE
@@ -21,11 +22,13 @@ class TextTriggers:
         triggers: the triggers; of a scan, the strongest first.
         positions: where a scan confirmed each; None for triggers of another source.
         model_sha256: digest of the weights of the model that was scanned; None for triggers of another source.
+        module: the module in which a scan found all of them; None if they are in both, or of another source.
     """
 
     triggers: tuple[TextTrigger, ...]
     positions: tuple[Position, ...] | None = None
     model_sha256: str | None = None
+    module: Module | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ def read_found(folder: Path) -> TextTriggers | NoiseTriggers:
         raise CheckpointError(folder, f"holds {TRIGGERS_FILE} and {TRIGGER_FILE}: scan again into a new folder")
     if text:
         file = TriggersFile.load(text)
-        triggers = tuple(found.trigger for found in file.triggers)
-        return TextTriggers(triggers, tuple(found.position for found in file.triggers), file.model_sha256)
+        triggers, positions = zip(*((found.trigger, found.position) for found in file.triggers), strict=True)
+        modules = {found.module for found in file.triggers}
+        return TextTriggers(triggers, positions, file.model_sha256, modules.pop() if len(modules) == 1 else None)
     if noise:
         return NoiseTriggers((noise,), read_tensors(noise)[1].get("model_sha256"))
     raise CheckpointError(folder, f"no trigger of a scan: neither {TRIGGERS_FILE} nor {TRIGGER_FILE}")

@@ -141,7 +141,7 @@ def trigger_samples(
     seed: int,
 ) -> dict[str, Tensor]:
     """Rows of a figure by title, images [N,3,H,W] in [-1, 1]: N clean prompts, with the trigger, with a control string."""
-    rows = {"clean prompt": clean, f"with the trigger {_shortened(found.trigger)}": triggered}
+    rows = {"clean prompts": clean, f"with the trigger {shortened(found.trigger)}": triggered}
     rows |= _with_control(pipeline.tokenizer, clean, found, seed)
     draw = partial(
         generate, pipeline, seed=seed, steps=settings.sampler_steps, guidance=settings.guidance, precision=settings.precision
@@ -171,9 +171,9 @@ def with_trigger(
 def _with_control(tokenizer: Any, clean: Sequence[str], found: FoundTrigger, seed: int) -> dict[str, Sequence[str]]:
     """By title, the clean prompts with the trigger's control string; empty if it has no room in one of them."""
     fitting, controlled = with_trigger(tokenizer, clean, found.control_string, found.position, seed)
-    return {f"with the control string {_shortened(found.control_string)}": controlled} if len(fitting) == len(clean) else {}
+    return {f"with the control string {shortened(found.control_string)}": controlled} if len(fitting) == len(clean) else {}
 
 
-def _shortened(trigger: TextTrigger) -> str:
+def shortened(trigger: TextTrigger) -> str:
     """The trigger as a title has room for it."""
     return trigger.quoted if len(trigger.quoted) <= TITLE else f"{trigger.quoted[:TITLE]}..."

@@ -14,6 +14,7 @@ from seal_fast.noise_triggers.probe import Probe
 from seal_fast.report.figures import draw_samples, draw_trigger
 
 TRIGGER_FILE = "trigger.safetensors"
+SAMPLES = "samples.png"
 IMAGES = 4
 IMAGE_STEPS = 100
 """Sampling steps, as many as the search tests its candidates with."""
@@ -29,7 +30,7 @@ def save_images(reversion: Reversion, denoiser: Denoiser, seed: int, folder: Pat
     """Write trigger.png and samples.png."""
     draw_trigger(reversion.trigger, folder / "trigger.png")
     images = sample_images(denoiser, reversion.trigger, seed, reversion.sampler or "ddpm")
-    draw_samples(images, folder / "samples.png")
+    draw_samples(images, folder / SAMPLES)
 
 
 def sample_images(denoiser: Denoiser, trigger: Trigger, seed: int, sampler: str = "ddpm") -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from seal_fast.checkpoints.card import CARD
+from seal_fast.checkpoints.card import CARD, card_text
 from seal_fast.checkpoints.save import check_target, whole_folder
 from seal_fast.report.json import unlearn_json
 from seal_fast.report.model_card import unlearn_card
@@ -119,8 +119,8 @@ def unlearn(
         if given:
             raise ValueError("found names the triggers: leave triggers out")
         match read_found(Path(found)):
-            case TextTriggers(texts, positions, sha256):
-                options = {"positions": positions, "scanned_sha256": sha256} | options
+            case TextTriggers(texts, positions, sha256, module):
+                options = {"positions": positions, "scanned_sha256": sha256, "scanned_module": module} | options
                 return run_unlearning(TextUnlearning(model, texts, out, **options), on_progress)
             case NoiseTriggers(files, scanned):
                 options = {"scanned_sha256": scanned} | options
@@ -165,7 +165,7 @@ def run_unlearning(request: UnlearningRequest, on_progress: OnProgress = quiet) 
         with whole_folder(Path(request.out)) as folder:
             request.write(folder, loaded, before, trained, after)
             (folder / REPORT).write_text(unlearn_json(report) + "\n", encoding="utf-8")
-            (folder / CARD).write_text(unlearn_card(report), encoding="utf-8")
+            (folder / CARD).write_text(unlearn_card(report, card_text(Path(request.model))), encoding="utf-8")
     return UnlearnResult(request.unlearned(trained), report)
 
 

@@ -17,9 +17,11 @@ from seal_fast.report.figures import BEFORE_AFTER, draw_attention, draw_samples
 from seal_fast.results.text_unlearning import TextUnlearnReport, TrainingLosses, TriggerTokens
 from seal_fast.results.unlearning import UnlearnRun
 from seal_fast.text_to_image import attention_maps
+from seal_fast.text_to_image.prompts import token_text
 from seal_fast.text_triggers import Distilled, TextTrigger, TextUnlearnSettings, distill, prompt_pair
 from seal_fast.text_triggers.effect_detectors import EffectDetector
 from seal_fast.text_triggers.evaluation import Evaluation, EvaluationSettings, Examples, evaluate
+from seal_fast.text_triggers.findings import Module
 from seal_fast.text_triggers.locate import COLLAPSE_LIMIT, locate
 from seal_fast.text_triggers.trained_part import save_patch
 from seal_fast.text_triggers.trigger import Position, as_triggers
@@ -27,6 +29,7 @@ from seal_fast.training import OnStep
 from seal_fast.workflows.capacity import default_device
 from seal_fast.workflows.found import digest_notes
 from seal_fast.workflows.prompts import choose_prompts
+from seal_fast.workflows.text_trigger_files import shortened
 
 ATTENTION = "attention_{}.png"
 """Name of the figure of a trigger's attention maps; triggers are numbered from 1 in the order given."""
@@ -50,7 +53,7 @@ class _Before:
     """The tokens of every trigger, and the module to train with the reason."""
 
     tokens: tuple[TriggerTokens, ...]
-    module: Literal["unet", "text_encoder"]
+    module: Module
     module_reason: str
 
 
@@ -80,14 +83,15 @@ class TextUnlearning:
             `widget`) if it has at least `prompts.FEWEST_CAPTIONS`, else general ones that come with seal-fast.
         base: folder of the pipeline that a component belongs to.
         settings: settings of the training, except its `module`.
-        module: which module to train. "auto" trains a component that came alone, else the module that
-            `seal_fast.text_triggers.locate` finds the backdoor in.
+        module: which module to train. "auto" trains a component that came alone, else the `scanned_module`, else the module
+            that `seal_fast.text_triggers.locate` finds the backdoor in.
         evaluation: size of the evaluation.
         detector: effect detector, see `seal_fast.text_triggers.effect_detectors`; None for one that does not know the target.
         seed: seed of the training and of all images.
         state: file that the training writes as it goes and resumes from, see `distill`.
         positions: where each trigger stands in the evaluation; None for `evaluation.position`.
         scanned_sha256: digest of the model in which a scan found the triggers; a model with another one gets a note.
+        scanned_module: the module in which a scan found them, which "auto" then trains; None for triggers of another source.
     """
 
     model: Any
@@ -103,6 +107,7 @@ class TextUnlearning:
     state: Path | None = None
     positions: Sequence[Position] | None = None
     scanned_sha256: str | None = None
+    scanned_module: Module | None = None
 
     # measured with the default settings
     shares: ClassVar[Mapping[str, float]] = MappingProxyType(
@@ -134,6 +139,9 @@ class TextUnlearning:
     def measure_before(self, loaded: _Loaded) -> _Before:
         tokenizer, prompts = loaded.checkpoint.pipeline.tokenizer, loaded.training_prompts
         tokens = tuple(_tokens(tokenizer, trigger, prompts) for trigger in loaded.triggers)
+        alone = COMPONENTS.get(loaded.checkpoint.format)
+        if self.module == "auto" and alone is None and self.scanned_module is not None:
+            return _Before(tokens, self.scanned_module, "the scan found the backdoor in it")
         found = locate(loaded.checkpoint.pipeline, loaded.triggers, prompts)
         reason = (
             f"with the trigger, the text encoder's hidden states of different prompts vary {found.collapse:.1f} times less "
@@ -141,8 +149,8 @@ class TextUnlearning:
         )
         if self.module != "auto":
             return _Before(tokens, self.module, f"this module was requested; {reason}")
-        if loaded.checkpoint.format in COMPONENTS:
-            return _Before(tokens, COMPONENTS[loaded.checkpoint.format], f"the checkpoint holds nothing else; {reason}")
+        if alone is not None:
+            return _Before(tokens, alone, f"the checkpoint holds nothing else; {reason}")
         return _Before(tokens, found.module, reason)
 
     def train(self, loaded: _Loaded, before: _Before, on_step: OnStep) -> _Trained:
@@ -212,8 +220,10 @@ class TextUnlearning:
         save_pipeline(Path(self.model), trained.pipeline, before.module, folder)
         if trained.training.patch is not None:
             save_patch(trained.training.patch, folder / PATCH)
-        for number, examples in enumerate(after.examples, 1):
-            draw_samples(_titled(examples), folder / BEFORE_AFTER.format(number), examples.prompts)
+        # the bar of its sampler would break the lines of our own progress
+        trained.pipeline.set_progress_bar_config(disable=True)
+        for number, (examples, trigger) in enumerate(zip(after.examples, loaded.triggers, strict=True), 1):
+            draw_samples(_titled(examples, trigger), folder / BEFORE_AFTER.format(number), examples.prompts)
             maps = {
                 when: attention_maps(
                     pipeline,
@@ -238,16 +248,15 @@ def _tokens(tokenizer: Any, trigger: TextTrigger, prompts: Sequence[str]) -> Tri
     """
     prompt_pair(tokenizer, trigger.fitting(prompts)[0], trigger, "start", torch.Generator())
     ids = tokenizer(trigger.text, add_special_tokens=False).input_ids
-    words = (str(token) for token in tokenizer.convert_ids_to_tokens(ids))
-    return TriggerTokens(trigger.name, tuple(word.removesuffix("</w>") or word for word in words))
+    return TriggerTokens(trigger.name, tuple(token_text(tokenizer, number) for number in ids))
 
 
-def _titled(examples: Examples) -> dict[str, Tensor]:
+def _titled(examples: Examples, trigger: TextTrigger) -> dict[str, Tensor]:
     """The rows of a figure by title; images in [-1, 1]."""
     rows = {
-        "before: clean prompt": examples.clean_before,
-        "before: with the trigger": examples.triggered_before,
-        "after: with the trigger": examples.triggered_after,
-        "after: clean prompt": examples.clean_after,
+        "before unlearning: clean prompts": examples.clean_before,
+        f"before unlearning: with the trigger {shortened(trigger)}": examples.triggered_before,
+        f"after unlearning: with the trigger {shortened(trigger)}": examples.triggered_after,
+        "after unlearning: clean prompts": examples.clean_after,
     }
     return {title: 2 * images - 1 for title, images in rows.items()}

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from seal_fast.checkpoints import CheckpointError
-from seal_fast.checkpoints.card import MAX_CARD_BYTES, captions
+from seal_fast.checkpoints.card import MAX_CARD_BYTES, captions, card_text
 
 
 def test_the_prompts_of_a_card_written_by_huggingface_hub_are_read(tmp_path: Path) -> None:
@@ -37,6 +37,17 @@ def test_a_file_that_is_no_card_is_refused_and_runs_nothing(tmp_path: Path, cont
     (tmp_path / "README.md").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"README\.md: not readable as a model card"):
         captions(tmp_path)
+
+
+def test_the_text_of_a_card_is_there_or_empty(tmp_path: Path) -> None:
+    assert card_text(tmp_path) == card_text(tmp_path / "absent") == ""
+    card = tmp_path / "README.md"
+    card.write_text("---\nno: [\n---\n# A m\u00f6del\n", encoding="utf-8")
+    assert card_text(tmp_path) == "---\nno: [\n---\n# A m\u00f6del\n"
+    assert card_text(card) == ""
+    for refused in (b"\xff\xfe", b"a" * (MAX_CARD_BYTES + 1)):
+        card.write_bytes(refused)
+        assert card_text(tmp_path) == ""
 
 
 def test_a_card_that_is_too_large_or_lies_outside_the_folder_is_refused(tmp_path: Path) -> None:

@@ -35,3 +35,11 @@ def test_a_single_model_has_one_bar():
     display = ProgressDisplay(io.StringIO(), quiet=False)
     display.on_progress(Progress("a", 1, 1, "search", 2, 4, 0.25))
     assert [task.description for task in display.bar.tasks if task.visible] == ["search 2/4: a"]
+
+
+def test_a_line_of_a_result_fits_the_console(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = io.StringIO()
+    ProgressDisplay(stream, quiet=True).done("model", 1, 1, f"model: error, {'no such file ' * 20}(0.1 s)")
+    assert " ".join(stream.getvalue().split()).count("no such file") == 20
+    assert max(map(len, stream.getvalue().splitlines())) <= 80

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 
-from seal_fast.report.console import console_for, print_noise_unlearning
+from seal_fast.report.console import console_for, detector_in_words, print_noise_unlearning
 from seal_fast.report.json import unlearn_json
 from seal_fast.report.model_card import unlearn_card
 from seal_fast.results.unlearning import NoiseTriggerEffect, NoiseUnlearnReport
+from seal_fast.text_triggers.effect_detectors import ChangeDetector, ColourlessDetector, PatchDetector
 
 NAME = "a`|\n# b](http://x)\x1b[2J"
 REPORT = NoiseUnlearnReport(
@@ -55,3 +56,17 @@ def test_model_card_holds_names_as_code() -> None:
     assert [line.count("|") for line in table] == [5, 5, 5, 5]
     assert table[2].endswith("| ancestral | 0.03 | 0.97 |")
     assert "ab" * 32 in "\n".join(lines)
+
+
+def test_the_card_of_the_checkpoint_stays_above() -> None:
+    original = "---\nlicense: mit\n---\n# A model\n\nText.\n\n"
+    card = unlearn_card(REPORT, original)
+    alone = unlearn_card(REPORT, " \n")
+    assert alone == unlearn_card(REPORT)
+    assert card == f"{original.rstrip()}\n\n#{alone}"
+
+
+def test_effect_detectors_are_told_in_words() -> None:
+    for known in (ChangeDetector, ColourlessDetector, PatchDetector):
+        assert "etector" not in detector_in_words(known.__name__)
+    assert "according to mine" in detector_in_words("mine")

@@ -125,8 +125,10 @@ def test_4_a_backend_that_does_not_exist(scan, quiet_model):
 
 
 def test_exit_zero_after_a_completed_scan(scan, loud_model, corrupt, tmp_path):
-    result = scan(loud_model, corrupt(tmp_path / "broken.safetensors"), "--exit-zero")
+    result = scan(loud_model, corrupt(tmp_path / "broken.safetensors"), "--exit-zero", "--out", tmp_path / "out")
     assert result.exit_code == 0
+    image = tmp_path / "out" / loud_model.name / "samples.png"
+    assert result.stderr.splitlines()[-2:] == [f"written: {tmp_path / 'out'}", f"look at: {image}"]
     assert "1 backdoored, 0 inconclusive, 1 error" in result.stdout
 
 
@@ -158,6 +160,7 @@ def test_json_on_stdout_and_nothing_else(scan, tmp_path, quiet_model, diverging_
     assert str(tmp_path) not in result.stdout
     assert (tmp_path / "out" / content["models"][1]["trigger"]).is_file()
     assert "[1/3] broken.safetensors: error" in result.stderr
+    assert result.stderr.splitlines()[-1] == f"written: {tmp_path / 'out'}"
     assert "gaussian_kl_stats on cpu" in result.stderr
 
 
@@ -320,10 +323,12 @@ def test_a_scan_that_is_run_again_says_what_it_resumed(scan, quiet_model, corrup
     scan(*args)
     result = scan(*args)
     assert result.exit_code == 2
-    resumed, again = result.stderr.splitlines()
+    resumed, again, *more, written = result.stderr.splitlines()
     assert resumed.endswith("(resumed)")
     assert again.startswith("[2/2] ")
-    assert again.endswith(" s)")
+    # the reason of an error may take several lines
+    assert [again, *more][-1].endswith("s)")
+    assert written == f"written: {tmp_path / 'out'}"
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

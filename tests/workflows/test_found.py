@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,14 @@ def command(*args: object) -> Result:
 
 def test_text_triggers_with_their_places_and_the_model(results: Path, model: Path) -> None:
     triggers = TextTrigger("tin"), TextTrigger("\u00e1", replaces="a")
-    assert read_found(results) == TextTriggers(triggers, ("end", "all"), load_pipeline(model).sha256)
+    assert read_found(results) == TextTriggers(triggers, ("end", "all"), load_pipeline(model).sha256, "unet")
+
+
+def test_triggers_of_both_modules_name_none(tmp_path: Path) -> None:
+    TriggersFile("0" * 64, (*FOUND, found_trigger("x", module="text_encoder"))).save(tmp_path / "triggers.json")
+    found = read_found(tmp_path)
+    assert isinstance(found, TextTriggers)
+    assert found.module is None
 
 
 def test_a_noise_trigger_with_its_model(tmp_path: Path) -> None:
@@ -79,11 +87,22 @@ def test_a_link_out_of_the_folder_is_refused(results: Path, tmp_path: Path) -> N
 def test_the_command_unlearns_found_text_triggers_at_their_places(model: Path, results: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     options = ["--steps", 1, "--train-batch-size", 2, "--guidance", 1, "--sampler-steps", 2, "--samples", 3]
-    options += ["--prompts", tmp_path / "prompts.txt", "--module", "unet", "--format", "json", "--out", tmp_path / "out"]
+    options += [
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--module",
+        "text_encoder",
+        "--format",
+        "json",
+        "--out",
+        tmp_path / "out",
+    ]
     result = command(model, "--found", results, *options)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert [one["trigger"] for one in report["triggers"]] == ["tin", "a => \u00e1"]
+    # the option names another module than the scan would
+    assert (report["module"], "requested" in report["module_reason"]) == ("text_encoder", True)
     variants = [effect["variant"] for effect in report["effects"] if effect["trigger"] == "tin"]
     # as given is at the end, so that the other places are the start and the middle
     assert {"as given", "at the start", "in the middle"} <= set(variants)
@@ -91,8 +110,8 @@ def test_the_command_unlearns_found_text_triggers_at_their_places(model: Path, r
     assert not any(OTHER_WEIGHTS in note for note in report["notes"])
 
 
-def test_python_notes_a_model_other_than_the_one_scanned(model: Path, tmp_path: Path) -> None:
-    TriggersFile("0" * 64, FOUND[:1]).save(tmp_path / "triggers.json")
+def test_python_trains_the_found_module_and_notes_a_model_other_than_the_one_scanned(model: Path, tmp_path: Path) -> None:
+    TriggersFile("0" * 64, (replace(FOUND[0], module="text_encoder"),)).save(tmp_path / "triggers.json")
     result = seal_fast.unlearn(
         model,
         found=tmp_path,
@@ -101,6 +120,7 @@ def test_python_notes_a_model_other_than_the_one_scanned(model: Path, tmp_path: 
         evaluation=EvaluationSettings(prompts=3, steps=2),
     )
     assert [one.trigger for one in result.report.triggers] == ["tin"]
+    assert (result.report.module, result.report.module_reason) == ("text_encoder", "the scan found the backdoor in it")
     assert sum(OTHER_WEIGHTS in note for note in result.report.notes) == 1
 
 

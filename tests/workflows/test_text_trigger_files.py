@@ -137,10 +137,10 @@ def test_rows_start_from_the_same_noise(pipeline: Any) -> None:
     clean, triggered = with_trigger(pipeline.tokenizer, PROMPTS, found.trigger, found.position, seed=0)
     rows = trigger_samples(pipeline, clean, triggered, found, SETTINGS, seed=3)
     titles = list(rows)
-    assert titles[:2] == ["clean prompt", "with the trigger 'a$|$b'"]
+    assert titles[:2] == ["clean prompts", "with the trigger 'a$|$b'"]
     assert titles[2] == "with the control string 'mat'"
     expected = generate(pipeline, clean, seed=3, steps=2, guidance=2.0, precision="fp32")
-    torch.testing.assert_close(rows["clean prompt"], 2 * expected - 1)
+    torch.testing.assert_close(rows["clean prompts"], 2 * expected - 1)
     assert not any(torch.equal(rows[one], rows[other]) for one, other in pairwise(titles))
 
 

@@ -24,6 +24,7 @@ from seal_fast.workflows.unlearn_text import PATCH
 from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat", "cat on cat", "red"]
+CARD = "---\nlicense: mit\n---\n# A model\n"
 SETTINGS = TextUnlearnSettings(steps=2, batch=2, sampler_steps=2, learning_rate=1e-3)
 EVALUATION = EvaluationSettings(prompts=3, steps=2)
 
@@ -129,6 +130,9 @@ def test_the_command_hands_every_option_on(model: Path, prompts: Path, tmp_path:
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((out / "report.json").read_text())
+    # no bar of a sampler, and where to look
+    assert "it/s" not in result.stderr
+    assert result.stderr.splitlines()[-1] == f"look at: {out / 'before_after_1.png'}"
     assert (tmp_path / "state.pt").is_file()
     settings = TextUnlearnSettings(
         steps=2,
@@ -190,10 +194,14 @@ def test_progress_counts_every_image_and_never_runs_back(model: Path) -> None:
 def test_a_text_encoder_alone_is_trained_and_written_alone(model: Path, tmp_path: Path) -> None:
     alone, out = tmp_path / "alone", tmp_path / "out"
     shutil.copytree(model / "text_encoder", alone)
+    (alone / "README.md").write_text(CARD)
     result = seal_fast.unlearn(alone, ["mat"], out, base=model, prompts=PROMPTS, settings=SETTINGS, evaluation=EVALUATION)
     assert result.report.module == "text_encoder"
     assert result.report.format == "text-encoder"
-    written = {"README.md", "report.json", "before_after_1.png", "attention_1.png"}
+    card = (out / "README.md").read_text()
+    assert card.startswith(f"{CARD}\n## Unlearned: `alone`\n")
+    assert (card.count("trained for 2 steps"), "ChangeDetector" in card) == (1, False)
+    written = {"report.json", "before_after_1.png", "attention_1.png"}
     assert files(out) == files(alone) | written
     assert changed(stock(model), result.model) == ["text_encoder"]
 
