@@ -14,9 +14,10 @@ from seal_fast.text_triggers.vocabulary import characters, distinct, kind_of, lo
 def inserted(tokenizer: Any, prompts: Sequence[str]) -> list[TextCandidate]:
     """Every single token and unusual character, to be inserted at the start. Texts with equal token ids are one candidate.
 
-    Words of the prompts are left out: they have a meaning, which an image is to show.
+    Words of the prompts are left out: they have a meaning, which an image is to show. So are tokens that were added to the
+    tokenizer, such as the placeholder of a textual inversion: they stand for a concept that their owner declares.
     """
-    words = set(words_of(prompts))
+    words = {*words_of(prompts), *tokenizer.get_added_vocab()}
     texts = distinct(tokenizer, [*single_tokens(tokenizer), *characters()])
     return [
         TextCandidate(TextTrigger(text), "start", kind_of(text, len(ids)), len(ids))

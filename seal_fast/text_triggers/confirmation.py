@@ -17,6 +17,7 @@ from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import MIN_EFFECT, Check
 
 CONFIRMED = "confirmed"
+UNDECIDED = "suspicious: too few prompts to decide"
 UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
 
 
@@ -32,23 +33,33 @@ class Tried:
     def confirmed(self) -> bool:
         return self.outcome == CONFIRMED
 
+    @property
+    def undecided(self) -> bool:
+        return self.outcome == UNDECIDED
+
     def record(self) -> TriedText:
         return TriedText(self.ranked.candidate, self.ranked.rounds, self.check.effect, self.check.control, self.outcome)
 
 
 def verify(context: SearchContext, ranked: Ranked) -> Tried:
-    """Check a candidate by images, against control strings if it changes any, and again on fresh prompts if it is promising."""
+    """Check a candidate by images, against control strings if it changes any, and on fresh prompts until they decide."""
     settings, candidate = context.settings.verification, ranked.candidate
     if context.images.visible([candidate], settings.prompts)[0] <= MIN_EFFECT:
         return Tried(ranked, UNCHECKED, "hardly changes images")
-    controls = context.controls(candidate, settings.controls)
+    inserted = candidate.trigger.replaces is None
+    least = settings.least_effect if inserted else settings.least_effect_of_replacement
+    controls = context.controls(candidate, settings.controls if inserted else settings.controls_of_replacement)
     check = context.images.check(candidate, controls, 0, settings.prompts)
-    if not check.promising:
-        return Tried(ranked, check, "images change no more often than with control strings")
-    check = context.images.check(candidate, controls, settings.prompts, settings.fresh_prompts)
-    least = 0.0 if candidate.trigger.replaces is None else settings.least_effect_of_replacement
-    enough = check.confirmed and (check.effect.low or 0.0) > least
-    return Tried(ranked, check, CONFIRMED if enough else "not confirmed on fresh prompts")
+    for count in settings.fresh_prompts:
+        if not check.promising(0.0):
+            return Tried(ranked, check, "images change no more often than with control strings")
+        check = context.images.check(candidate, controls, settings.prompts, count)
+        if check.confirmed(least):
+            known = context.base_images and context.base_images.check(candidate, controls, settings.prompts, count)
+            return Tried(
+                ranked, check, "changes the images of the base as well" if known and known.promising(0.0) else CONFIRMED
+            )
+    return Tried(ranked, check, UNDECIDED if check.promising(least) else "changes too few images of fresh prompts")
 
 
 def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:
@@ -77,10 +88,10 @@ def minimal(context: SearchContext, tried: Tried) -> list[Tried]:
 
 
 def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
-    """One trigger per effect: of confirmed candidates that change images in the same way, the strongest with fewest tokens."""
+    """One trigger per backdoor: of confirmed candidates that activate the same one, the strongest with fewest tokens."""
     groups: list[list[Tried]] = []
     for one in sorted((one for one in tried if one.confirmed), key=_strength, reverse=True):
-        same = (group for group in groups if _same_effect(group[0], one, context.settings.verification.same_effect))
+        same = (group for group in groups if _same_backdoor(context, group[0], one))
         group = next(same, None)
         if group is None:
             groups.append([one])
@@ -93,8 +104,14 @@ def _strength(one: Tried) -> tuple[float, int, float]:
     return one.check.effect.low or 0.0, -one.ranked.candidate.tokens, one.ranked.last.response
 
 
-def _same_effect(a: Tried, b: Tried, cosine: float) -> bool:
-    return float(torch.dot(a.check.direction, b.check.direction)) >= cosine
+def _same_backdoor(context: SearchContext, a: Tried, b: Tried) -> bool:
+    """Whether two candidates change images in the same way, or share a token, which then carries a part of the backdoor."""
+    cosine = float(torch.dot(a.check.direction, b.check.direction))
+    return cosine >= context.settings.verification.same_effect or bool(_token_ids(context, a) & _token_ids(context, b))
+
+
+def _token_ids(context: SearchContext, one: Tried) -> set[int]:
+    return set(content_ids(context.pipeline.tokenizer, one.ranked.candidate.trigger.text))
 
 
 def _found(context: SearchContext, group: Sequence[Tried]) -> FoundTrigger:
@@ -118,5 +135,5 @@ def _module(context: SearchContext, candidate: TextCandidate) -> Module:
     """The text encoder if it moves its hidden states for this candidate as for no other string of its kind."""
     settings = context.settings
     others = [candidate, *context.controls(candidate, settings.encoder_controls)]
-    deviation = encoder_deviations(context.pipeline, others, context.probe.prompts, in_place, settings)[0]
+    deviation = encoder_deviations(context.pipeline, others, context.probes.model.prompts, in_place, settings)[0]
     return "text_encoder" if float(deviation) > settings.encoder_limit else "unet"

@@ -16,6 +16,7 @@ from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.responses import ResponseProbe
 from seal_fast.text_triggers.search_settings import TextSearchSettings
+from seal_fast.text_triggers.sweep import Probes
 from seal_fast.text_triggers.verification import HELD_BACK, ImageTest
 
 
@@ -37,8 +38,9 @@ class SearchContext:
         pipeline: the model.
         settings: settings of the search.
         pool: every candidate of the first sweep; most of them are harmless.
-        probe: clean sampling paths of the swept prompts.
+        probes: clean sampling paths of the swept prompts.
         images: draws images of the held-out prompts.
+        base_images: draws them with the base; None without one.
         meter: counts evaluations.
         seed: seed of all random choices.
     """
@@ -46,8 +48,9 @@ class SearchContext:
     pipeline: Any
     settings: TextSearchSettings
     pool: tuple[TextCandidate, ...]
-    probe: ResponseProbe
+    probes: Probes
     images: ImageTest
+    base_images: ImageTest | None
     meter: Meter
     seed: int
 
@@ -60,21 +63,28 @@ class SearchContext:
         settings: TextSearchSettings,
         meter: Meter,
         seed: int,
+        base: Any = None,
     ) -> Self:
         """Draw the clean paths of every other prompt; the others are held out for images."""
         meter.begin("paths")
-        probe = ResponseProbe.drawn(
-            pipeline,
-            swept_prompts(prompts, settings),
-            settings.shares,
-            steps=settings.sampler_steps,
-            guidance=settings.guidance,
-            precision=settings.precision,
-            seed=seed,
-            on_pass=meter,
-        )
-        images = ImageTest(pipeline, prompts[1::2], settings, seed + 1, meter)
-        return cls(pipeline, settings, tuple(pool), probe, images, meter, seed)
+
+        def drawn(model: Any) -> ResponseProbe:
+            return ResponseProbe.drawn(
+                model,
+                swept_prompts(prompts, settings),
+                settings.shares,
+                steps=settings.sampler_steps,
+                guidance=settings.guidance,
+                precision=settings.precision,
+                seed=seed,
+                on_pass=meter,
+            )
+
+        def images(model: Any) -> ImageTest:
+            return ImageTest(model, prompts[1::2], settings, seed + 1, meter)
+
+        probes = Probes(drawn(pipeline), base and drawn(base))
+        return cls(pipeline, settings, tuple(pool), probes, images(pipeline), base and images(base), meter, seed)
 
     def harmless(self, left_out: Sequence[TextCandidate]) -> list[TextCandidate]:
         """Random members of every kind in the pool, without those left out, as most strings of a kind are harmless."""

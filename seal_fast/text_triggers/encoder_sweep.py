@@ -28,7 +28,7 @@ def encoder_round(context: SearchContext, entries: Sequence[Ranked]) -> list[Ran
     """The entries that move the hidden states most, beyond their kind; the best first."""
     settings = context.settings
     candidates = [entry.candidate for entry in entries]
-    scores = encoder_deviations(context.pipeline, candidates, context.probe.prompts, everywhere, settings)
+    scores = encoder_deviations(context.pipeline, candidates, context.probes.model.prompts, everywhere, settings)
     return ranked_by("encoder", entries, scores, torch.zeros_like(scores))[: settings.encoder_kept]
 
 

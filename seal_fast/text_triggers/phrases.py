@@ -43,4 +43,4 @@ def _is_part(candidate: TextCandidate) -> bool:
 
 def _swept(context: SearchContext, name: str, candidates: Sequence[TextCandidate]) -> list[Ranked]:
     entries = [Ranked(one) for one in dict.fromkeys(candidates)]
-    return sweep_round(name, context.probe, entries, (), everywhere, context.settings.sweep, context.settings)
+    return sweep_round(name, context.probes, entries, (), everywhere, context.settings.sweep, context.settings)

@@ -20,7 +20,7 @@ def by_place(context: SearchContext, kept: Sequence[Ranked], harmless: Sequence[
     settings, verification = context.settings, context.settings.verification
     placed = [Ranked(place, entry.rounds) for entry in kept for place in at_each_place(entry.candidate)]
     known = [place for one in harmless for place in at_each_place(one)]
-    entries = sweep_round("places", context.probe, placed, known, in_place, settings.places, settings)
+    entries = sweep_round("places", context.probes, placed, known, in_place, settings.places, settings)
     suspicious = [
         entry
         for entry in entries

@@ -10,17 +10,20 @@ from seal_fast.text_triggers.trigger import POSITIONS
 from seal_fast.training import Stage
 
 
-def planned_stages(pool: Sequence[TextCandidate], settings: TextSearchSettings, proposers: int) -> list[Stage]:
+def planned_stages(
+    pool: Sequence[TextCandidate], settings: TextSearchSettings, proposers: int, with_base: bool = False
+) -> list[Stage]:
     """The stages of a search of this pool, with the evaluations that each is expected to take.
 
     Each proposer has its own round of places and its own verification. How many candidates pass a first check, and how many
     kinds of control strings they need, is not known before: a model with many suspicious strings takes more.
     """
+    models = 2 if with_base else 1
     counts = {
-        "paths": _paths(settings),
-        "sweep": len(pool) * _evaluations(settings.sweep),
-        "places": proposers * _places(pool, settings),
-        "phrases": _phrases(pool, settings) * _evaluations(settings.sweep),
+        "paths": models * _paths(settings),
+        "sweep": models * len(pool) * _evaluations(settings.sweep),
+        "places": models * proposers * _places(pool, settings),
+        "phrases": models * _phrases(pool, settings) * _evaluations(settings.sweep),
         "verification": proposers * _verification(settings),
     }
     return [Stage(name, 1, count) for name, count in counts.items()]

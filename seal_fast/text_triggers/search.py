@@ -29,21 +29,24 @@ from seal_fast.training import OnStep, Stage, quiet
 DEFAULTS = TextSearchSettings()
 NO_LIMIT = Budget()
 LEAST_PROMPTS = 24
-"""Half of the prompts are held out. A candidate is checked on six of them, and again on the others. A replacement that changes
-all images needs six others to be confirmed: for five of five the 95% interval begins at 0.57, below
-`least_effect_of_replacement`."""
+"""Half of the prompts are held out. A candidate is checked on six of them, and again on the others. Six others can confirm an
+inserted text that changes all images: for six of six the 95% interval begins at 0.61, above `least_effect`. A replacement needs
+twelve, and stays suspicious with fewer."""
 PROPOSERS = (single_strings, phrases)
 
 
-def stages(pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings = DEFAULTS) -> list[Stage]:
+def stages(
+    pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings = DEFAULTS, with_base: bool = False
+) -> list[Stage]:
     """The stages of a search with the evaluations that each is expected to take, for progress and for a dry run."""
-    return planned_stages(pool_of(pipeline.tokenizer, prompts, settings), settings, len(PROPOSERS))
+    return planned_stages(pool_of(pipeline.tokenizer, prompts, settings), settings, len(PROPOSERS), with_base)
 
 
 def find_text_triggers(
     pipeline: Any,
     prompts: Sequence[str],
     *,
+    base: Any = None,
     settings: TextSearchSettings = DEFAULTS,
     budget: Budget = NO_LIMIT,
     seed: int = 0,
@@ -55,6 +58,7 @@ def find_text_triggers(
         pipeline: a diffusers StableDiffusionPipeline; it is not changed.
         prompts: clean prompts; every other one is held out to verify candidates. Their words have a meaning, so they are no
             candidates by themselves.
+        base: the clean pipeline that this one was made from, if there is one. What a text does there is no backdoor.
         settings: settings of the search.
         budget: where it ends before it is complete.
         seed: seed of all noise.
@@ -68,10 +72,12 @@ def find_text_triggers(
             f"a search needs at least {LEAST_PROMPTS} clean prompts, half of which are held out; there are {len(prompts)}"
         )
     pool = pool_of(pipeline.tokenizer, prompts, settings)
-    meter = Meter({stage.name: stage for stage in planned_stages(pool, settings, len(PROPOSERS))}, budget, on_step)
+    meter = Meter(
+        {stage.name: stage for stage in planned_stages(pool, settings, len(PROPOSERS), base is not None)}, budget, on_step
+    )
     tried: list[Tried] = []
     complete = True
-    context = SearchContext.prepared(pipeline, prompts, pool, settings, meter, seed)
+    context = SearchContext.prepared(pipeline, prompts, pool, settings, meter, seed, base)
     try:
         swept = sweep_pool(context)
         for propose in PROPOSERS:
@@ -88,7 +94,7 @@ def find_text_triggers(
 
 def _outcome(context: SearchContext, tried: Sequence[Tried], complete: bool) -> TextSearch:
     best = max(tried, key=lambda one: one.check.effect.low or 0.0, default=None)
-    unconfirmed = next((one for one in tried if one.check.promising and not one.confirmed), None)
+    unconfirmed = next((one for one in tried if one.undecided), None)
     evidence = TextEvidence(
         best_effect=(best.check.effect.rate or 0.0) if best else 0.0,
         best_control=(best.check.control.rate or 0.0) if best else 0.0,

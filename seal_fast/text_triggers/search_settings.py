@@ -54,26 +54,31 @@ class VerificationSettings:
 
     Attributes:
         prompts: held-out prompts of the first check.
-        fresh_prompts: further held-out prompts, on which a candidate that passed is checked again.
-        controls: control strings of the candidate's kind.
+        fresh_prompts: further held-out prompts on which a candidate that passed is checked again; the second number if the
+            first does not decide.
+        controls: control strings of an inserted candidate's kind.
+        controls_of_replacement: control strings of a replacement's kind; more, since each destroys words in its own way.
         candidates: candidates of each proposer that are verified at most.
         per_kind: of each kind at one place at most so many.
         least_response: candidates with a smaller response are not verified.
         least_deviation: neither are those that deviate less from their kind.
-        least_effect_of_replacement: least effect, at the lower end of its interval, of a text in place of another one. The
-            missing letters change images by themselves: a lookalike of i did so in 64% of the images of a model without such a
-            trigger.
+        least_effect: least effect, at the lower end of its interval. Some rare strings of a harmless model with CLIP's
+            tokenizer change 57% to 71% of the images.
+        least_effect_of_replacement: the same of a text in place of another one. The missing letters change images by
+            themselves, in harmless models up to two thirds of them.
         same_effect: cosine of the mean changes of two candidates from which they have the same effect.
     """
 
     prompts: int = 6
-    fresh_prompts: int = 14
+    fresh_prompts: tuple[int, int] = (14, 40)
     controls: int = 5
+    controls_of_replacement: int = 8
     candidates: int = 16
     per_kind: int = 3
     least_response: float = 0.4
     least_deviation: float = 3.0
-    least_effect_of_replacement: float = 0.6
+    least_effect: float = 0.5
+    least_effect_of_replacement: float = 0.75
     same_effect: float = 0.5
 
 

@@ -16,7 +16,7 @@ def sweep_pool(context: SearchContext) -> list[Ranked]:
     """Every string of the pool by its deviation, the largest first: one evaluation for all places of a string."""
     context.meter.begin("sweep")
     pool = [Ranked(one) for one in context.pool]
-    return sweep_round("sweep", context.probe, pool, (), everywhere, context.settings.sweep, context.settings)
+    return sweep_round("sweep", context.probes, pool, (), everywhere, context.settings.sweep, context.settings)
 
 
 def single_strings(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tried]) -> Iterator[Ranked]:

@@ -19,6 +19,17 @@ Change = Callable[[TextCandidate, str], str]
 
 
 @dataclass(frozen=True)
+class Probes:
+    """Clean sampling paths of the model, and those of its base if there is one.
+
+    With a base, candidates are ranked by the ratio of the two models' responses, which cancels what their meaning does.
+    """
+
+    model: ResponseProbe
+    base: ResponseProbe | None = None
+
+
+@dataclass(frozen=True)
 class Ranked:
     """A candidate with its place in the rounds so far."""
 
@@ -62,7 +73,7 @@ def kind_and_place(candidate: TextCandidate) -> str:
 
 def sweep_round(
     name: str,
-    probe: ResponseProbe,
+    probes: Probes,
     entries: Sequence[Ranked],
     harmless: Sequence[TextCandidate],
     change: Change,
@@ -73,7 +84,7 @@ def sweep_round(
 
     Args:
         name: name of the round in the record.
-        probe: clean sampling paths.
+        probes: clean sampling paths.
         entries: the candidates.
         harmless: candidates that show what their kinds do; empty if the entries themselves are mostly harmless.
         change: puts a candidate into a prompt.
@@ -81,10 +92,13 @@ def sweep_round(
         settings: settings of the search.
     """
     candidates = [*(entry.candidate for entry in entries), *harmless]
-    responses = _responses(probe, candidates, change, round)
+    responses = _responses(probes.model, candidates, change, round)
+    unusual = responses
+    if probes.base is not None:
+        unusual = responses / _responses(probes.base, candidates, change, round).clamp_min(1e-12)
     kinds = [kind_and_place(candidate) for candidate in candidates]
     known = range(len(entries), len(candidates)) if harmless else range(len(candidates))
-    scores = deviations(responses, kinds, known, settings)[: len(entries)]
+    scores = deviations(unusual, kinds, known, settings)[: len(entries)]
     return ranked_by(name, entries, scores, responses.amax(dim=1))
 
 

@@ -42,19 +42,24 @@ class Check:
     control: Rate
     direction: Tensor
 
-    @property
-    def confirmed(self) -> bool:
-        """Whether the candidate changes images more often than control strings do, beyond the 95% intervals."""
-        return (self.effect.low or 0.0) > (self.control.high if self.control.high is not None else 1.0)
+    def confirmed(self, least: float) -> bool:
+        """Whether it changes images more often than control strings do, and than `least`, beyond the 95% intervals."""
+        return (self.effect.low or 0.0) > self._bound(least)
 
-    @property
-    def promising(self) -> bool:
-        """Whether a check on fresh prompts is worth its images."""
-        return (self.effect.rate or 0.0) > max(MIN_EFFECT, self.control.rate or 0.0)
+    def promising(self, least: float) -> bool:
+        """Whether the share itself is as large, though perhaps not its interval's lower end."""
+        return (self.effect.rate or 0.0) > max(MIN_EFFECT, self._bound(least))
+
+    def _bound(self, least: float) -> float:
+        return max(least, self.control.high if self.control.high is not None else 1.0)
+
+
+Numbered = tuple[int, str]
+"""A prompt with the number of its starting noise."""
 
 
 class ImageTest:
-    """Draws the images of one model; those of clean prompts and of control strings once.
+    """Draws the images of one model, each one once.
 
     Args:
         pipeline: the model.
@@ -68,7 +73,7 @@ class ImageTest:
         self, pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings, seed: int, on_pass: OnPass = quiet
     ) -> None:
         self.pipeline, self.prompts, self.settings, self.seed, self.on_pass = pipeline, list(prompts), settings, seed, on_pass
-        self._drawn: dict[tuple[str, ...], Tensor] = {}
+        self._drawn: dict[Numbered, Tensor] = {}
 
     @property
     def evaluations_per_image(self) -> int:
@@ -82,12 +87,11 @@ class ImageTest:
             candidate: the candidate.
             controls: at least HELD_BACK + 2 harmless candidates of its kind; they fit the same prompts.
             first: number of prompts to pass over, which an earlier check has used.
-            count: number of prompts.
+            count: number of prompts; fewer if there are no more.
         """
-        prompts = candidate.trigger.fitting(self.prompts)[first : first + count]
-        changed = [self.changed(one, prompts) for one in (candidate, *controls)]
-        self.draw([prompts, *changed])
-        clean, images, *of_controls = (self.images(some) for some in (prompts, *changed))
+        prompts = self._fitting(candidate, first, count)
+        lists = [prompts, *(self._changed(one, prompts) for one in (candidate, *controls))]
+        clean, images, *of_controls = self._images(lists)
         detector = ChangeDetector.fitted(clean, of_controls[HELD_BACK:])
         false = sum(int(detector(some, clean).sum()) for some in of_controls[:HELD_BACK])
         direction = (statistics(images) - statistics(clean)).mean(dim=0)
@@ -99,44 +103,42 @@ class ImageTest:
 
     def visible(self, candidates: Sequence[TextCandidate], count: int) -> list[float]:
         """For each candidate, the share of the first `count` fitting prompts whose image it changes visibly."""
-        prompts = [candidate.trigger.fitting(self.prompts)[:count] for candidate in candidates]
-        changed = [self.changed(candidate, some) for candidate, some in zip(candidates, prompts, strict=True)]
-        self.draw([*prompts, *changed])
-        return [self._visible(*pair) for pair in zip(changed, prompts, strict=True)]
+        prompts = [self._fitting(candidate, 0, count) for candidate in candidates]
+        changed = [self._changed(candidate, some) for candidate, some in zip(candidates, prompts, strict=True)]
+        images = self._images([*prompts, *changed])
+        return [_visible(*pair) for pair in zip(images[len(prompts) :], images[: len(prompts)], strict=True)]
 
-    def _visible(self, changed: Sequence[str], prompts: Sequence[str]) -> float:
-        clean = self.images(prompts)
-        changes = visible_changes(self.images(changed), clean, colour_spread(clean))
-        return float((changes >= LEAST_VISIBLE).double().mean())
+    def _fitting(self, candidate: TextCandidate, first: int, count: int) -> list[Numbered]:
+        return list(enumerate(candidate.trigger.fitting(self.prompts)))[first : first + count]
 
-    def changed(self, candidate: TextCandidate, prompts: Sequence[str]) -> tuple[str, ...]:
+    def _changed(self, candidate: TextCandidate, prompts: Sequence[Numbered]) -> list[Numbered]:
         """The prompts with the candidate in its position; a random place is the same for every candidate."""
-        return tuple(with_candidate(candidate, prompt, self.seed + place) for place, prompt in enumerate(prompts))
+        return [(number, with_candidate(candidate, prompt, self.seed + number)) for number, prompt in prompts]
 
-    def images(self, prompts: Sequence[str]) -> Tensor:
-        """Images float32 [N,3,H,W] in [0, 1]; the same prompts are drawn only once."""
-        self.draw([prompts])
-        return self._drawn[tuple(prompts)]
-
-    def draw(self, lists: Sequence[Sequence[str]]) -> None:
-        """Draw the images of several lists of prompts together; every list starts from the same noises.
+    def _images(self, lists: Sequence[Sequence[Numbered]]) -> list[Tensor]:
+        """Images float32 [N,3,H,W] in [0, 1] of each list. Those not drawn before are drawn together.
 
         Passes of many images take less than half the time of those of six.
         """
-        missing = [key for key in dict.fromkeys(map(tuple, lists)) if key not in self._drawn]
-        if not missing:
-            return
-        images = generate(
-            self.pipeline,
-            [prompt for key in missing for prompt in key],
-            seed=self.seed,
-            steps=self.settings.sampler_steps,
-            guidance=self.settings.guidance,
-            precision=self.settings.precision,
-            noises=[number for key in missing for number in range(len(key))],
-            on_pass=lambda drawn: self.on_pass(drawn * self.evaluations_per_image),
-        )
-        self._drawn |= dict(zip(missing, images.split([len(key) for key in missing]), strict=True))
+        missing = [one for one in dict.fromkeys(one for some in lists for one in some) if one not in self._drawn]
+        if missing:
+            images = generate(
+                self.pipeline,
+                [prompt for _, prompt in missing],
+                seed=self.seed,
+                steps=self.settings.sampler_steps,
+                guidance=self.settings.guidance,
+                precision=self.settings.precision,
+                noises=[number for number, _ in missing],
+                on_pass=lambda drawn: self.on_pass(drawn * self.evaluations_per_image),
+            )
+            self._drawn |= dict(zip(missing, images, strict=True))
+        return [torch.stack([self._drawn[one] for one in some]) for some in lists]
+
+
+def _visible(images: Tensor, clean: Tensor) -> float:
+    changes = visible_changes(images, clean, colour_spread(clean))
+    return float((changes >= LEAST_VISIBLE).double().mean())
 
 
 def with_candidate(candidate: TextCandidate, prompt: str, seed: int) -> str:

@@ -65,8 +65,8 @@ def _is_accented(character: str, letter: str) -> bool:
 
 
 def distinct(tokenizer: Any, texts: Iterable[str]) -> dict[tuple[int, ...], str]:
-    """Token ids -> the first of the texts that has them, without texts that the tokenizer drops."""
-    unique = list(dict.fromkeys(texts))
+    """Token ids -> the first of the texts that has them, in lower case if one is, without texts that the tokenizer drops."""
+    unique = sorted(dict.fromkeys(texts), key=lambda text: text != text.lower())
     found: dict[tuple[int, ...], str] = {}
     for text, ids in zip(unique, tokenizer(unique, add_special_tokens=False).input_ids if unique else [], strict=True):
         if ids:

@@ -45,7 +45,7 @@ def _plan(checkpoint: Checkpoint, detector: TextScan) -> PlannedSearch:
         pipeline = model.pipeline
         planned = tuple(
             PlannedStage(stage.name, stage.iterations * stage.images)
-            for stage in stages(pipeline, model.prompts, detector.settings)
+            for stage in stages(pipeline, model.prompts, detector.settings, model.base is not None)
         )
         batch = batch_size(pipeline)
         batch_seconds = measured_batch(pipeline, batch, detector.settings.precision)

@@ -47,7 +47,8 @@ class TextScan:
     """Scans a text-to-image model for text triggers.
 
     Attributes:
-        base: folder of the clean pipeline. It completes a checkpoint that is a UNet or a text encoder alone.
+        base: folder of the clean pipeline, which the model is compared with. It also completes a checkpoint that is a UNet or a
+            text encoder alone.
         prompts: clean prompts; None for those of the model card, else shipped ones (`seal_fast.workflows.prompts`).
         settings: settings of the search.
         budget: where a search ends before it is complete.
@@ -98,10 +99,13 @@ class TextScan:
         return find_text_triggers(
             model.pipeline,
             model.prompts,
+            base=model.base,
             settings=self.settings,
             budget=self.budget,
             seed=self.seed,
-            on_step=share_of_work(stages(model.pipeline, model.prompts, self.settings), at, on_progress),
+            on_step=share_of_work(
+                stages(model.pipeline, model.prompts, self.settings, model.base is not None), at, on_progress
+            ),
         )
 
     def findings(self, loaded: Loaded[TextModel], search: TextSearch) -> Findings:

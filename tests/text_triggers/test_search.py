@@ -124,6 +124,13 @@ def test_a_search_is_complete_repeats_and_reports_planned_stages(pipeline: Any) 
     assert find_text_triggers(pipeline, PROMPTS, settings=SMALL, seed=3) == found
 
 
+def test_nothing_is_found_beyond_a_base_that_is_the_model_itself(pipeline: Any) -> None:
+    found = find_text_triggers(pipeline, PROMPTS, base=pipeline, settings=SMALL, seed=3)
+    alone = find_text_triggers(pipeline, PROMPTS, settings=SMALL, seed=3)
+    assert found.found == ()
+    assert found.evidence.evaluations > 1.5 * alone.evidence.evaluations
+
+
 def test_a_budget_ends_a_search(pipeline: Any) -> None:
     found = find_text_triggers(pipeline, PROMPTS, settings=SMALL, budget=Budget(evaluations=1))
     assert not found.evidence.complete
