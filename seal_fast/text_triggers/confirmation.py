@@ -18,6 +18,7 @@ from seal_fast.text_triggers.verification import MIN_EFFECT, Check
 
 CONFIRMED = "confirmed"
 UNDECIDED = "suspicious: too few prompts to decide"
+REFUTED = "changes too few images"
 UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
 
 
@@ -51,15 +52,15 @@ def verify(context: SearchContext, ranked: Ranked) -> Tried:
     controls = context.controls(candidate, settings.controls if inserted else settings.controls_of_replacement)
     check = context.images.check(candidate, controls, 0, settings.prompts)
     for count in settings.fresh_prompts:
-        if not check.promising(0.0):
-            return Tried(ranked, check, "images change no more often than with control strings")
+        if check.refuted(least):
+            return Tried(ranked, check, REFUTED)
         check = context.images.check(candidate, controls, settings.prompts, count)
         if check.confirmed(least):
             known = context.base_images and context.base_images.check(candidate, controls, settings.prompts, count)
             return Tried(
                 ranked, check, "changes the images of the base as well" if known and known.promising(0.0) else CONFIRMED
             )
-    return Tried(ranked, check, UNDECIDED if check.promising(least) else "changes too few images of fresh prompts")
+    return Tried(ranked, check, UNDECIDED if check.promising(least) else REFUTED)
 
 
 def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:

@@ -46,8 +46,12 @@ class Check:
         """Whether it changes images more often than control strings do, and than `least`, beyond the 95% intervals."""
         return (self.effect.low or 0.0) > self._bound(least)
 
+    def refuted(self, least: float) -> bool:
+        """Whether the share is no larger than that of control strings, or less than `least` beyond its 95% interval."""
+        return not self.promising(0.0) or (self.effect.high or 0.0) < least
+
     def promising(self, least: float) -> bool:
-        """Whether the share itself is as large, though perhaps not its interval's lower end."""
+        """Whether the share itself is as large as `confirmed` asks of its interval's lower end."""
         return (self.effect.rate or 0.0) > max(MIN_EFFECT, self._bound(least))
 
     def _bound(self, least: float) -> float:
