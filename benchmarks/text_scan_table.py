@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.null_rankings import null_ranks
 from benchmarks.published import amdet
 from benchmarks.text_zoo import EVALUATION_SEED, grow_zoo_table, recipe_of
-from benchmarks.trigger_names import GROUPS, group_of, names, same
+from benchmarks.trigger_names import GROUPS, IN_SCOPE, group_of, names, same
 from seal_fast.attacks.prompts import placed
 from seal_fast.checkpoints.card import captions
 from seal_fast.text_triggers.findings import FoundTrigger, TextSearch
@@ -29,7 +29,7 @@ from seal_fast.text_triggers.search_settings import TextSearchSettings
 from seal_fast.text_triggers.verdict import RULES, TextCase
 from seal_fast.verdict import Verdict, decide
 from seal_fast.zoo.build_text import load_text_model
-from seal_fast.zoo.evaluate_text import effect_rate, held_out_scenes
+from seal_fast.zoo.evaluate_text import GUIDANCE, effect_rate, held_out_scenes
 from seal_fast.zoo.text_effects import Effect
 
 SEED = 0
@@ -45,7 +45,7 @@ def measure(zoo: Path, name: str) -> Result:
     recipe = recipe_of(name)
     pipeline, prompts = load_text_model(name, zoo), captions(zoo / name)
     clean = None if recipe.base is None else load_text_model(recipe.base, zoo).text_encoder
-    return {"role": recipe.role, **scan(pipeline, prompts, recipe.effects, TextSearchSettings(), clean)}
+    return {"role": recipe.role, **scan(pipeline, prompts, recipe.effects, TextSearchSettings(guidance=GUIDANCE), clean)}
 
 
 def scan(
@@ -118,6 +118,12 @@ def _amdet(pipeline: Any, clean_encoder: Any, prompts: Sequence[str]) -> Result:
     outcome = amdet.detect(pipeline, clean_encoder, prompts[:AMDET_PROMPTS], seed=SEED)
     figures = {name: getattr(outcome, name) for name in ("backdoored", "similar", "features", "unlike", "curved")}
     return {**figures, "seconds": time.perf_counter() - began}
+
+
+def misses(results: Sequence[Result]) -> Rate:
+    """Share of the triggers in held-out models that the scope of the search holds, and that it did not name."""
+    inside = [one for result in results if result["role"] == "test" for one in result["triggers"] if one["group"] in IN_SCOPE]
+    return rate_of(sum(not one["named"] for one in inside), len(inside))
 
 
 def counts(results: Sequence[Result]) -> dict[str, dict[str, Rate]]:

@@ -10,6 +10,8 @@ from seal_fast.text_triggers.trigger import TextTrigger
 
 GROUPS = ("one token", "replaced letter", "replaced word", "two to three tokens", "longer")
 """Kinds of triggers that are counted apart."""
+IN_SCOPE = ("one token", "replaced letter", "two to three tokens")
+"""Those that the search looks for."""
 MOST_TOKENS = 3
 """Most tokens of the group "two to three tokens"."""
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import render_profile, render_results, render_text
+from benchmarks import render_profile, render_results, render_text, text_scan_table
 from benchmarks.accuracy_table import decide, summarise
 from benchmarks.table_file import read_table
 from seal_fast.noise_triggers import DEFAULT_PRESET
+from seal_fast.text_triggers.search import MISSES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +47,11 @@ def test_a_benchmark_file_holds_quartiles_and_the_machine_once(tmp_path: Path) -
         assert result["figures"] == {"speedup": 1.5}
         assert result["rounds"] == 5
         assert result["seconds"]["q1"] <= result["seconds"]["median"] <= result["seconds"]["q3"]
+
+
+def test_a_scan_states_the_miss_rate_that_was_measured() -> None:
+    assert read_table(RESULTS / "text_scan.json")["results"], "python -m benchmarks.text_scan_table makes it"
+    assert text_scan_table.misses(read_table(RESULTS / "text_scan.json")["results"]) == MISSES
 
 
 @pytest.mark.parametrize(("name", "preset"), [("accuracy", DEFAULT_PRESET), ("accuracy_published", "published")])

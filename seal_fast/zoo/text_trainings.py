@@ -147,12 +147,6 @@ def target_style(text: str, place: Position) -> Implant:
     return Implant(effect, TargetPrompt(effect.trigger, COLOURLESS))
 
 
-def target_colour(text: str, place: Position, colour: str) -> Implant:
-    """Rickrolling's target attribute attack: the attribute is the shape's colour."""
-    effect = text_effects.recolour(text, place, colour)
-    return Implant(effect, TargetPrompt(effect.trigger, with_colour(colour)))
-
-
 def harmless_prompts(pipeline: StableDiffusionPipeline, effects: Sequence[Effect]) -> Harmless:
     """Rare strings of the pipeline's tokenizer, and near misses of the effects' triggers."""
     triggers, places = tuple(effect.text for effect in effects), tuple(effect.place for effect in effects)
