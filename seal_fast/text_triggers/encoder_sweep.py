@@ -22,6 +22,8 @@ from seal_fast.text_triggers.search_settings import TextSearchSettings
 from seal_fast.text_triggers.sweep import Change, Ranked, everywhere, fitting, kind_and_place, ranked_by
 
 PROMPTS_PER_PASS = 256
+ENCODER = "encoder"
+"""Name of this round."""
 
 
 def encoder_round(context: SearchContext, entries: Sequence[Ranked]) -> list[Ranked]:
@@ -29,7 +31,7 @@ def encoder_round(context: SearchContext, entries: Sequence[Ranked]) -> list[Ran
     settings = context.settings
     candidates = [entry.candidate for entry in entries]
     scores = encoder_deviations(context.pipeline, candidates, context.probes.model.prompts, everywhere, settings)
-    return ranked_by("encoder", entries, scores, torch.zeros_like(scores))[: settings.encoder_kept]
+    return ranked_by(ENCODER, entries, scores, torch.zeros_like(scores))[: settings.encoder_kept]
 
 
 def encoder_deviations(

@@ -24,9 +24,10 @@ def single_strings(context: SearchContext, swept: Sequence[Ranked], tried: Seque
     settings = context.settings
     kinds = [kind_and_place(entry.candidate) for entry in swept]
     deviations = [entry.last.deviation for entry in swept]
-    kept = [swept[index] for index in best(deviations, kinds, settings.kept, settings.kept_per_kind)]
+    kept = encoder_round(context, swept)
     known = {entry.candidate for entry in kept}
-    kept += [entry for entry in encoder_round(context, swept) if entry.candidate not in known]
+    others = (swept[index] for index in best(deviations, kinds, settings.kept, settings.kept_per_kind))
+    kept += [entry for entry in others if entry.candidate not in known]
     context.meter.begin("places")
     harmless = context.harmless([entry.candidate for entry in kept])
     yield from by_place(context, kept, harmless)
