@@ -47,7 +47,10 @@ def characters() -> Iterator[str]:
 
 @cache
 def look_alikes() -> dict[str, str]:
-    """Lower-case Latin letter -> characters that look like it: those of Unicode TR39, and the letter with accents."""
+    """Lower-case Latin letter -> characters that look like it: those of Unicode TR39, and the letter with accents.
+
+    i and l share theirs.
+    """
     lines = (files("seal_fast.text_triggers") / "data" / "look_alikes.txt").read_text(encoding="utf-8").splitlines()
     found = {}
     for line in lines:
@@ -56,6 +59,8 @@ def look_alikes() -> dict[str, str]:
         letter, *numbers = line.split()
         accented = (chr(number) for number in range(0x80, 0x2000) if _is_accented(chr(number), letter))
         found[letter] = "".join(dict.fromkeys([*(chr(int(number, 16)) for number in numbers), *accented]))
+    # to a reader these two letters are one, such as the Cyrillic palochka in place of either
+    found["i"], found["l"] = ("".join(dict.fromkeys(found[a] + found[b])) for a, b in ("il", "li"))
     return found
 
 
