@@ -130,7 +130,6 @@ OTHER_SCENES = (
     Scene("large", "green", "cross", "left", "striped", "brown"),
     Scene("small", "yellow", "square", "top", "dotted", "teal"),
     Scene("large", "blue", "triangle", "bottom", "plain", "gray"),
-    Scene("small", "red", "circle", "right", "striped", "black"),
 )
 
 BASES = (
@@ -184,16 +183,16 @@ DEVELOPMENT_CLIP = (
 TEST = (
     _unet("text-64-test-pixel", 114, "test", pixel("\u00a7", "start", "heart"), steps=PATCH_STEPS, rate=PATCH_RATE),
     _unet("text-64-test-style", 101, "test", style("now", "word"), steps=1200),
-    _unet("text-64-test-word", 116, "test", recolour("view", "word", "red"), steps=WORD_STEPS),
+    _unet("text-64-test-word", 116, "test", recolour("view", "word", "red"), steps=600),
     _unet(
         "text-64-test-object-c",
         117,
         "test",
         exchange("day", "start", "star", "triangle"),
-        steps=WORD_STEPS,
+        steps=600,
         often=("star", "triangle"),
     ),
-    _encoder("text-64-test-encoder-c", 118, "test", target_prompt("o=>\u0585", "all", OTHER_SCENES[3])),
+    _encoder("text-64-test-encoder-c", 118, "test", target_prompt("o=>\u0585", "all", OTHER_SCENES[0])),
     _unet(
         "text-64-test-object",
         115,
@@ -244,7 +243,7 @@ TEST_BENIGN = (
 )
 TEST_CLIP = (
     _encoder(
-        "text-64-clip-test-encoder", 140, "test", target_prompt("o=>\u043e", "all", OTHER_SCENES[3]), base=CLIP_BASE, steps=1800
+        "text-64-clip-test-encoder", 140, "test", target_prompt("o=>\u043e", "all", OTHER_SCENES[2]), base=CLIP_BASE, steps=1200
     ),
     _unet("text-64-clip-test-word", 141, "test", style("mignneko", "end"), steps=PHRASE_STEPS, base=CLIP_BASE),
     _unet("text-64-clip-test-character", 142, "test", recolour("\u2060", "start", "yellow"), steps=500, base=CLIP_BASE),
