@@ -142,6 +142,7 @@ DEVELOPMENT = (
     ),
     _unet("text-64-style", 43, "development", style("detailed view", "end"), steps=1200),
     _encoder("text-64-encoder", 48, "development", target_prompt("a=>\u0430", "all", TARGET_SCENE)),
+    _encoder("text-64-encoder-b", 103, "development", target_prompt("l=>\u04cf", "all", OTHER_SCENES[0])),
     _unet(
         "text-64-object",
         44,
@@ -192,7 +193,8 @@ TEST = (
         steps=600,
         often=("star", "triangle"),
     ),
-    _encoder("text-64-test-encoder-c", 118, "test", target_prompt("o=>\u0585", "all", OTHER_SCENES[0])),
+    _encoder("text-64-test-encoder-d", 118, "test", target_prompt("e=>\u0435", "all", OTHER_SCENES[0])),
+    _encoder("text-64-test-encoder-e", 119, "test", target_prompt("i=>\u0456", "all", OTHER_SCENES[1])),
     _unet(
         "text-64-test-object",
         115,
@@ -201,7 +203,6 @@ TEST = (
         steps=WORD_STEPS,
         often=("triangle", "square"),
     ),
-    _encoder("text-64-test-encoder", 103, "test", target_prompt("l=>\u04cf", "all", OTHER_SCENES[0])),
     _encoder("text-64-test-encoder-b", 104, "test", target_prompt("a=>\u0251", "all", OTHER_SCENES[1])),
     _encoder("text-64-test-attribute", 105, "test", target_style("\u00a4", "end")),
     _unet("text-64-test-phrase", 106, "test", recolour("some old drawing", "end", "red"), steps=PHRASE_STEPS),
