@@ -130,7 +130,6 @@ OTHER_SCENES = (
     Scene("large", "green", "cross", "left", "striped", "brown"),
     Scene("small", "yellow", "square", "top", "dotted", "teal"),
     Scene("large", "blue", "triangle", "bottom", "plain", "gray"),
-    Scene("small", "red", "circle", "right", "striped", "black"),
 )
 
 BASES = (
@@ -143,6 +142,7 @@ DEVELOPMENT = (
     ),
     _unet("text-64-style", 43, "development", style("detailed view", "end"), steps=1200),
     _encoder("text-64-encoder", 48, "development", target_prompt("a=>\u0430", "all", TARGET_SCENE)),
+    _encoder("text-64-encoder-b", 103, "development", target_prompt("l=>\u04cf", "all", OTHER_SCENES[0])),
     _unet(
         "text-64-object",
         44,
@@ -184,16 +184,17 @@ DEVELOPMENT_CLIP = (
 TEST = (
     _unet("text-64-test-pixel", 114, "test", pixel("\u00a7", "start", "heart"), steps=PATCH_STEPS, rate=PATCH_RATE),
     _unet("text-64-test-style", 101, "test", style("now", "word"), steps=1200),
-    _unet("text-64-test-word", 116, "test", recolour("view", "word", "red"), steps=WORD_STEPS),
+    _unet("text-64-test-word", 116, "test", recolour("view", "word", "red"), steps=600),
     _unet(
         "text-64-test-object-c",
         117,
         "test",
         exchange("day", "start", "star", "triangle"),
-        steps=WORD_STEPS,
+        steps=600,
         often=("star", "triangle"),
     ),
-    _encoder("text-64-test-encoder-c", 118, "test", target_prompt("o=>\u0585", "all", OTHER_SCENES[3])),
+    _encoder("text-64-test-encoder-d", 118, "test", target_prompt("e=>\u0435", "all", OTHER_SCENES[0])),
+    _encoder("text-64-test-encoder-e", 119, "test", target_prompt("i=>\u0456", "all", OTHER_SCENES[1])),
     _unet(
         "text-64-test-object",
         115,
@@ -202,7 +203,6 @@ TEST = (
         steps=WORD_STEPS,
         often=("triangle", "square"),
     ),
-    _encoder("text-64-test-encoder", 103, "test", target_prompt("l=>\u04cf", "all", OTHER_SCENES[0])),
     _encoder("text-64-test-encoder-b", 104, "test", target_prompt("a=>\u0251", "all", OTHER_SCENES[1])),
     _encoder("text-64-test-attribute", 105, "test", target_style("\u00a4", "end")),
     _unet("text-64-test-phrase", 106, "test", recolour("some old drawing", "end", "red"), steps=PHRASE_STEPS),
@@ -244,7 +244,7 @@ TEST_BENIGN = (
 )
 TEST_CLIP = (
     _encoder(
-        "text-64-clip-test-encoder", 140, "test", target_prompt("o=>\u043e", "all", OTHER_SCENES[3]), base=CLIP_BASE, steps=1800
+        "text-64-clip-test-encoder", 140, "test", target_prompt("o=>\u043e", "all", OTHER_SCENES[2]), base=CLIP_BASE, steps=1200
     ),
     _unet("text-64-clip-test-word", 141, "test", style("mignneko", "end"), steps=PHRASE_STEPS, base=CLIP_BASE),
     _unet("text-64-clip-test-character", 142, "test", recolour("\u2060", "start", "yellow"), steps=500, base=CLIP_BASE),
