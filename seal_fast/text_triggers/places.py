@@ -30,7 +30,7 @@ def by_place(context: SearchContext, kept: Sequence[Ranked], harmless: Sequence[
 
 
 def _moves_encoder(entry: Ranked, limit: float) -> bool:
-    """Whether it moved the text encoder most of its kind, and by far. The UNet may answer all of the kind as strongly."""
+    """Whether it moved the text encoder most of its kind, and by far. All of the kind may move the UNet."""
     return any(round.name == ENCODER and round.rank == 1 and round.deviation >= limit for round in entry.rounds)
 
 
