@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from seal_fast.text_triggers.candidates import inserted, joined, replaced_letter
 from seal_fast.text_triggers.context import SearchContext, pool_of
 from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.ranking import best, deviations
+from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.responses import ResponseProbe
 from seal_fast.text_triggers.search import LEAST_PROMPTS, find_text_triggers, stages
 from seal_fast.text_triggers.search_settings import Budget, PhraseSettings, TextSearchSettings, VerificationSettings
-from seal_fast.text_triggers.vocabulary import look_alikes, single_tokens
+from seal_fast.text_triggers.verification import Check
+from seal_fast.text_triggers.vocabulary import distinct, look_alikes, single_tokens
 from seal_fast.training import Stage, quiet
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -60,6 +63,7 @@ def test_look_alikes_are_single_characters_that_are_not_the_letter() -> None:
     table = look_alikes()
     assert {"\u0430", "\u00e5"} <= set(table["a"])
     assert {"\u043e", "\u0b66", "\u020f"} <= set(table["o"])
+    assert "\u04cf" in table["l"], "a reader takes the Cyrillic palochka for either letter"
     for letter, others in table.items():
         assert letter not in others
         assert len(set(others)) == len(others)
@@ -74,6 +78,34 @@ def test_candidates_differ_in_their_tokens_and_leave_words_of_the_prompts_out(pi
     words = {word for prompt in PROMPTS for word in prompt.split()}
     assert not words & {one.trigger.text for one in pool}
     assert all(one.trigger.replaces in "".join(PROMPTS) for one in replaced_letters(pipeline.tokenizer, PROMPTS))
+
+
+def test_equal_token_ids_are_one_text_in_lower_case(pipeline: Any) -> None:
+    assert distinct(pipeline.tokenizer, ["\u039b", "\u03bb", "cat", ""]) == {
+        tuple(content_ids(pipeline.tokenizer, text)): text for text in ("\u03bb", "cat")
+    }
+
+
+def test_a_token_that_the_owner_added_is_no_candidate(pipeline: Any) -> None:
+    tokenizer = deepcopy(pipeline.tokenizer)
+    assert "<ringed>" not in {one.trigger.text for one in inserted(tokenizer, PROMPTS)}
+    tokenizer.add_tokens(["<ringed>"])
+    assert len(content_ids(tokenizer, "<ringed>")) == 1
+    assert "<ringed>" not in {one.trigger.text for one in inserted(tokenizer, PROMPTS)}
+
+
+def test_the_outcome_of_a_check_grows_with_the_effect() -> None:
+    nothing = torch.zeros(0)
+    for least in (0.0, 0.5, 0.75):
+        for controls in (0, 2, 9):
+            checks = [Check(rate_of(hits, 14), rate_of(controls, 28), nothing) for hits in range(15)]
+            grades = [2 * one.confirmed(least) + one.promising(least) - one.refuted(least) for one in checks]
+            assert grades == sorted(grades)
+            assert grades[0] == -1
+            assert checks[14].confirmed(least)
+            for one in checks:
+                assert not (one.confirmed(least) and one.refuted(least))
+                assert one.promising(least) or not one.confirmed(least)
 
 
 def test_a_deviation_is_measured_within_the_kind() -> None:
