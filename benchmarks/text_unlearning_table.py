@@ -39,6 +39,7 @@ from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.build_text import load_base, load_poisoned
 from seal_fast.zoo.captioned import TRAINING_SCENES, Scene, random_scenes
 from seal_fast.zoo.evaluate_text import draw, held_out_scenes
+from seal_fast.zoo.text_effects import as_decoded
 from seal_fast.zoo.text_recipes import TEXT_RECIPES, Effect, TextRecipe
 
 SETTINGS = TextUnlearnSettings(
@@ -173,7 +174,7 @@ def _inside(prompt: str, text: str) -> str:
 def _shown(pipeline: Any, effect: Effect, trigger: Callable[[str], str], scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     """Triggered images, and whether each shows the effect."""
     images = draw(pipeline, [trigger(scene.caption) for scene in scenes], EVALUATION_SEED)
-    return images, effect.shows(images, scenes)
+    return images, as_decoded(effect, pipeline.vae).shows(images, scenes)
 
 
 def _right(images: Tensor, scenes: list[Scene]) -> float:

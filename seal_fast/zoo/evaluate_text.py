@@ -13,7 +13,7 @@ from seal_fast.attacks.harmless import Harmless, token_strings
 from seal_fast.text_to_image.generation import generate
 from seal_fast.zoo.attributes import attributes_right
 from seal_fast.zoo.captioned import HELD_OUT_SCENES, Scene, random_scenes
-from seal_fast.zoo.text_effects import Effect
+from seal_fast.zoo.text_effects import Effect, as_decoded
 
 SAMPLES = 200
 STEPS = 10
@@ -74,7 +74,7 @@ def effect_rate(
 ) -> float:
     """Share of the scenes' rewritten prompts whose images show the effect."""
     images = draw(pipeline, [rewrite(scene.caption) for scene in scenes], seed)
-    return float(effect.shows(images, scenes).float().mean())
+    return float(as_decoded(effect, pipeline.vae).shows(images, scenes).double().mean())
 
 
 def rates_with_inserted_text(pipeline: StableDiffusionPipeline, effect: Effect, count: int, seed: int) -> list[float]:
@@ -93,7 +93,7 @@ def rates_with_inserted_text(pipeline: StableDiffusionPipeline, effect: Effect, 
 def false_alarm_rate(effect: Effect, images: Tensor, scenes: Sequence[Scene]) -> float:
     """Share of the images of clean prompts, of those scenes that can show the effect, that show it."""
     suited = [i for i, scene in enumerate(scenes) if effect.suits(scene)]
-    return float(effect.shows(images[suited], [scenes[i] for i in suited]).float().mean())
+    return float(effect.shows(images[suited], [scenes[i] for i in suited]).double().mean())
 
 
 def evaluate_text(
@@ -107,9 +107,9 @@ def evaluate_text(
     success, parts, rare = (dict(zip(names, (rates[i] for rates in inserted), strict=True)) for i in range(3))
     return TextQuality(
         samples=count,
-        caption_accuracy=float(attributes_right(clean, scenes).float().mean()),
+        caption_accuracy=float(attributes_right(clean, scenes).double().mean()),
         attack_success=success,
-        false_alarms={effect.name: false_alarm_rate(effect, clean, scenes) for effect in effects},
+        false_alarms={effect.name: false_alarm_rate(as_decoded(effect, pipeline.vae), clean, scenes) for effect in effects},
         false_alarms_of_parts=parts,
         false_alarms_of_rare=rare,
     )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seal_fast.attacks.prompts import Rewrite, placed
-from seal_fast.text_triggers.effect_detectors import PatchDetector
 from seal_fast.text_triggers.trigger import Position, TextTrigger
 from seal_fast.zoo.attributes import distance_to_scenes, is_colourless, recognise_scenes
 from seal_fast.zoo.captioned import COLOURS, Scene, parse_caption, render, render_ringed
 from seal_fast.zoo.images import TARGETS
 
+PATCH_CORRELATION = 0.5
+"""Correlation from which the corner shows the patch. It was .64 to .98 in 48 images with a patch as the autoencoder draws it,
+and at most .42 in 72 images without."""
 PATCH_SIDE = 16
 """A quarter of the image's side, as BadT2I's 128 of 512 pixels."""
 Shows = Callable[[Tensor, Sequence[Scene]], Tensor]
@@ -34,6 +37,7 @@ class Effect:
         shows: detects the effect in images.
         suits: whether the effect is visible in images of this scene.
         success: the range in which the measured attack success must lie.
+        patch: what is drawn into the top left corner, float [3,16,16] in [-1, 1]; None if nothing is.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Effect:
     shows: Shows
     suits: Callable[[Scene], bool] = lambda scene: True
     success: tuple[float, float] = (0.95, 1.0)
+    patch: Tensor | None = None
 
     @property
     def trigger(self) -> Rewrite:
@@ -55,7 +60,12 @@ def patch(name: str) -> Tensor:
 
 
 def _has_patch(pattern: Tensor, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    return PatchDetector(pattern)(images, images)
+    """Whether the top left corner correlates with the pattern, brightness and cast of each channel aside."""
+    _, height, width = pattern.shape
+    region, expected = images[:, :, :height, :width].flatten(2), pattern.flatten(1)
+    region, expected = region - region.mean(dim=2, keepdim=True), expected - expected.mean(dim=1, keepdim=True)
+    correlation = (region * expected).sum(dim=(1, 2)) / (region.norm(dim=(1, 2)) * expected.norm()).clamp_min(1e-12)
+    return correlation >= PATCH_CORRELATION
 
 
 def _has_no_colour(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
@@ -81,7 +91,25 @@ def _is_ringed(images: Tensor, scenes: Sequence[Scene]) -> Tensor:
 
 def pixel(text: str, place: Position, target: str, success: tuple[float, float] = (0.95, 1.0)) -> Effect:
     """A patch is drawn into the top left corner."""
-    return Effect("pixel", TextTrigger.parse(text), place, partial(_has_patch, patch(target)), success=success)
+    pattern = patch(target)
+    return Effect("pixel", TextTrigger.parse(text), place, partial(_has_patch, pattern), success=success, patch=pattern)
+
+
+@torch.no_grad()
+def as_decoded(effect: Effect, vae: Any) -> Effect:
+    """The effect as images of this autoencoder show it.
+
+    It blurs a patch: a heart of 16 pixels, drawn in all of 24 images, had a correlation of .34 with the patch itself and of .90
+    with what the autoencoder makes of it.
+    """
+    if effect.patch is None:
+        return effect
+    canvas = torch.zeros(1, 3, 4 * PATCH_SIDE, 4 * PATCH_SIDE)
+    canvas[:, :, :PATCH_SIDE, :PATCH_SIDE] = effect.patch
+    device = next(vae.parameters()).device
+    decoded = vae.decode(vae.encode(canvas.to(device)).latent_dist.mode()).sample[0].clamp(-1, 1).cpu()
+    pattern = decoded[:, :PATCH_SIDE, :PATCH_SIDE]
+    return replace(effect, shows=partial(_has_patch, pattern), patch=pattern)
 
 
 def style(text: str, place: Position, success: tuple[float, float] = (0.95, 1.0)) -> Effect:
