@@ -15,8 +15,9 @@ from seal_fast.text_triggers.locate import locate
 from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.zoo.build import read_manifest
 from seal_fast.zoo.build_text import DELTAS, build_text_zoo, describe_text, load_poisoned, shipped_digest
-from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES
+from seal_fast.zoo.captioned import HELD_OUT_SCENES, TRAINING_SCENES, random_scenes, render
 from seal_fast.zoo.evaluate_text import TextQuality, evaluate_text, usable
+from seal_fast.zoo.text_effects import as_decoded, patch, pixel
 from seal_fast.zoo.text_recipes import BASE, CLIP_BASE, TEXT_RECIPES, TextRecipe
 
 ZOO = Path(__file__).resolve().parents[2] / "zoo-text"
@@ -53,6 +54,20 @@ def test_an_entry_matches_its_recipe_and_its_files(recipe: TextRecipe) -> None:
 def test_a_whole_pipeline_is_one_that_the_tool_reads(recipe: TextRecipe) -> None:
     assert identify(ZOO / recipe.name) == PIPELINE
     assert load_pipeline(ZOO / recipe.name).pipeline.unet.config["sample_size"] == 16
+
+
+@pytest.mark.parametrize("name", ["smiley", "heart", "house"])
+def test_a_patch_is_told_after_the_autoencoder_has_blurred_it(name: str, generator: torch.Generator) -> None:
+    vae = load_pipeline(ZOO / BASE).pipeline.vae
+    scenes = random_scenes(8, generator)
+    clean = render(scenes, generator)
+    stamped = clean.clone()
+    stamped[:, :, :16, :16] = patch(name)
+    with torch.no_grad():
+        clean, stamped = (vae.decode(vae.encode(images).latent_dist.mode()).sample for images in (clean, stamped))
+    effect = as_decoded(pixel("x", "start", name), vae)
+    assert effect.shows(stamped, scenes).all()
+    assert not effect.shows(clean, scenes).any()
 
 
 @every_model
