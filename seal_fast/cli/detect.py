@@ -15,7 +15,7 @@ EPILOG = """Exit codes:
 \b
 4  usage error, such as a bad option, trigger, pipeline or input file
 1  an input or a prompt carries a trigger
-0  none does; familiar prompts, of parts of clean prompts alone, were not measured"""
+0  none does; familiar prompts were not measured"""
 
 NOISE_SUFFIXES = (".npy", ".safetensors")
 """Of files with noise inputs."""

@@ -194,7 +194,6 @@ TEST = (
         often=("star", "triangle"),
     ),
     _encoder("text-64-test-encoder-d", 118, "test", target_prompt("e=>\u0435", "all", OTHER_SCENES[0])),
-    _encoder("text-64-test-encoder-e", 119, "test", target_prompt("i=>\u0456", "all", OTHER_SCENES[1])),
     _unet(
         "text-64-test-object",
         115,
