@@ -26,14 +26,14 @@ demo: setup
 	$(BIN)/seal-fast scan zoo-text/text-64-pixel zoo/benign-16-e zoo/bad-16-stop zoo/troj-16-blend \
 		--guidance 3 --out demo-results/scan --exit-zero
 	@printf '\n2. Unlearn what the scan found in the text-to-image pipeline.\n'
-	$(BIN)/seal-fast unlearn zoo-text/text-64-pixel --found demo-results/scan/text-64-pixel --learning-rate 1e-3 \
+	$(BIN)/seal-fast unlearn zoo-text/text-64-pixel --found demo-results/scan/zoo-text/text-64-pixel --learning-rate 1e-3 \
 		--train-batch-size 8 --steps 100 --guidance 3 --sampler-steps 10 --samples 40 --out demo-results/unlearned
 	@printf '\n3. Is anything left? Scan the unlearned pipeline in the same way.\n'
 	$(BIN)/seal-fast scan demo-results/unlearned --guidance 3 --out demo-results/scan-after --exit-zero
 	@printf '\nThe whole story in one image: demo-results/unlearned/before_after_1.png\n'
-	@echo "What the trigger does:         demo-results/scan/text-64-pixel/trigger_1.png"
+	@echo "What the trigger does:         demo-results/scan/zoo-text/text-64-pixel/trigger_1.png"
 	@echo "Where the model attends to it: demo-results/unlearned/attention_1.png"
-	@echo "A recovered noise trigger:     demo-results/scan/bad-16-stop/samples.png"
+	@echo "A recovered noise trigger:     demo-results/scan/zoo/bad-16-stop/samples.png"
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --cov --cov-fail-under=90
