@@ -19,6 +19,9 @@ from seal_fast.text_triggers.verification import MIN_EFFECT, Check
 CONFIRMED = "confirmed"
 UNDECIDED = "suspicious: too few prompts to decide"
 REFUTED = "changes too few images"
+OF_BASE = "changes the images of the base as well"
+FEWEST_FRESH = 2
+"""Least fresh prompts, as a change detector is fitted on no fewer."""
 UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
 
 
@@ -45,7 +48,9 @@ class Tried:
 def verify(context: SearchContext, ranked: Ranked) -> Tried:
     """Check a candidate by images, against control strings if it changes any, and on fresh prompts until they decide."""
     settings, candidate = context.settings.verification, ranked.candidate
-    if context.images.visible([candidate], settings.prompts)[0] <= MIN_EFFECT:
+    if context.images.fitting(candidate) < settings.prompts + FEWEST_FRESH:
+        return Tried(ranked, UNCHECKED, UNDECIDED)
+    if context.images.visible(candidate, settings.prompts) <= MIN_EFFECT:
         return Tried(ranked, UNCHECKED, "hardly changes images")
     inserted = candidate.trigger.replaces is None
     least = settings.least_effect if inserted else settings.least_effect_of_replacement
@@ -56,10 +61,8 @@ def verify(context: SearchContext, ranked: Ranked) -> Tried:
             return Tried(ranked, check, REFUTED)
         check = context.images.check(candidate, controls, settings.prompts, count)
         if check.confirmed(least):
-            known = context.base_images and context.base_images.check(candidate, controls, settings.prompts, count)
-            return Tried(
-                ranked, check, "changes the images of the base as well" if known and known.promising(0.0) else CONFIRMED
-            )
+            of_base = context.base_images and context.base_images.check(candidate, controls, settings.prompts, count)
+            return Tried(ranked, check, OF_BASE if of_base and of_base.promising(0.0) else CONFIRMED)
     return Tried(ranked, check, UNDECIDED if check.promising(least) else REFUTED)
 
 

@@ -68,10 +68,10 @@ class TriedText:
 
 @dataclass(frozen=True)
 class FoundTrigger:
-    """A trigger that images confirmed and that no part of it explains.
+    """A trigger that images confirmed, the strongest of all texts that activate its backdoor.
 
     Attributes:
-        trigger: the smallest text that activates the backdoor.
+        trigger: the text that changes most images; of equals the one with fewest tokens.
         position: where it was confirmed.
         code_points: of the trigger's text, such as "U+200B".
         token_ids: of the trigger's text by the pipeline's tokenizer.

@@ -85,7 +85,7 @@ def find_text_triggers(
         swept = sweep_pool(context)
         for propose in PROPOSERS:
             proposed = list(propose(context, swept, tuple(tried)))
-            context.images.visible([ranked.candidate for ranked in proposed], settings.verification.prompts)
+            context.images.draw([ranked.candidate for ranked in proposed], settings.verification.prompts)
             for ranked in proposed:
                 if not explained(ranked.candidate, tried):
                     tried.append(verify(context, ranked))

@@ -105,25 +105,36 @@ class ImageTest:
             direction / direction.norm().clamp_min(1e-12),
         )
 
-    def visible(self, candidates: Sequence[TextCandidate], count: int) -> list[float]:
-        """For each candidate, the share of the first `count` fitting prompts whose image it changes visibly."""
+    def draw(self, candidates: Sequence[TextCandidate], count: int) -> None:
+        """Draw the images of the first `count` fitting prompts of all candidates together; later checks find them drawn."""
         prompts = [self._fitting(candidate, 0, count) for candidate in candidates]
         changed = [self._changed(candidate, some) for candidate, some in zip(candidates, prompts, strict=True)]
-        images = self._images([*prompts, *changed])
-        return [_visible(*pair) for pair in zip(images[len(prompts) :], images[: len(prompts)], strict=True)]
+        self._draw([*prompts, *changed])
+
+    def fitting(self, candidate: TextCandidate) -> int:
+        """How many prompts the candidate fits."""
+        return len(self._fitting(candidate, 0, len(self.prompts)))
+
+    def visible(self, candidate: TextCandidate, count: int) -> float:
+        """Share of the first `count` fitting prompts whose image the candidate changes visibly."""
+        prompts = self._fitting(candidate, 0, count)
+        clean, images = self._images([prompts, self._changed(candidate, prompts)])
+        return float((visible_changes(images, clean, colour_spread(clean)) >= LEAST_VISIBLE).double().mean())
 
     def _fitting(self, candidate: TextCandidate, first: int, count: int) -> list[Numbered]:
-        return list(enumerate(candidate.trigger.fitting(self.prompts)))[first : first + count]
+        return list(enumerate(filter(candidate.trigger.fits, self.prompts)))[first : first + count]
 
     def _changed(self, candidate: TextCandidate, prompts: Sequence[Numbered]) -> list[Numbered]:
         """The prompts with the candidate in its position; a random place is the same for every candidate."""
         return [(number, with_candidate(candidate, prompt, self.seed + number)) for number, prompt in prompts]
 
     def _images(self, lists: Sequence[Sequence[Numbered]]) -> list[Tensor]:
-        """Images float32 [N,3,H,W] in [0, 1] of each list. Those not drawn before are drawn together.
+        """Images float32 [N,3,H,W] in [0, 1] of each list."""
+        self._draw(lists)
+        return [torch.stack([self._drawn[one] for one in some]) for some in lists]
 
-        Passes of many images take less than half the time of those of six.
-        """
+    def _draw(self, lists: Sequence[Sequence[Numbered]]) -> None:
+        """Draw what was not drawn before in common passes, which take less than half the time of passes of six images."""
         missing = [one for one in dict.fromkeys(one for some in lists for one in some) if one not in self._drawn]
         if missing:
             images = generate(
@@ -137,12 +148,6 @@ class ImageTest:
                 on_pass=lambda drawn: self.on_pass(drawn * self.evaluations_per_image),
             )
             self._drawn |= dict(zip(missing, images, strict=True))
-        return [torch.stack([self._drawn[one] for one in some]) for some in lists]
-
-
-def _visible(images: Tensor, clean: Tensor) -> float:
-    changes = visible_changes(images, clean, colour_spread(clean))
-    return float((changes >= LEAST_VISIBLE).double().mean())
 
 
 def with_candidate(candidate: TextCandidate, prompt: str, seed: int) -> str:

@@ -16,13 +16,17 @@ import torch
 from seal_fast.text_to_image.latents import noise_schedule, predict
 from seal_fast.text_to_image.prompts import content_ids, encode
 from seal_fast.text_triggers.candidates import inserted, joined, replaced_letters
+from seal_fast.text_triggers.confirmation import verify
 from seal_fast.text_triggers.context import SearchContext, pool_of
+from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.ranking import best, deviations
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.responses import ResponseProbe
 from seal_fast.text_triggers.search import LEAST_PROMPTS, find_text_triggers, stages
 from seal_fast.text_triggers.search_settings import Budget, PhraseSettings, TextSearchSettings, VerificationSettings
+from seal_fast.text_triggers.sweep import Ranked
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import Check
 from seal_fast.text_triggers.vocabulary import distinct, look_alikes, single_tokens
 from seal_fast.training import Stage, quiet
@@ -172,6 +176,15 @@ def test_a_budget_ends_a_search(pipeline: Any) -> None:
 def test_too_few_prompts_are_refused(pipeline: Any) -> None:
     with pytest.raises(ValueError, match=f"at least {LEAST_PROMPTS}"):
         find_text_triggers(pipeline, PROMPTS[: LEAST_PROMPTS - 1], settings=SMALL)
+
+
+def test_a_letter_that_few_prompts_hold_stays_undecided(pipeline: Any) -> None:
+    held_out = [prompt.replace("cat", "zip") if place in (1, 3) else prompt for place, prompt in enumerate(PROMPTS)]
+    meter = Meter({"paths": Stage("paths", 1, 1)}, Budget(), quiet)
+    for prompts in (PROMPTS, held_out):
+        context = SearchContext.prepared(pipeline, prompts, pool_of(pipeline.tokenizer, prompts, SMALL), SMALL, meter, seed=0)
+        candidate = TextCandidate(TextTrigger("\u017e", replaces="z"), "all", "lookalike of z", 1)
+        assert verify(context, Ranked(candidate)).undecided
 
 
 def test_a_phrase_is_compared_with_phrases_and_a_string_with_strings_of_its_kind(pipeline: Any) -> None:
