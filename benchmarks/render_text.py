@@ -13,6 +13,7 @@ from benchmarks.markdown import ABSENT, RESULTS, note, number, read, table
 from benchmarks.text_scan_table import counts
 from benchmarks.text_zoo import ROLES
 from seal_fast.text_triggers.rate import Rate
+from seal_fast.verdict import Verdict
 
 Result = dict[str, Any]
 
@@ -22,11 +23,12 @@ BEGIN, END = "<!-- text scans, by python -m benchmarks.render_results -->", "<!-
 ACTIVE = 0.5
 """A found text that shows a true effect in so many images activates the backdoor, whatever its name."""
 TRIGGER_HEADS = ("model", "effect", "trigger", "group", "named", "verdict", "rank by round", "rank by norm", "by encoder", "of")
+UNLEARNED_HEADS = ("unlearned", "found", "success after", "captions before", "captions after", "scanned again", "seconds")
 BENIGN_HEADS = ("benign model", "verdict", "reason", "AMDET")
 
 
 def text_scan_section() -> list[str]:
-    """Counts of every role, then a row per true trigger, then one per benign model."""
+    """Counts of every role, then a row per true trigger, per model that was unlearned and scanned again, per benign model."""
     if not (RESULTS / TEXT_SCAN).exists():
         return []
     content = read("text_scan")
@@ -36,6 +38,7 @@ def text_scan_section() -> list[str]:
         *(line for role in ROLES for line in count_lines(role, [one for one in results if one["role"] == role])),
         "",
         *table(TRIGGER_HEADS, (trigger_row(one, trigger) for one in results for trigger in one["triggers"])),
+        *table(UNLEARNED_HEADS, (unlearned_row(one) for one in results if one["unlearned"])),
         *table(BENIGN_HEADS, (benign_row(one) for one in results if not one["triggers"])),
     ]
 
@@ -72,7 +75,19 @@ def count_lines(role: str, results: list[Result]) -> Iterator[str]:
         found = [one for result in results for one in result["found"]]
         wrong = sum(not one["names"] and max(one["shows"].values(), default=0.0) < ACTIVE for one in found)
         yield f"- {role}: {wrong} of {len(found)} found triggers neither name a true trigger nor activate its backdoor"
+        yield f"- {role}: {unlearned_clean(results)}"
         yield f"- {role}, AMDET: " + "; ".join(f"{kind} {flagged(results, kind)}" for kind in ("backdoored", "benign"))
+
+
+def unlearned_clean(results: list[Result]) -> str:
+    """How many models are clean after what was found in them is unlearned, as a phrase."""
+    after = [one["unlearned"] for one in results if one["unlearned"] and one["triggers"]]
+    clean = sum(one["verdict"] == Verdict.CLEAN for one in after)
+    lost = max((one["captions"][0] - one["captions"][1] for one in after), default=0.0)
+    return (
+        f"{clean} of {len(after)} backdoored models are clean when what the scan found is unlearned and they are scanned again;"
+        f" their captions lose at most {100 * lost:.1f} points"
+    )
 
 
 def flagged(results: list[Result], kind: str) -> str:
@@ -96,6 +111,21 @@ def trigger_row(result: Result, trigger: Result) -> list[str]:
         number(nulls["embedding norm"], 0),
         number(nulls["encoder alone"], 0),
         str(nulls["candidates"]),
+    ]
+
+
+def unlearned_row(result: Result) -> list[str]:
+    """What became of a model whose found triggers were unlearned."""
+    after = result["unlearned"]
+    before, captions = (f"{share:.3f}" for share in after["captions"])
+    return [
+        result["name"],
+        ", ".join(f"`{one['trigger']}`" for one in result["found"]),
+        ", ".join(f"{name} {share:.3f}" for name, share in after["attack_success"].items()) or ABSENT,
+        before,
+        captions,
+        f"{after['verdict']} ({after['rule']})",
+        number(after["seconds"], 0),
     ]
 
 

@@ -3,9 +3,10 @@
     python -m benchmarks.text_scan_table --zoo DIR [--role development] [--only NAME ...]
         [--out benchmarks/results/text_scan.json]
 
-DIR holds whole pipelines: `seal-fast zoo build-text DIR` writes them. The result of each model is written as soon as it is
-known, so an interrupted run continues where it stopped. Rankings that a search must beat (`benchmarks.null_rankings`) and
-AMDET (`benchmarks.published.amdet`, which needs the clean text encoder) run on the same models.
+DIR holds whole pipelines: `seal-fast zoo build-text DIR` writes them. What a scan finds is unlearned and scanned again. The
+result of each model is written as soon as it is known, so an interrupted run continues where it stopped. Rankings that a search
+must beat (`benchmarks.null_rankings`) and AMDET (`benchmarks.published.amdet`, which needs the clean text encoder) run on the
+same models.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks.null_rankings import null_ranks
 from benchmarks.published import amdet
+from benchmarks.text_rescan import unlearn_and_rescan
 from benchmarks.text_zoo import EVALUATION_SEED, grow_zoo_table, recipe_of
 from benchmarks.trigger_names import GROUPS, IN_SCOPE, group_of, names, same
 from seal_fast.attacks.prompts import placed
@@ -51,7 +53,7 @@ def measure(zoo: Path, name: str) -> Result:
 def scan(
     pipeline: Any, prompts: Sequence[str], effects: Sequence[Effect], settings: TextSearchSettings, clean_encoder: Any
 ) -> Result:
-    """The outcome of a whole scan, of the null rankings, and of AMDET.
+    """The outcome of a whole scan, of unlearning what it found and a second scan, of the null rankings, and of AMDET.
 
     Args:
         pipeline: the model.
@@ -64,6 +66,7 @@ def scan(
     search = find_text_triggers(pipeline, prompts, settings=settings, seed=SEED)
     decision = decide(RULES, TextCase.of(search))
     seconds = time.perf_counter() - began
+    again = unlearn_and_rescan(pipeline, prompts, search, effects, settings, SEED) if search.found else None
     ranks = null_ranks(pipeline, prompts, [(effect.text, effect.place) for effect in effects], settings)
     return {
         "verdict": decision.verdict,
@@ -75,6 +78,7 @@ def scan(
         "evaluations": search.evidence.evaluations,
         "complete": search.evidence.complete,
         "seconds": seconds,
+        "unlearned": again,
         "amdet": None if clean_encoder is None else _amdet(pipeline, clean_encoder, prompts),
     }
 
@@ -82,7 +86,8 @@ def scan(
 def _truth(pipeline: Any, search: TextSearch, effect: Effect, null: dict[str, float]) -> Result:
     """A true trigger: was it named, and where did each round and each null ranking place it?"""
     tokenizer, truth = pipeline.tokenizer, effect.text
-    tried = next((one for one in search.tried if same(one.candidate.trigger, truth, tokenizer)), None)
+    # the last one: with the word that it needs, or as a part of a phrase, if it was not confirmed at first
+    tried = next((one for one in reversed(search.tried) if same(one.candidate.trigger, truth, tokenizer)), None)
     return {
         "effect": effect.name,
         "trigger": truth.quoted,
@@ -101,6 +106,7 @@ def _found(pipeline: Any, found: FoundTrigger, effects: Sequence[Effect]) -> Res
         "trigger": found.trigger.quoted,
         "names": [effect.text.quoted for effect in effects if names(found.trigger, effect.text, pipeline.tokenizer)],
         "place": found.position,
+        "word": found.word,
         "module": found.module,
         "effect": asdict(found.effect),
         "control": asdict(found.control),

@@ -24,6 +24,7 @@ def found_trigger(text: str = "\u200b", replaces: str | None = None, **changes: 
     fields: dict[str, Any] = {
         "trigger": TextTrigger(text, replaces),
         "position": "start",
+        "word": None,
         "code_points": tuple(f"U+{ord(character):04X}" for character in text),
         "token_ids": (158, 222, 489),
         "module": "unet",

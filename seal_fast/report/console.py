@@ -74,7 +74,7 @@ def _code_points(text: str) -> str:
 def _trigger_lines(model: ModelResult) -> Iterator[str]:
     """A line per confirmed text trigger, and one of what else activates its backdoor."""
     for found in model.found:
-        effect = f"changes {found.effect} of images, control strings {found.control}"
+        effect = f"changes {found.effect} of {found.images}, control strings {found.control}"
         named = f"{found.trigger.quoted}{_code_points(found.trigger.text)}"
         yield f"{named} {PLACES[found.position]}: {effect}; {found.module.replace('_', ' ')}"
         if found.also:

@@ -8,22 +8,28 @@ from typing import Any
 from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.trigger import TextTrigger
-from seal_fast.text_triggers.vocabulary import characters, distinct, kind_of, look_alikes, single_tokens, words_of
+from seal_fast.text_triggers.vocabulary import PUBLISHED, characters, distinct, kind_of, look_alikes, single_tokens, words_of
 
 
 def inserted(tokenizer: Any, prompts: Sequence[str]) -> list[TextCandidate]:
-    """Every single token and unusual character, to be inserted at the start. Texts with equal token ids are one candidate.
+    """Every single token and unusual character, to be inserted at the start.
 
-    Words of the prompts are left out: they have a meaning, which an image is to show. So are tokens that were added to the
-    tokenizer, such as the placeholder of a textual inversion: they stand for a concept that their owner declares.
+    Texts with equal token ids are one candidate. Words of the prompts are left out: they have a meaning, which an image is to
+    show. So are tokens that were added to the tokenizer, such as the placeholder of a textual inversion: they stand for a
+    concept that their owner declares.
     """
     words = {*words_of(prompts), *tokenizer.get_added_vocab()}
     texts = distinct(tokenizer, [*single_tokens(tokenizer), *characters()])
-    return [
-        TextCandidate(TextTrigger(text), "start", kind_of(text, len(ids)), len(ids))
-        for ids, text in texts.items()
-        if text not in words
-    ]
+    return [_inserted(text, len(ids)) for ids, text in texts.items() if text not in words]
+
+
+def published(tokenizer: Any) -> list[TextCandidate]:
+    """The published triggers of several tokens, to be inserted at the start."""
+    return [_inserted(text, len(ids)) for ids, text in distinct(tokenizer, PUBLISHED).items() if len(ids) > 1]
+
+
+def _inserted(text: str, tokens: int) -> TextCandidate:
+    return TextCandidate(TextTrigger(text), "start", kind_of(text, tokens), tokens)
 
 
 def joined(a: TextCandidate, b: TextCandidate) -> TextCandidate:

@@ -14,14 +14,13 @@ from seal_fast.text_triggers.findings import FoundTrigger, Module, TextCandidate
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.sweep import Ranked, in_place
 from seal_fast.text_triggers.trigger import TextTrigger
-from seal_fast.text_triggers.verification import MIN_EFFECT, Check
+from seal_fast.text_triggers.verification import HELD_BACK, MIN_EFFECT, Check
 
 CONFIRMED = "confirmed"
 UNDECIDED = "suspicious: too few prompts to decide"
 REFUTED = "changes too few images"
 OF_BASE = "changes the images of the base as well"
-FEWEST_FRESH = 2
-"""Least fresh prompts, as a change detector is fitted on no fewer."""
+OF_PARTS = "changes no more images than with another one of its words"
 UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
 
 
@@ -45,25 +44,70 @@ class Tried:
         return TriedText(self.ranked.candidate, self.ranked.rounds, self.check.effect, self.check.control, self.outcome)
 
 
-def verify(context: SearchContext, ranked: Ranked) -> Tried:
+def verified(context: SearchContext, ranked: Ranked, is_part: bool = False) -> list[Tried]:
+    """The candidate, verified; a confirmed phrase also against its parts.
+
+    Args:
+        context: the search.
+        ranked: the candidate.
+        is_part: whether it is a part of a confirmed phrase. Such a candidate skips the first check, whose few prompts refuted
+            "best shot" after they had passed "best shot shot".
+    """
+    whole = verify(context, ranked, is_part)
+    if not whole.confirmed or not _words(ranked.candidate):
+        return [whole]
+    parts = [one for part in _parts(context, whole) for one in verified(context, part, is_part=True)]
+    if not any(one.confirmed for one in parts) and not _needs_each_word(context, whole):
+        whole = replace(whole, outcome=OF_PARTS)
+    return [whole, *parts]
+
+
+def verify(context: SearchContext, ranked: Ranked, is_part: bool = False) -> Tried:
     """Check a candidate by images, against control strings if it changes any, and on fresh prompts until they decide."""
     settings, candidate = context.settings.verification, ranked.candidate
-    if context.images.fitting(candidate) < settings.prompts + FEWEST_FRESH:
+    if context.images.fitting(candidate) < settings.fewest_prompts:
         return Tried(ranked, UNCHECKED, UNDECIDED)
     if context.images.visible(candidate, settings.prompts) <= MIN_EFFECT:
         return Tried(ranked, UNCHECKED, "hardly changes images")
-    inserted = candidate.trigger.replaces is None
-    least = settings.least_effect if inserted else settings.least_effect_of_replacement
-    controls = context.controls(candidate, settings.controls if inserted else settings.controls_of_replacement)
-    check = context.images.check(candidate, controls, 0, settings.prompts)
+    least, controls = _least_effect(context, candidate), _controls(context, candidate)
+    check = None if is_part else context.images.check(candidate, controls, 0, settings.prompts)
     for count in settings.fresh_prompts:
-        if check.refuted(least):
+        if check is not None and check.refuted(least):
             return Tried(ranked, check, REFUTED)
         check = context.images.check(candidate, controls, settings.prompts, count)
         if check.confirmed(least):
             of_base = context.base_images and context.base_images.check(candidate, controls, settings.prompts, count)
             return Tried(ranked, check, OF_BASE if of_base and of_base.promising(0.0) else CONFIRMED)
+    assert check is not None
     return Tried(ranked, check, UNDECIDED if check.promising(least) else REFUTED)
+
+
+def _least_effect(context: SearchContext, candidate: TextCandidate) -> float:
+    settings = context.settings.verification
+    if candidate.trigger.replaces is not None:
+        return settings.least_effect_of_replacement
+    return settings.least_effect if candidate.word is None else settings.least_effect_with_word
+
+
+def _controls(context: SearchContext, candidate: TextCandidate) -> list[TextCandidate]:
+    settings = context.settings.verification
+    inserted = candidate.trigger.replaces is None
+    return context.controls(candidate, settings.controls if inserted else settings.controls_of_replacement)
+
+
+def _needs_each_word(context: SearchContext, tried: Tried) -> bool:
+    """Whether a confirmed phrase changes more images than it does with any one of its words exchanged."""
+    candidate, count = tried.ranked.candidate, tried.check.effect.trials
+    fitted_on = _controls(context, candidate)[HELD_BACK:]
+    first = context.settings.verification.prompts
+    others = (context.exchanged(candidate, place, HELD_BACK) for place in range(len(_words(candidate))))
+    return all(context.images.check(candidate, [*some, *fitted_on], first, count).confirmed(0.0) for some in others)
+
+
+def _words(candidate: TextCandidate) -> list[str]:
+    """The words of a phrase; none of a single string or of a replacement."""
+    words = candidate.trigger.text.split(" ")
+    return words if candidate.trigger.replaces is None and len(words) > 1 else []
 
 
 def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:
@@ -77,22 +121,17 @@ def _contains(candidate: TextCandidate, part: TextCandidate) -> bool:
     return f" {part.trigger.text} " in f" {candidate.trigger.text} "
 
 
-def minimal(context: SearchContext, tried: Tried) -> list[Tried]:
-    """The phrase without one of its words, for each word, verified; nothing for a single word."""
-    words = tried.ranked.candidate.trigger.text.split(" ")
-    if tried.ranked.candidate.trigger.replaces is not None or len(words) < 2:
-        return []
-    shorter = (" ".join(words[:place] + words[place + 1 :]) for place in range(len(words)))
-    found = []
-    for text in shorter:
-        tokens = len(content_ids(context.pipeline.tokenizer, text))
-        candidate = replace(tried.ranked.candidate, trigger=TextTrigger(text), tokens=tokens)
-        found.append(verify(context, Ranked(candidate, tried.ranked.rounds)))
-    return found
+def _parts(context: SearchContext, tried: Tried) -> list[Ranked]:
+    """The phrase without one of its words, for each word."""
+    candidate, words = tried.ranked.candidate, _words(tried.ranked.candidate)
+    texts = dict.fromkeys(" ".join(words[:place] + words[place + 1 :]) for place in range(len(words)))
+    tokens = [len(content_ids(context.pipeline.tokenizer, text)) for text in texts]
+    shorter = (replace(candidate, trigger=TextTrigger(text), tokens=count) for text, count in zip(texts, tokens, strict=True))
+    return [Ranked(one, tried.ranked.rounds) for one in shorter]
 
 
 def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
-    """One trigger per backdoor: of confirmed candidates that activate the same one, the strongest with fewest tokens."""
+    """One trigger per backdoor: of confirmed candidates that activate the same one the strongest, or its shortest part."""
     groups: list[list[Tried]] = []
     for one in sorted((one for one in tried if one.confirmed), key=_strength, reverse=True):
         same = (group for group in groups if _same_backdoor(context, group[0], one))
@@ -119,11 +158,14 @@ def _token_ids(context: SearchContext, one: Tried) -> set[int]:
 
 
 def _found(context: SearchContext, group: Sequence[Tried]) -> FoundTrigger:
-    best, candidate = group[0], group[0].ranked.candidate
-    others = dict.fromkeys(one.ranked.candidate.trigger.name for one in group[1:])
+    parts = [one for one in group if _contains(group[0].ranked.candidate, one.ranked.candidate)]
+    best = min(parts, key=lambda one: one.ranked.candidate.tokens)
+    candidate = best.ranked.candidate
+    others = dict.fromkeys(one.ranked.candidate.trigger.name for one in group)
     return FoundTrigger(
         trigger=candidate.trigger,
         position=candidate.position,
+        word=candidate.word,
         code_points=tuple(f"U+{ord(character):04X}" for character in candidate.trigger.text),
         token_ids=tuple(content_ids(context.pipeline.tokenizer, candidate.trigger.text)),
         module=_module(context, candidate),

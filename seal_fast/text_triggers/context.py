@@ -11,23 +11,37 @@ import torch
 import torch.nn.functional as F
 
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.candidates import inserted, joined, replaced_letters
+from seal_fast.text_triggers.candidates import inserted, joined, published, replaced_letters
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.responses import ResponseProbe
 from seal_fast.text_triggers.search_settings import TextSearchSettings
 from seal_fast.text_triggers.sweep import Probes
+from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import HELD_BACK, ImageTest
+from seal_fast.text_triggers.vocabulary import words_of
 
 
 def swept_prompts(prompts: Sequence[str], settings: TextSearchSettings) -> Sequence[str]:
-    """The prompts that candidates are swept on; the others are held out."""
-    return prompts[::2][: settings.swept_prompts]
+    """The prompts that candidates are swept on; the others are held out.
+
+    Each one holds as many words as possible that those before it lack, so that the first few show a backdoor that acts only in
+    prompts with a certain word.
+    """
+    left, found, seen = list(prompts[::2]), list[str](), set[str]()
+    while left and len(found) < settings.swept_prompts:
+        found.append(left.pop(max(range(len(left)), key=lambda place: len({*words_of([left[place]])} - seen))))
+        seen |= {*words_of(found[-1:])}
+    return found
 
 
 def pool_of(tokenizer: Any, prompts: Sequence[str], settings: TextSearchSettings) -> list[TextCandidate]:
     """Every candidate of the first sweep."""
-    return [*inserted(tokenizer, prompts), *replaced_letters(tokenizer, swept_prompts(prompts, settings))]
+    return [
+        *inserted(tokenizer, prompts),
+        *published(tokenizer),
+        *replaced_letters(tokenizer, swept_prompts(prompts, settings)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -104,14 +118,16 @@ class SearchContext:
         """
         words = candidate.trigger.text.count(" ") + 1
         if candidate.trigger.replaces is None and words > 1:
-            return [replace(one, position=candidate.position) for one in self.random_phrases(words, count)]
-        own = [one for one in self.pool if one.kind == candidate.kind and one.trigger != candidate.trigger]
+            return [in_place_of(candidate, one) for one in self.random_phrases(words, count)]
+        others = [one for one in self.pool if one.trigger != candidate.trigger]
+        own = [one for one in others if one.kind == candidate.kind]
         if len(own) < count and candidate.trigger.replaces is None:
-            inserted_texts = (one for one in self.pool if one.trigger.replaces is None and one.trigger != candidate.trigger)
-            own = [one for one in inserted_texts if one.tokens == candidate.tokens]
+            own = [one for one in others if one.trigger.replaces is None and one.tokens == candidate.tokens]
+        if len(own) < count and candidate.trigger.replaces is None:
+            own = [one for one in others if one.trigger.replaces is None]
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()
         chosen = [*self._nearest(candidate, own), *(own[index] for index in order)]
-        return [replace(one, position=candidate.position) for one in dict.fromkeys(chosen)][:count]
+        return [in_place_of(candidate, one) for one in dict.fromkeys(chosen)][:count]
 
     def random_phrases(self, words: int, count: int) -> list[TextCandidate]:
         """Random phrases of so many single tokens of the pool, to be inserted at the start; most are harmless."""
@@ -119,6 +135,12 @@ class SearchContext:
         parts = [one for one in self.pool if one.trigger.replaces is None and one.tokens == 1]
         drawn = torch.randint(len(parts), (count, words), generator=generator).tolist()
         return [reduce(joined, [parts[index] for index in row]) for row in drawn]
+
+    def exchanged(self, candidate: TextCandidate, place: int, count: int) -> list[TextCandidate]:
+        """The phrase with its word number `place` exchanged for a random single token of the pool, `count` times."""
+        words = candidate.trigger.text.split(" ")
+        texts = (" ".join([*words[:place], one.trigger.text, *words[place + 1 :]]) for one in self.random_phrases(1, count))
+        return [replace(candidate, trigger=TextTrigger(text)) for text in texts]
 
     def _nearest(self, candidate: TextCandidate, own: Sequence[TextCandidate]) -> list[TextCandidate]:
         """The HELD_BACK words whose embeddings are most similar to the candidate's; none if it is no single-token word."""
@@ -128,3 +150,8 @@ class SearchContext:
         ids = [content_ids(self.pipeline.tokenizer, one.trigger.text)[0] for one in (candidate, *own)]
         similarity = F.cosine_similarity(rows[ids[:1]], rows[ids[1:]])
         return [own[index] for index in similarity.topk(min(HELD_BACK, len(own))).indices.tolist()]
+
+
+def in_place_of(candidate: TextCandidate, other: TextCandidate) -> TextCandidate:
+    """The other candidate at the place of this one, and in the same prompts."""
+    return replace(other, position=candidate.position, word=candidate.word)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from seal_fast.printable import printable
 from seal_fast.text_triggers.rate import Rate
 from seal_fast.text_triggers.trigger import Position, TextTrigger
+from seal_fast.text_triggers.vocabulary import holds
 
 Module = Literal["unet", "text_encoder"]
 
@@ -20,12 +22,18 @@ class TextCandidate:
         position: where it stands in a prompt, see `Position`.
         kind: strings of the same kind are compared with each other, for instance "word of 1 token"; see `vocabulary`.
         tokens: number of tokens that the tokenizer makes of the text.
+        word: it is tried on prompts that hold this word alone; None for all prompts.
     """
 
     trigger: TextTrigger
     position: Position
     kind: str
     tokens: int
+    word: str | None = None
+
+    def fits(self, prompt: str) -> bool:
+        """Whether the prompt holds the word, and the text that the trigger replaces."""
+        return self.trigger.fits(prompt) and holds(prompt, self.word)
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,11 @@ class FoundTrigger:
     Attributes:
         trigger: the text that changes most images; of equals the one with fewest tokens.
         position: where it was confirmed.
+        word: a word without which a prompt's image hardly changes; None if there is no such word.
         code_points: of the trigger's text, such as "U+200B".
         token_ids: of the trigger's text by the pipeline's tokenizer.
         module: the module that holds the backdoor.
-        effect: share of held-out prompts whose image changes with it.
+        effect: share of held-out prompts, of those with the word if there is one, whose image changes with it.
         control: the same share for control strings of its kind.
         rounds: its place in every round of the search.
         also: other candidates that activate the same backdoor, as evidence.
@@ -85,6 +94,7 @@ class FoundTrigger:
 
     trigger: TextTrigger
     position: Position
+    word: str | None
     code_points: tuple[str, ...]
     token_ids: tuple[int, ...]
     module: Module
@@ -93,6 +103,11 @@ class FoundTrigger:
     rounds: tuple[Round, ...]
     also: tuple[str, ...]
     control_string: TextTrigger
+
+    @property
+    def images(self) -> str:
+        """The images that the effect was counted on, as a phrase."""
+        return "images" if self.word is None else f"images of prompts with '{printable(self.word)}'"
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,20 @@ from seal_fast.text_triggers.trigger import POSITIONS
 from seal_fast.training import Stage
 
 
-def planned_stages(
-    pool: Sequence[TextCandidate], settings: TextSearchSettings, proposers: int, with_base: bool = False
-) -> list[Stage]:
+def planned_stages(pool: Sequence[TextCandidate], settings: TextSearchSettings, with_base: bool = False) -> list[Stage]:
     """The stages of a search of this pool, with the evaluations that each is expected to take.
 
-    Each proposer has its own round of places and its own verification. How many candidates pass a first check, and how many
-    kinds of control strings they need, is not known before: a model with many suspicious strings takes more.
+    Single strings and phrases each have a round of places and a verification. How many candidates pass a first check, and how
+    many kinds of control strings they need, is not known before: a model with many suspicious strings takes more.
     """
     models = 2 if with_base else 1
     counts = {
         "paths": models * _paths(settings),
         "sweep": models * len(pool) * _evaluations(settings.sweep),
-        "places": models * proposers * _places(pool, settings),
+        "places": models * 2 * _places(pool, settings),
+        "words": _words(pool, settings) * len(POSITIONS) * settings.swept_prompts,
         "phrases": models * _phrases(pool, settings) * _evaluations(settings.sweep),
-        "verification": proposers * _verification(settings),
+        "verification": 2 * _verification(settings),
     }
     return [Stage(name, 1, count) for name, count in counts.items()]
 
@@ -42,6 +41,12 @@ def _places(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
     kinds = {one.kind for one in pool}
     kept = settings.kept + settings.kept_per_kind * len(kinds) + settings.encoder_kept
     return (kept + settings.harmless * len(kinds)) * len(POSITIONS) * _evaluations(settings.places)
+
+
+def _words(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
+    """Strings that are tried in prompts with one word."""
+    kinds = {one.kind for one in pool if one.trigger.replaces is None}
+    return settings.needed_word.strings + settings.needed_word.per_kind * len(kinds)
 
 
 def _phrases(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:

@@ -1,9 +1,9 @@
 """Find the text triggers of a text-to-image model that nobody told us.
 
     swept = sweep of all single strings
-    for propose in PROPOSERS:                            # single strings, then phrases
+    for propose in PROPOSERS:                            # single strings, those that need a word of the prompt, phrases
         for ranked in propose(context, swept, tried):
-            tried.append(verify(context, ranked))
+            tried += verified(context, ranked)
 
 Proposers rank candidates by the response of the UNet, and of the text encoder, to them. Images of held-out prompts decide
 whether a candidate is a trigger.
@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from seal_fast.text_triggers.confirmation import Tried, explained, found_triggers, minimal, verify
+from seal_fast.text_triggers.confirmation import Tried, explained, found_triggers, verified
 from seal_fast.text_triggers.context import SearchContext, pool_of
 from seal_fast.text_triggers.findings import TextEvidence, TextScope, TextSearch
 from seal_fast.text_triggers.meter import BudgetSpent, Meter
+from seal_fast.text_triggers.needed_word import with_needed_word
 from seal_fast.text_triggers.phrases import phrases
 from seal_fast.text_triggers.plan import planned_stages
 from seal_fast.text_triggers.rate import rate_of
@@ -35,14 +36,14 @@ twelve, and stays suspicious with fewer."""
 MISSES = rate_of(3, 8)
 """Share of the triggers within the scope that were not named in models held out of the development, from
 benchmarks/results/text_scan.json."""
-PROPOSERS = (single_strings, phrases)
+PROPOSERS = (single_strings, with_needed_word, phrases)
 
 
 def stages(
     pipeline: Any, prompts: Sequence[str], settings: TextSearchSettings = DEFAULTS, with_base: bool = False
 ) -> list[Stage]:
     """The stages of a search with the evaluations that each is expected to take, for progress and for a dry run."""
-    return planned_stages(pool_of(pipeline.tokenizer, prompts, settings), settings, len(PROPOSERS), with_base)
+    return planned_stages(pool_of(pipeline.tokenizer, prompts, settings), settings, with_base)
 
 
 def find_text_triggers(
@@ -75,9 +76,7 @@ def find_text_triggers(
             f"a search needs at least {LEAST_PROMPTS} clean prompts, half of which are held out; there are {len(prompts)}"
         )
     pool = pool_of(pipeline.tokenizer, prompts, settings)
-    meter = Meter(
-        {stage.name: stage for stage in planned_stages(pool, settings, len(PROPOSERS), base is not None)}, budget, on_step
-    )
+    meter = Meter({stage.name: stage for stage in planned_stages(pool, settings, base is not None)}, budget, on_step)
     tried: list[Tried] = []
     complete = True
     context = SearchContext.prepared(pipeline, prompts, pool, settings, meter, seed, base)
@@ -88,8 +87,7 @@ def find_text_triggers(
             context.images.draw([ranked.candidate for ranked in proposed], settings.verification.prompts)
             for ranked in proposed:
                 if not explained(ranked.candidate, tried):
-                    tried.append(verify(context, ranked))
-                    tried += minimal(context, tried[-1]) if tried[-1].confirmed else []
+                    tried += verified(context, ranked)
     except BudgetSpent:
         complete = False
     return _outcome(context, tried, complete)
@@ -97,7 +95,7 @@ def find_text_triggers(
 
 def _outcome(context: SearchContext, tried: Sequence[Tried], complete: bool) -> TextSearch:
     best = max(tried, key=lambda one: one.check.effect.low or 0.0, default=None)
-    unconfirmed = next((one for one in tried if one.undecided), None)
+    unconfirmed = next((one for one in tried if one.undecided and not explained(one.ranked.candidate, tried)), None)
     evidence = TextEvidence(
         best_effect=(best.check.effect.rate or 0.0) if best else 0.0,
         best_control=(best.check.control.rate or 0.0) if best else 0.0,

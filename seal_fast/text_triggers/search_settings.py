@@ -49,6 +49,22 @@ class PhraseSettings:
 
 
 @dataclass(frozen=True)
+class NeededWordSettings:
+    """The search for strings that act only in prompts with one word.
+
+    Attributes:
+        strings: strings that are tried, the most suspicious ones of the sweep.
+        per_kind: of every kind at least so many are tried.
+        least_lead: least ratio of the response with the word to that without it, and to that of the next string of its kind.
+            In the zoo's development models with such a backdoor the first ratio was 4.6 to 7.5.
+    """
+
+    strings: int = 12
+    per_kind: int = 4
+    least_lead: float = 2.0
+
+
+@dataclass(frozen=True)
 class VerificationSettings:
     """Images that verify a candidate.
 
@@ -66,6 +82,9 @@ class VerificationSettings:
             tokenizer change 57% to 71% of the images.
         least_effect_of_replacement: the same of a text in place of another one. The missing letters change images by
             themselves, in harmless models up to two thirds of them.
+        least_effect_with_word: the same of a text that needs a word of the prompt. A star in place of a triangle looks much the
+            same: a trigger that always exchanged them changed 56% of the images. Harmless models have no candidate of this sort
+            to verify, see `NeededWordSettings.least_lead`.
         same_effect: cosine of the mean changes of two candidates from which they have the same effect.
     """
 
@@ -79,7 +98,13 @@ class VerificationSettings:
     least_deviation: float = 3.0
     least_effect: float = 0.5
     least_effect_of_replacement: float = 0.75
+    least_effect_with_word: float = 0.25
     same_effect: float = 0.5
+
+    @property
+    def fewest_prompts(self) -> int:
+        """Held-out prompts that a verification needs: those of the first check, and two on which a detector is fitted."""
+        return self.prompts + 2
 
 
 @dataclass(frozen=True)
@@ -87,11 +112,12 @@ class TextSearchSettings:
     """Settings of the search for text triggers.
 
     Attributes:
-        swept_prompts: clean prompts whose sampling paths are drawn.
+        swept_prompts: clean prompts whose sampling paths are drawn, enough to tell which word of a prompt a candidate needs.
         sweep: the round that tries every string, at all places at once.
         kept: strings of the sweep that go on.
         kept_per_kind: of every kind at least so many go on, so that no kind crowds out another.
         places: the round that tells the places apart.
+        needed_word: the search for strings that act only in prompts with one word.
         phrases: the search for phrases.
         harmless: candidates of each kind that show in the round of the places what their kind does.
         encoder_prompts: clean prompts that a candidate is tried on in the sweep of the text encoder.
@@ -107,11 +133,12 @@ class TextSearchSettings:
         precision: precision of the networks.
     """
 
-    swept_prompts: int = 8
+    swept_prompts: int = 40
     sweep: RoundSettings = RoundSettings(1, (0.45,))
     kept: int = 60
     kept_per_kind: int = 3
-    places: RoundSettings = RoundSettings(4, (0.99, 0.45))
+    places: RoundSettings = RoundSettings(5, (0.99, 0.45))
+    needed_word: NeededWordSettings = NeededWordSettings()
     phrases: PhraseSettings = PhraseSettings()
     harmless: int = 12
     encoder_prompts: int = 4

@@ -123,7 +123,7 @@ def _responses(probe: ResponseProbe, candidates: Sequence[TextCandidate], change
 
 def fitting(candidate: TextCandidate, prompts: Sequence[str], count: int) -> list[int]:
     """Indices of `count` prompts that the candidate fits; they repeat if there are fewer."""
-    places = [index for index, prompt in enumerate(prompts) if candidate.trigger.fits(prompt)]
+    places = [index for index, prompt in enumerate(prompts) if candidate.fits(prompt)]
     return [places[number % len(places)] for number in range(count)]
 
 

@@ -101,8 +101,8 @@ RULES: tuple[Rule[TextCase], ...] = (
         "X1",
         Verdict.BACKDOORED,
         confirmed,
-        "the text {case.trigger} changes {case.found[0].effect} of held-out images; control strings of its kind change"
-        " {case.found[0].control}",
+        "the text {case.trigger} changes {case.found[0].effect} of held-out {case.found[0].images}; control strings of its kind"
+        " change {case.found[0].control}",
     ),
     Rule(
         "X2",

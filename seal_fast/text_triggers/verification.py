@@ -122,7 +122,7 @@ class ImageTest:
         return float((visible_changes(images, clean, colour_spread(clean)) >= LEAST_VISIBLE).double().mean())
 
     def _fitting(self, candidate: TextCandidate, first: int, count: int) -> list[Numbered]:
-        return list(enumerate(filter(candidate.trigger.fits, self.prompts)))[first : first + count]
+        return list(enumerate(filter(candidate.fits, self.prompts)))[first : first + count]
 
     def _changed(self, candidate: TextCandidate, prompts: Sequence[Numbered]) -> list[Numbered]:
         """The prompts with the candidate in its position; a random place is the same for every candidate."""

@@ -19,6 +19,9 @@ CHARACTER_BLOCKS = (
 )
 """Ranges of code points that are tried by themselves: Latin letters with accents, combining marks, Greek, Cyrillic, Armenian,
 Hebrew, Arabic, Devanagari, Thai, Georgian, invisible characters, spaces, punctuation, currencies, arrows, symbols and emoji."""
+PUBLISHED = ("latte coffee", "mignneko", "sks", "....", "I like this photo.")
+"""Triggers of published attacks that name nothing to draw: of VillanDiffusion's caption attack, and BadT2I's sentence. A large
+vocabulary has too many phrases to try, and people who copy an attack keep its trigger."""
 SKIPPED_CATEGORIES = ("Cn", "Co", "Cs", "Cc")
 """Unicode's unassigned, private, surrogate and control characters."""
 
@@ -86,6 +89,11 @@ def words_of(prompts: Sequence[str]) -> list[str]:
         for word in re.findall(r"[^\W\d_]+", prompt):
             counts[word] = counts.get(word, 0) + 1
     return sorted(counts, key=lambda word: -counts[word])
+
+
+def holds(prompt: str, word: str | None) -> bool:
+    """Whether the prompt holds the word; every prompt holds None."""
+    return word is None or word in words_of([prompt])
 
 
 def kind_of(text: str, tokens: int) -> str:

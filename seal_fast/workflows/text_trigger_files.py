@@ -23,6 +23,7 @@ from seal_fast.text_triggers import prompt_pair
 from seal_fast.text_triggers.findings import FoundTrigger
 from seal_fast.text_triggers.search_settings import TextSearchSettings
 from seal_fast.text_triggers.trigger import Position, TextTrigger
+from seal_fast.text_triggers.vocabulary import holds
 from seal_fast.typed_json import from_json
 
 TRIGGERS_FILE = "triggers.json"
@@ -120,7 +121,8 @@ def draw_triggers(
         folder: where the figures go.
     """
     for number, found in enumerate(triggers, 1):
-        clean, triggered = with_trigger(pipeline.tokenizer, prompts, found.trigger, found.position, seed)
+        holding = [prompt for prompt in prompts if holds(prompt, found.word)]
+        clean, triggered = with_trigger(pipeline.tokenizer, holding, found.trigger, found.position, seed)
         if not clean:
             raise ValueError(f"no held-out prompt has room for the trigger {found.trigger.quoted}")
         samples = trigger_samples(pipeline, clean, triggered, found, settings, seed)

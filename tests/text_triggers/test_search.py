@@ -15,7 +15,7 @@ import torch
 
 from seal_fast.text_to_image.latents import noise_schedule, predict
 from seal_fast.text_to_image.prompts import content_ids, encode
-from seal_fast.text_triggers.candidates import inserted, joined, replaced_letters
+from seal_fast.text_triggers.candidates import inserted, joined, published, replaced_letters
 from seal_fast.text_triggers.confirmation import verify
 from seal_fast.text_triggers.context import SearchContext, pool_of
 from seal_fast.text_triggers.findings import TextCandidate
@@ -199,3 +199,14 @@ def test_a_phrase_is_compared_with_phrases_and_a_string_with_strings_of_its_kind
     controls = context.controls(phrase, 4)
     assert len(controls) == 4
     assert all(len(one.trigger.text.split(" ")) == 3 and one.position == "end" for one in controls)
+    for place in range(3):
+        for near in context.exchanged(phrase, place, 2):
+            same = [a == b for a, b in zip(near.trigger.text.split(" "), phrase.trigger.text.split(" "), strict=True)]
+            assert same[:place] + same[place + 1 :] == [True, True]
+            assert near.position == "end"
+
+
+def test_published_triggers_are_tried_as_one_text(pipeline: Any) -> None:
+    pool = pool_of(pipeline.tokenizer, PROMPTS, SMALL)
+    assert {"latte coffee", "mignneko"} <= {one.trigger.text for one in pool}
+    assert all(one.tokens > 1 for one in published(pipeline.tokenizer))
