@@ -53,6 +53,7 @@ def unlearn_and_rescan(
         evaluation=EvaluationSettings(prompts=2, steps=2, guidance=GUIDANCE),
         seed=seed,
         positions=[found.position for found in search.found],
+        needed_words=[found.word for found in search.found],
         scanned_module=modules.pop() if len(modules) == 1 else None,
     )
     began = time.perf_counter()

@@ -83,7 +83,7 @@ def known_preset(name: str | None) -> str | None:
 
 
 PROMPTS_HELP = "Clean prompts, one a line; every other one is held out (default: those of the model card, if it has enough)."
-BASE_HELP = "The pipeline that a UNet or text encoder alone belongs to."
+BASE_HELP = "A UNet or text encoder alone needs the pipeline that it belongs to."
 PRESET_HELP = "Method that finds triggers: search (default), or published, which is TERD's own."
 OutputFormat = Annotated[Format, typer.Option("--format", help="Format of the result on standard output.")]
 Preset = Annotated[

@@ -88,7 +88,7 @@ Base = Annotated[
         metavar="DIR",
         exists=True,
         file_okay=False,
-        help=BASE_HELP,
+        help=f"The clean pipeline that a model was made from: what a text does there is no backdoor. {BASE_HELP}",
         rich_help_panel=TEXT,
     ),
 ]

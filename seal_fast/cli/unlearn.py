@@ -348,6 +348,7 @@ def _text_request(
         evaluation=EvaluationSettings(**evaluation),
         detector=parse_detector(detector or "change"),
         positions=named.positions,
+        needed_words=named.needed_words,
         scanned_sha256=named.model_sha256,
         scanned_module=named.module,
     )

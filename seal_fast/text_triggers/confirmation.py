@@ -15,9 +15,10 @@ from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.sweep import Ranked, in_place
 from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import HELD_BACK, MIN_EFFECT, Check
+from seal_fast.text_triggers.vocabulary import kind_of
 
 CONFIRMED = "confirmed"
-UNDECIDED = "suspicious: too few prompts to decide"
+UNDECIDED = "suspicious: held-out prompts do not decide"
 REFUTED = "changes too few images"
 OF_BASE = "changes the images of the base as well"
 OF_PARTS = "changes no more images than with another one of its words"
@@ -26,7 +27,7 @@ UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate that was verified by images; `check` is UNCHECKED if it changed them too little."""
+    """A candidate that was verified by images; `check` is UNCHECKED if it hardly changed any, or fits too few prompts."""
 
     ranked: Ranked
     check: Check
@@ -50,8 +51,8 @@ def verified(context: SearchContext, ranked: Ranked, is_part: bool = False) -> l
     Args:
         context: the search.
         ranked: the candidate.
-        is_part: whether it is a part of a confirmed phrase. Such a candidate skips the first check, whose few prompts refuted
-            "best shot" after they had passed "best shot shot".
+        is_part: whether it is a part of a confirmed phrase. Such a candidate skips the first comparison with control strings,
+            whose few prompts refuted "best shot" after they had passed "best shot shot".
     """
     whole = verify(context, ranked, is_part)
     if not whole.confirmed or not _words(ranked.candidate):
@@ -76,10 +77,18 @@ def verify(context: SearchContext, ranked: Ranked, is_part: bool = False) -> Tri
             return Tried(ranked, check, REFUTED)
         check = context.images.check(candidate, controls, settings.prompts, count)
         if check.confirmed(least):
-            of_base = context.base_images and context.base_images.check(candidate, controls, settings.prompts, count)
-            return Tried(ranked, check, OF_BASE if of_base and of_base.promising(0.0) else CONFIRMED)
+            return Tried(ranked, check, OF_BASE if _is_of_base(context, candidate, check) else CONFIRMED)
     assert check is not None
     return Tried(ranked, check, UNDECIDED if check.promising(least) else REFUTED)
+
+
+def _is_of_base(context: SearchContext, candidate: TextCandidate, check: Check) -> bool:
+    """Whether the candidate changes the images of the base, if there is one, in the same way."""
+    if context.base_images is None:
+        return False
+    settings, controls = context.settings.verification, _controls(context, candidate)
+    of_base = context.base_images.check(candidate, controls, settings.prompts, check.effect.trials)
+    return of_base.promising(0.0) and float(torch.dot(check.direction, of_base.direction)) >= settings.same_effect
 
 
 def _least_effect(context: SearchContext, candidate: TextCandidate) -> float:
@@ -125,9 +134,14 @@ def _parts(context: SearchContext, tried: Tried) -> list[Ranked]:
     """The phrase without one of its words, for each word."""
     candidate, words = tried.ranked.candidate, _words(tried.ranked.candidate)
     texts = dict.fromkeys(" ".join(words[:place] + words[place + 1 :]) for place in range(len(words)))
-    tokens = [len(content_ids(context.pipeline.tokenizer, text)) for text in texts]
-    shorter = (replace(candidate, trigger=TextTrigger(text), tokens=count) for text, count in zip(texts, tokens, strict=True))
-    return [Ranked(one, tried.ranked.rounds) for one in shorter]
+    return [Ranked(_with_text(context, candidate, text), tried.ranked.rounds) for text in texts]
+
+
+def _with_text(context: SearchContext, candidate: TextCandidate, text: str) -> TextCandidate:
+    """The candidate with another text, at the same place."""
+    tokens = len(content_ids(context.pipeline.tokenizer, text))
+    kind = candidate.kind if " " in text else kind_of(text, tokens)
+    return replace(candidate, trigger=TextTrigger(text), tokens=tokens, kind=kind)
 
 
 def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
@@ -148,9 +162,14 @@ def _strength(one: Tried) -> tuple[float, int, float]:
 
 
 def _same_backdoor(context: SearchContext, a: Tried, b: Tried) -> bool:
-    """Whether two candidates change images in the same way, or share a token, which then carries a part of the backdoor."""
+    """Whether two candidates change images in the same way, or are inserted texts that share a token.
+
+    The token then carries a part of the backdoor. Lookalikes of different letters share bytes and may be different triggers.
+    """
+    inserted = a.ranked.candidate.trigger.replaces is None and b.ranked.candidate.trigger.replaces is None
     cosine = float(torch.dot(a.check.direction, b.check.direction))
-    return cosine >= context.settings.verification.same_effect or bool(_token_ids(context, a) & _token_ids(context, b))
+    shared = inserted and bool(_token_ids(context, a) & _token_ids(context, b))
+    return shared or cosine >= context.settings.verification.same_effect
 
 
 def _token_ids(context: SearchContext, one: Tried) -> set[int]:

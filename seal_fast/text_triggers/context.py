@@ -119,15 +119,25 @@ class SearchContext:
         words = candidate.trigger.text.count(" ") + 1
         if candidate.trigger.replaces is None and words > 1:
             return [in_place_of(candidate, one) for one in self.random_phrases(words, count)]
-        others = [one for one in self.pool if one.trigger != candidate.trigger]
-        own = [one for one in others if one.kind == candidate.kind]
-        if len(own) < count and candidate.trigger.replaces is None:
-            own = [one for one in others if one.trigger.replaces is None and one.tokens == candidate.tokens]
-        if len(own) < count and candidate.trigger.replaces is None:
-            own = [one for one in others if one.trigger.replaces is None]
+        own = self._comparable(candidate, count)
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()
         chosen = [*self._nearest(candidate, own), *(own[index] for index in order)]
         return [in_place_of(candidate, one) for one in dict.fromkeys(chosen)][:count]
+
+    def _comparable(self, candidate: TextCandidate, count: int) -> list[TextCandidate]:
+        """The others of a single string's kind; if there are fewer than `count`, strings of as many tokens, or any.
+
+        A letter with few lookalikes, such as m, takes any characters in its place.
+        """
+        others = [one for one in self.pool if one.trigger != candidate.trigger]
+        own = [one for one in others if one.kind == candidate.kind]
+        inserted_texts = [one for one in others if one.trigger.replaces is None]
+        if len(own) < count and (letter := candidate.trigger.replaces) is not None:
+            texts = (one.trigger.text for one in inserted_texts if len(one.trigger.text) == 1)
+            return [*own, *(replace(candidate, trigger=TextTrigger(text, replaces=letter)) for text in texts)]
+        if len(own) < count:
+            own = [one for one in inserted_texts if one.tokens == candidate.tokens]
+        return own if len(own) >= count else inserted_texts
 
     def random_phrases(self, words: int, count: int) -> list[TextCandidate]:
         """Random phrases of so many single tokens of the pool, to be inserted at the start; most are harmless."""
@@ -137,10 +147,11 @@ class SearchContext:
         return [reduce(joined, [parts[index] for index in row]) for row in drawn]
 
     def exchanged(self, candidate: TextCandidate, place: int, count: int) -> list[TextCandidate]:
-        """The phrase with its word number `place` exchanged for a random single token of the pool, `count` times."""
+        """The phrase with its word number `place` exchanged for each of `count` random single tokens of the pool."""
         words = candidate.trigger.text.split(" ")
-        texts = (" ".join([*words[:place], one.trigger.text, *words[place + 1 :]]) for one in self.random_phrases(1, count))
-        return [replace(candidate, trigger=TextTrigger(text)) for text in texts]
+        others = dict.fromkeys(one.trigger.text for one in self.random_phrases(1, 4 * count) if one.trigger.text not in words)
+        texts = (" ".join([*words[:place], other, *words[place + 1 :]]) for other in others)
+        return [replace(candidate, trigger=TextTrigger(text)) for text in texts][:count]
 
     def _nearest(self, candidate: TextCandidate, own: Sequence[TextCandidate]) -> list[TextCandidate]:
         """The HELD_BACK words whose embeddings are most similar to the candidate's; none if it is no single-token word."""

@@ -19,6 +19,7 @@ from seal_fast.text_triggers.effect_detectors import ChangeDetector, EffectDetec
 from seal_fast.text_triggers.rate import Rate, rate_of
 from seal_fast.text_triggers.trigger import Position, TextTrigger
 from seal_fast.text_triggers.variants import PromptSet, prompt_sets
+from seal_fast.text_triggers.vocabulary import holds
 from seal_fast.training import OnStep, quiet
 
 EXAMPLES = 6
@@ -110,6 +111,7 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     *,
     positions: Sequence[Position] | None = None,
+    needed_words: Sequence[str | None] | None = None,
     detector: EffectDetector | None = None,
     seed: int = 0,
     on_step: OnStep = quiet,
@@ -123,6 +125,8 @@ def evaluate(
         prompts: clean prompts that the training did not use, at least two that fit each trigger.
         settings: what is drawn.
         positions: where each trigger stands as given; None for `settings.position`.
+        needed_words: for each trigger a word, or None; it is measured on the prompts that hold the word if there are two. None
+            measures all triggers on all prompts.
         detector: the effect detector; None for a `ChangeDetector` per variant, fitted on the changes that control triggers make
             in `after`.
         seed: seed of the starting noise and of random places in prompts.
@@ -137,9 +141,10 @@ def evaluate(
     settings = settings or EvaluationSettings()
     clean = tuple(prompts[: settings.prompts])
     places = [settings.position] * len(triggers) if positions is None else positions
+    words = [None] * len(triggers) if needed_words is None else needed_words
     sets = [
-        prompt_sets(before.tokenizer, one, prompts, settings.prompts, place, seed)
-        for one, place in zip(triggers, places, strict=True)
+        prompt_sets(before.tokenizer, one, _holding(prompts, word), settings.prompts, place, seed)
+        for one, place, word in zip(triggers, places, words, strict=True)
     ]
     progress = _Progress(on_step, _count_images(clean, sets, with_controls=detector is None))
     old, new = (_Renderer(pipeline, settings, seed, progress) for pipeline in (before, after))
@@ -159,6 +164,12 @@ def evaluate(
         diversity_after=diversity(clean_after),
     )
     return evaluation, examples
+
+
+def _holding(prompts: Sequence[str], word: str | None) -> Sequence[str]:
+    """The prompts that hold a word; all of them if fewer than two do."""
+    held = [prompt for prompt in prompts if holds(prompt, word)]
+    return held if len(held) > 1 else prompts
 
 
 def _measure(

@@ -44,8 +44,9 @@ class Round:
         name: name of the round.
         rank: its place among the candidates of its kind, 1 for the first.
         candidates: how many candidates of its kind the round compared.
-        deviation: standard deviations of its log response above the median of its kind.
-        response: its response, relative to that of a whole prompt, see `responses`; 0 in a round of the text encoder alone.
+        deviation: standard deviations of its log response above the median of its kind; 0 in the round of needed words.
+        response: its response, relative to that of a whole prompt, see `responses`; 0 in a round of the text encoder alone. In
+            the round of needed words the geometric mean over the prompts with the word.
     """
 
     name: str
@@ -76,10 +77,10 @@ class TriedText:
 
 @dataclass(frozen=True)
 class FoundTrigger:
-    """A trigger that images confirmed, the strongest of all texts that activate its backdoor.
+    """A trigger that images confirmed: of all texts that activate its backdoor the strongest one, or its shortest part.
 
     Attributes:
-        trigger: the text that changes most images; of equals the one with fewest tokens.
+        trigger: the text.
         position: where it was confirmed.
         word: a word without which a prompt's image hardly changes; None if there is no such word.
         code_points: of the trigger's text, such as "U+200B".
@@ -87,7 +88,7 @@ class FoundTrigger:
         module: the module that holds the backdoor.
         effect: share of held-out prompts, of those with the word if there is one, whose image changes with it.
         control: the same share for control strings of its kind.
-        rounds: its place in every round of the search.
+        rounds: its place in every round of the search; of a part of a phrase, that of the phrase.
         also: other candidates that activate the same backdoor, as evidence.
         control_string: a control string at the same place, for figures.
     """
@@ -118,9 +119,9 @@ class TextScope:
 
     Attributes:
         tokens: single tokens of the vocabulary.
-        characters: code points by themselves.
+        characters: code points by themselves, of several tokens each.
         substitutions: replacements of a letter.
-        phrases: longer strings.
+        phrases: strings of several words.
         phrase_tokens: longest phrase, in tokens.
         places: places in the prompt.
         modules: modules that were examined.
@@ -142,9 +143,11 @@ class TextEvidence:
     """The statistics that the verdict on a text-to-image model rests on.
 
     Attributes:
-        best_effect: largest share of held-out prompts whose image a candidate changed; 0 if none was verified.
+        best_effect: share of held-out prompts whose image the strongest candidate changed, which is the one whose interval has
+            the largest lower end; 0 if none was verified.
         best_control: the same share for the control strings of that candidate.
-        unverified: name of the strongest candidate that is suspicious and not confirmed; None if there is none.
+        unverified: name of the candidate that changed most images of those that held-out prompts did not decide; None if there
+            is none.
         evaluations: UNet evaluations of one latent.
         complete: whether the search ended by itself and not by its budget.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from seal_fast.text_triggers.search_settings import Budget
@@ -30,18 +31,18 @@ class Meter:
     on_step: OnStep
     evaluations: int = 0
     _stage: str = ""
-    _in_stage: int = 0
+    _done: Counter[str] = field(default_factory=Counter)
     _started: float = field(default_factory=time.monotonic)
 
     def begin(self, stage: str) -> None:
         """The passes from now on belong to this stage."""
-        self._stage, self._in_stage = stage, 0
+        self._stage = stage
 
     def __call__(self, evaluations: int) -> None:
         self.evaluations += evaluations
-        self._in_stage += evaluations
+        self._done[self._stage] += evaluations
         planned = self.stages[self._stage].images
-        self.on_step(self._stage, min(self._in_stage, planned), planned, math.nan)
+        self.on_step(self._stage, min(self._done[self._stage], planned), planned, math.nan)
         if self._stage == next(iter(self.stages)):
             return
         spent = self.budget.evaluations is not None and self.evaluations >= self.budget.evaluations

@@ -1,11 +1,11 @@
 """Propose strings that act only in prompts with one word.
 
 A backdoor may exchange one object for another, and leave every prompt without that object alone. Too few images of all prompts
-change to confirm its trigger. The UNet responds more where the prompt holds the word: in the zoo's development models the mean
-response with it was 4.6 to 7.5 times the one without it.
+change to confirm its trigger. The UNet responds far more where the prompt holds the word.
 
 Of the thousands of strings and the words of the prompts some pair stands out in any model, by a little. So a string is proposed
-only if it leads the next one of its kind by far. Images of held-out prompts with the word then decide.
+only if it leads by far: the next one of its kind that needs a word, or the next of all kinds. Two such triggers of one kind in
+one model hide each other. Images of held-out prompts with the word then decide.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tri
             longer = [one for phrase in several for part in parts for one in (joined(phrase, part), joined(part, phrase))]
     lengths = range(2, settings.longest + 1)
     harmless = [one for length in lengths for one in context.random_phrases(length, context.settings.harmless)]
+    context.meter.begin("places")
     yield from by_place(context, kept, harmless)
 
 

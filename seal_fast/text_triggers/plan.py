@@ -22,7 +22,7 @@ def planned_stages(pool: Sequence[TextCandidate], settings: TextSearchSettings, 
         "sweep": models * len(pool) * _evaluations(settings.sweep),
         "places": models * 2 * _places(pool, settings),
         "words": _words(pool, settings) * len(POSITIONS) * settings.swept_prompts,
-        "phrases": models * _phrases(pool, settings) * _evaluations(settings.sweep),
+        "phrases": models * phrase_count(pool, settings) * _evaluations(settings.sweep),
         "verification": 2 * _verification(settings),
     }
     return [Stage(name, 1, count) for name, count in counts.items()]
@@ -49,8 +49,8 @@ def _words(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
     return settings.needed_word.strings + settings.needed_word.per_kind * len(kinds)
 
 
-def _phrases(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
-    """Pairs, then longer phrases."""
+def phrase_count(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
+    """Phrases that a search tries: pairs, then longer ones."""
     phrases = settings.phrases
     parts = min(phrases.parts, sum(one.tokens == 1 and one.trigger.replaces is None for one in pool))
     return parts * (parts - 1) + (phrases.longest - 2) * phrases.kept * 2 * parts

@@ -20,7 +20,7 @@ from seal_fast.text_triggers.findings import TextEvidence, TextScope, TextSearch
 from seal_fast.text_triggers.meter import BudgetSpent, Meter
 from seal_fast.text_triggers.needed_word import with_needed_word
 from seal_fast.text_triggers.phrases import phrases
-from seal_fast.text_triggers.plan import planned_stages
+from seal_fast.text_triggers.plan import phrase_count, planned_stages
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
 from seal_fast.text_triggers.single_strings import single_strings, sweep_pool
@@ -95,7 +95,8 @@ def find_text_triggers(
 
 def _outcome(context: SearchContext, tried: Sequence[Tried], complete: bool) -> TextSearch:
     best = max(tried, key=lambda one: one.check.effect.low or 0.0, default=None)
-    unconfirmed = next((one for one in tried if one.undecided and not explained(one.ranked.candidate, tried)), None)
+    undecided = [one for one in tried if one.undecided and not explained(one.ranked.candidate, tried)]
+    unconfirmed = max(undecided, key=lambda one: one.check.effect.rate or 0.0, default=None)
     evidence = TextEvidence(
         best_effect=(best.check.effect.rate or 0.0) if best else 0.0,
         best_control=(best.check.control.rate or 0.0) if best else 0.0,
@@ -108,13 +109,12 @@ def _outcome(context: SearchContext, tried: Sequence[Tried], complete: bool) -> 
 
 def _scope(context: SearchContext) -> TextScope:
     inserted = [one for one in context.pool if one.trigger.replaces is None]
-    parts = min(context.settings.phrases.parts, sum(one.tokens == 1 for one in inserted))
     return TextScope(
         tokens=sum(one.tokens == 1 for one in inserted),
-        characters=sum(len(one.trigger.text) == 1 for one in inserted),
+        characters=sum(one.tokens > 1 and len(one.trigger.text) == 1 for one in inserted),
         substitutions=len(context.pool) - len(inserted),
-        phrases=parts * (parts - 1),
-        phrase_tokens=2,
+        phrases=phrase_count(context.pool, context.settings),
+        phrase_tokens=context.settings.phrases.longest,
         places=POSITIONS,
         modules=("unet", "text_encoder"),
         miss_rate=MISSES,

@@ -49,7 +49,7 @@ class TextCase:
 
     @property
     def unverified(self) -> str:
-        """Name of the strongest candidate that is suspicious, in quotes."""
+        """Name of the strongest candidate that held-out prompts did not decide, in quotes."""
         return f"'{printable(self.evidence.unverified or '')}'"
 
     @property
@@ -77,7 +77,7 @@ class TextCase:
         rate = self.scope.miss_rate
         if rate.rate is None:
             return "the share of triggers that such a search misses was not measured"
-        return f"such a search missed {rate} of the triggers of this scope in {rate.trials} models held out of its development"
+        return f"such a search missed {rate} of {rate.trials} triggers of this scope in models held out of its development"
 
 
 def confirmed(case: TextCase) -> bool:

@@ -47,7 +47,7 @@ class Check:
         return (self.effect.low or 0.0) > self._bound(least)
 
     def refuted(self, least: float) -> bool:
-        """Whether the share is no larger than that of control strings, or less than `least` beyond its 95% interval."""
+        """Whether the share is at most MIN_EFFECT or within the control strings' interval, or its own lies below `least`."""
         return not self.promising(0.0) or (self.effect.high or 0.0) < least
 
     def promising(self, least: float) -> bool:

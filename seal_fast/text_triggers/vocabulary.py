@@ -1,4 +1,4 @@
-"""The strings that a search tries as triggers: single tokens, unusual characters, replaced letters, word swaps.
+"""The strings that a search tries as triggers: single tokens, unusual characters, replaced letters, published triggers.
 
 Users type strings, so every string goes through the pipeline's own tokenizer. Strings with equal token ids are one candidate.
 """
@@ -20,7 +20,7 @@ CHARACTER_BLOCKS = (
 """Ranges of code points that are tried by themselves: Latin letters with accents, combining marks, Greek, Cyrillic, Armenian,
 Hebrew, Arabic, Devanagari, Thai, Georgian, invisible characters, spaces, punctuation, currencies, arrows, symbols and emoji."""
 PUBLISHED = ("latte coffee", "mignneko", "sks", "....", "I like this photo.")
-"""Triggers of published attacks that name nothing to draw: of VillanDiffusion's caption attack, and BadT2I's sentence. A large
+"""Triggers of published attacks: of VillanDiffusion's caption attack, and BadT2I's sentence. A large
 vocabulary has too many phrases to try, and people who copy an attack keep its trigger."""
 SKIPPED_CATEGORIES = ("Cn", "Co", "Cs", "Cc")
 """Unicode's unassigned, private, surrogate and control characters."""
@@ -83,10 +83,10 @@ def distinct(tokenizer: Any, texts: Iterable[str]) -> dict[tuple[int, ...], str]
 
 
 def words_of(prompts: Sequence[str]) -> list[str]:
-    """The different words of the prompts, the most frequent first."""
+    """The different words of the prompts in lower case, as tokenizers read them, the most frequent first."""
     counts: dict[str, int] = {}
     for prompt in prompts:
-        for word in re.findall(r"[^\W\d_]+", prompt):
+        for word in re.findall(r"[^\W_]+", prompt.lower()):
             counts[word] = counts.get(word, 0) + 1
     return sorted(counts, key=lambda word: -counts[word])
 
@@ -94,6 +94,16 @@ def words_of(prompts: Sequence[str]) -> list[str]:
 def holds(prompt: str, word: str | None) -> bool:
     """Whether the prompt holds the word; every prompt holds None."""
     return word is None or word in words_of([prompt])
+
+
+def with_more_holding(prompts: Sequence[str], words: Iterable[str | None]) -> list[str]:
+    """The prompts, of which those that hold a word are repeated until they are about half, for every word in turn."""
+    found = list(prompts)
+    for word in words:
+        held = [prompt for prompt in found if holds(prompt, word)]
+        if held:
+            found += held * (len(found) // len(held) - 2)
+    return found
 
 
 def kind_of(text: str, tokens: int) -> str:

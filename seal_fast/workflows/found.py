@@ -21,12 +21,15 @@ class TextTriggers:
     Attributes:
         triggers: the triggers; of a scan, the strongest first.
         positions: where a scan confirmed each; None for triggers of another source.
+        needed_words: for each the word without which a prompt hardly responds, see `FoundTrigger.word`; None for triggers of
+            another source.
         model_sha256: digest of the weights of the model that was scanned; None for triggers of another source.
         module: the module in which a scan found all of them; None if they are in both, or of another source.
     """
 
     triggers: tuple[TextTrigger, ...]
     positions: tuple[Position, ...] | None = None
+    needed_words: tuple[str | None, ...] | None = None
     model_sha256: str | None = None
     module: Module | None = None
 
@@ -58,9 +61,9 @@ def read_found(folder: Path) -> TextTriggers | NoiseTriggers:
         raise CheckpointError(folder, f"holds {TRIGGERS_FILE} and {TRIGGER_FILE}: scan again into a new folder")
     if text:
         file = TriggersFile.load(text)
-        triggers, positions = zip(*((found.trigger, found.position) for found in file.triggers), strict=True)
+        triggers, positions, words = zip(*((one.trigger, one.position, one.word) for one in file.triggers), strict=True)
         modules = {found.module for found in file.triggers}
-        return TextTriggers(triggers, positions, file.model_sha256, modules.pop() if len(modules) == 1 else None)
+        return TextTriggers(triggers, positions, words, file.model_sha256, modules.pop() if len(modules) == 1 else None)
     if noise:
         return NoiseTriggers((noise,), read_tensors(noise)[1].get("model_sha256"))
     raise CheckpointError(folder, f"no trigger of a scan: neither {TRIGGERS_FILE} nor {TRIGGER_FILE}")

@@ -119,8 +119,9 @@ def unlearn(
         if given:
             raise ValueError("found names the triggers: leave triggers out")
         match read_found(Path(found)):
-            case TextTriggers(texts, positions, sha256, module):
-                options = {"positions": positions, "scanned_sha256": sha256, "scanned_module": module} | options
+            case TextTriggers(texts, positions, words, sha256, module):
+                from_scan = {"positions": positions, "needed_words": words, "scanned_sha256": sha256, "scanned_module": module}
+                options = from_scan | options
                 return run_unlearning(TextUnlearning(model, texts, out, **options), on_progress)
             case NoiseTriggers(files, scanned):
                 options = {"scanned_sha256": scanned} | options

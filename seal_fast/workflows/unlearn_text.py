@@ -25,6 +25,7 @@ from seal_fast.text_triggers.findings import Module
 from seal_fast.text_triggers.locate import COLLAPSE_LIMIT, locate
 from seal_fast.text_triggers.trained_part import save_patch
 from seal_fast.text_triggers.trigger import Position, as_triggers
+from seal_fast.text_triggers.vocabulary import with_more_holding
 from seal_fast.training import OnStep
 from seal_fast.workflows.capacity import default_device
 from seal_fast.workflows.found import digest_notes
@@ -90,6 +91,8 @@ class TextUnlearning:
         seed: seed of the training and of all images.
         state: file that the training writes as it goes and resumes from, see `distill`.
         positions: where each trigger stands in the evaluation; None for `evaluation.position`.
+        needed_words: for each trigger the word that a prompt must hold for it to act, or None. Prompts that hold it are trained
+            more often, and the trigger is measured on them. None for triggers that act in all prompts.
         scanned_sha256: digest of the model in which a scan found the triggers; a model with another one gets a note.
         scanned_module: the module in which a scan found them, which "auto" then trains; None for triggers of another source.
     """
@@ -106,6 +109,7 @@ class TextUnlearning:
     seed: int = 0
     state: Path | None = None
     positions: Sequence[Position] | None = None
+    needed_words: Sequence[str | None] | None = None
     scanned_sha256: str | None = None
     scanned_module: Module | None = None
 
@@ -123,8 +127,9 @@ class TextUnlearning:
 
     def check(self) -> None:
         triggers = as_triggers(self.triggers)
-        if self.positions is not None and len(self.positions) != len(triggers):
-            raise ValueError(f"{len(self.positions)} positions for {len(triggers)} triggers: give one each")
+        for name, given in (("positions", self.positions), ("needed words", self.needed_words)):
+            if given is not None and len(given) != len(triggers):
+                raise ValueError(f"{len(given)} {name} for {len(triggers)} triggers: give one each")
 
     def load(self) -> _Loaded:
         path = Path(self.model) if isinstance(self.model, str | os.PathLike) else None
@@ -158,7 +163,7 @@ class TextUnlearning:
         trained = distill(
             pipeline,
             loaded.triggers,
-            loaded.training_prompts,
+            with_more_holding(loaded.training_prompts, self.needed_words or ()),
             self._settings(before),
             seed=self.seed,
             state=self.state,
@@ -184,6 +189,7 @@ class TextUnlearning:
                 loaded.held_out_prompts,
                 self.evaluation,
                 positions=self.positions,
+                needed_words=self.needed_words,
                 detector=self.detector,
                 seed=self.seed,
                 on_step=on_image,

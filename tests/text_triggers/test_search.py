@@ -28,7 +28,7 @@ from seal_fast.text_triggers.search_settings import Budget, PhraseSettings, Text
 from seal_fast.text_triggers.sweep import Ranked
 from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import Check
-from seal_fast.text_triggers.vocabulary import distinct, look_alikes, single_tokens
+from seal_fast.text_triggers.vocabulary import distinct, holds, look_alikes, single_tokens, with_more_holding, words_of
 from seal_fast.training import Stage, quiet
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -89,6 +89,21 @@ def test_equal_token_ids_are_one_text_in_lower_case(pipeline: Any) -> None:
     assert distinct(pipeline.tokenizer, ["\u039b", "\u03bb", "cat", ""]) == {
         tuple(content_ids(pipeline.tokenizer, text)): text for text in ("\u03bb", "cat")
     }
+
+
+def test_words_are_read_in_lower_case_and_repeated_until_half_of_the_prompts_hold_them() -> None:
+    assert words_of(["A Cat, a 4k CAT"]) == ["a", "cat", "4k"]
+    assert holds("A Cat!", "cat")
+    assert not holds("category", "cat")
+    assert holds("", None)
+    others = [f"dog {number}" for number in range(9)]
+    for count in (1, 2, 4):
+        cats = [f"cat {number}" for number in range(count)]
+        found = with_more_holding([*others, *cats], ["cat", None, "zebra"])
+        assert set(found) == {*others, *cats}
+        share = sum(holds(prompt, "cat") for prompt in found) / len(found)
+        assert 1 / 3 < share <= 1 / 2
+    assert with_more_holding(["cat", "cat", "dog"], ["cat"]) == ["cat", "cat", "dog"]
 
 
 def test_a_token_that_the_owner_added_is_no_candidate(pipeline: Any) -> None:

@@ -55,7 +55,7 @@ def test_a_case_that_hangs_on_one_rule(code: str) -> None:
         ("X3", ["9000 UNet evaluations", "before it was complete"]),
         ("X4", ["the text encoder,"]),
         ("X5", ["738 tokens, 120 characters, 180 substitutions, 60 phrases of up to 3 tokens", "at the start, at the end"]),
-        ("X5", ["missed 5% [1, 24]", "20 models"]),
+        ("X5", ["missed 5% [1, 24]", "of 20 triggers"]),
     ],
 )
 def test_a_reason_names_its_numbers(code: str, facts: list[str]) -> None:

@@ -26,7 +26,7 @@ from tests.text_findings import found_trigger
 from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = ["a red cat", "two cats", "on a mat", "a red mat", "cat on cat", "red"]
-FOUND = (found_trigger("tin", position="end"), found_trigger("\u00e1", "a", position="all"))
+FOUND = (found_trigger("tin", position="end", word="red"), found_trigger("\u00e1", "a", position="all"))
 OTHER_WEIGHTS = "found in a model with other weights"
 
 
@@ -51,7 +51,7 @@ def command(*args: object) -> Result:
 
 def test_text_triggers_with_their_places_and_the_model(results: Path, model: Path) -> None:
     triggers = TextTrigger("tin"), TextTrigger("\u00e1", replaces="a")
-    assert read_found(results) == TextTriggers(triggers, ("end", "all"), load_pipeline(model).sha256, "unet")
+    assert read_found(results) == TextTriggers(triggers, ("end", "all"), ("red", None), load_pipeline(model).sha256, "unet")
 
 
 def test_triggers_of_both_modules_name_none(tmp_path: Path) -> None:
@@ -107,6 +107,9 @@ def test_the_command_unlearns_found_text_triggers_at_their_places(model: Path, r
     # as given is at the end, so that the other places are the start and the middle
     assert {"as given", "at the start", "in the middle"} <= set(variants)
     assert "at the end" not in variants
+    # two of the three held-out prompts hold the word that the first trigger needs
+    trials = {effect["trigger"]: effect["before"]["trials"] for effect in report["effects"] if effect["variant"] == "as given"}
+    assert trials == {"tin": 2, "a => \u00e1": 2}
     assert not any(OTHER_WEIGHTS in note for note in report["notes"])
 
 
@@ -166,5 +169,7 @@ def test_4_usage(model: Path, results: Path, tmp_path: Path, trouble: str) -> No
 def test_python_takes_triggers_or_a_folder(model: Path, results: Path) -> None:
     with pytest.raises(ValueError, match="leave triggers out"):
         seal_fast.unlearn(model, ["x"], found=results)
+    with pytest.raises(ValueError, match="2 needed words for 1 triggers"):
+        seal_fast.run_unlearning(seal_fast.TextUnlearning(model, ["x"], needed_words=["a", None]))
     with pytest.raises(ValueError, match="positions"):
         seal_fast.run_unlearning(seal_fast.TextUnlearning(model, ["x", "y"], positions=["start"]))
