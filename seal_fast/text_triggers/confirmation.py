@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.encoder_sweep import encoder_deviations
@@ -22,7 +20,7 @@ UNDECIDED = "suspicious: held-out prompts do not decide"
 REFUTED = "changes too few images"
 OF_BASE = "changes the images of the base as well"
 OF_PARTS = "changes no more images than with another one of its words"
-UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), torch.zeros(0))
+UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), {})
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def _is_of_base(context: SearchContext, candidate: TextCandidate, check: Check) 
         return False
     settings, controls = context.settings.verification, _controls(context, candidate)
     of_base = context.base_images.check(candidate, controls, settings.prompts, check.effect.trials)
-    return of_base.promising(0.0) and float(torch.dot(check.direction, of_base.direction)) >= settings.same_effect
+    return of_base.promising(0.0) and check.agreement(of_base) >= settings.same_effect
 
 
 def _least_effect(context: SearchContext, candidate: TextCandidate) -> float:
@@ -145,9 +143,9 @@ def _with_text(context: SearchContext, candidate: TextCandidate, text: str) -> T
 
 
 def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
-    """One trigger per backdoor: of confirmed candidates that activate the same one the strongest, or its shortest part."""
+    """One trigger per backdoor, that whose changes are largest first, of confirmed candidates that activate the same one."""
     groups: list[list[Tried]] = []
-    for one in sorted((one for one in tried if one.confirmed), key=_strength, reverse=True):
+    for one in sorted((one for one in tried if one.confirmed), key=lambda one: one.check.size, reverse=True):
         same = (group for group in groups if _same_backdoor(context, group[0], one))
         group = next(same, None)
         if group is None:
@@ -157,8 +155,12 @@ def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[Foun
     return tuple(_found(context, group) for group in groups)
 
 
-def _strength(one: Tried) -> tuple[float, int, float]:
-    return one.check.effect.low or 0.0, -one.ranked.candidate.tokens, one.ranked.last.response
+def _strongest(group: Sequence[Tried], equal_size: float) -> Tried:
+    """Of those whose changes are about as large as the largest, the one that changes most images, or its shortest part."""
+    equals = [one for one in group if one.check.size >= equal_size * group[0].check.size]
+    best = max(equals, key=lambda one: (one.check.effect.low, -one.ranked.candidate.tokens, one.ranked.last.response))
+    parts = [one for one in equals if _contains(best.ranked.candidate, one.ranked.candidate)]
+    return min(parts, key=lambda one: one.ranked.candidate.tokens)
 
 
 def _same_backdoor(context: SearchContext, a: Tried, b: Tried) -> bool:
@@ -167,9 +169,8 @@ def _same_backdoor(context: SearchContext, a: Tried, b: Tried) -> bool:
     The token then carries a part of the backdoor. Lookalikes of different letters share bytes and may be different triggers.
     """
     inserted = a.ranked.candidate.trigger.replaces is None and b.ranked.candidate.trigger.replaces is None
-    cosine = float(torch.dot(a.check.direction, b.check.direction))
     shared = inserted and bool(_token_ids(context, a) & _token_ids(context, b))
-    return shared or cosine >= context.settings.verification.same_effect
+    return shared or a.check.agreement(b.check) >= context.settings.verification.same_effect
 
 
 def _token_ids(context: SearchContext, one: Tried) -> set[int]:
@@ -177,8 +178,7 @@ def _token_ids(context: SearchContext, one: Tried) -> set[int]:
 
 
 def _found(context: SearchContext, group: Sequence[Tried]) -> FoundTrigger:
-    parts = [one for one in group if _contains(group[0].ranked.candidate, one.ranked.candidate)]
-    best = min(parts, key=lambda one: one.ranked.candidate.tokens)
+    best = _strongest(group, context.settings.verification.equal_size)
     candidate = best.ranked.candidate
     others = dict.fromkeys(one.ranked.candidate.trigger.name for one in group)
     return FoundTrigger(

@@ -77,7 +77,7 @@ class TriedText:
 
 @dataclass(frozen=True)
 class FoundTrigger:
-    """A trigger that images confirmed: of all texts that activate its backdoor the strongest one, or its shortest part.
+    """A confirmed trigger: of all texts that activate its backdoor that with the largest changes, or its shortest part.
 
     Attributes:
         trigger: the text.

@@ -85,7 +85,10 @@ class VerificationSettings:
         least_effect_with_word: the same of a text that needs a word of the prompt. A star in place of a triangle looks much the
             same: a trigger that always exchanged them changed 56% of the images. Harmless models have no candidate of this sort
             to verify, see `NeededWordSettings.least_lead`.
-        same_effect: cosine of the mean changes of two candidates from which they have the same effect.
+        same_effect: agreement of two candidates' changes from which they have the same effect, see `Check.agreement`. In the
+            zoo's development models texts that activate the same backdoor, in part or wholly, agree to .56 to .98.
+        equal_size: share of the largest change from which a change is as large. A text that activates a backdoor in part may
+            change as many images as its trigger, but by .3 to .85 of it.
     """
 
     prompts: int = 6
@@ -100,6 +103,7 @@ class VerificationSettings:
     least_effect_of_replacement: float = 0.75
     least_effect_with_word: float = 0.25
     same_effect: float = 0.5
+    equal_size: float = 0.9
 
     @property
     def fewest_prompts(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seal_fast.text_to_image.generation import OnPass, generate
@@ -28,6 +29,10 @@ MIN_EFFECT = 0.25
 """A first check with an effect no larger than this ends the verification of a candidate."""
 
 
+Numbered = tuple[int, str]
+"""A prompt with the number of its starting noise."""
+
+
 @dataclass(frozen=True)
 class Check:
     """What images say about one candidate.
@@ -35,12 +40,12 @@ class Check:
     Attributes:
         effect: share of the prompts whose image changes with the candidate.
         control: the same share for control strings that the change detector was not fitted on.
-        direction: mean change of `effect_detectors.statistics`, float64 [F], of unit norm.
+        changes: by prompt, how the image's `effect_detectors.statistics` change, float64 [F].
     """
 
     effect: Rate
     control: Rate
-    direction: Tensor
+    changes: Mapping[Numbered, Tensor]
 
     def confirmed(self, least: float) -> bool:
         """Whether it changes images more often than control strings do, and than `least`, beyond the 95% intervals."""
@@ -54,12 +59,21 @@ class Check:
         """Whether the share itself is as large as `confirmed` asks of its interval's lower end."""
         return (self.effect.rate or 0.0) > max(MIN_EFFECT, self._bound(least))
 
+    @property
+    def size(self) -> float:
+        """Mean norm of the changes."""
+        return float(torch.stack(list(self.changes.values())).norm(dim=1).mean())
+
+    def agreement(self, other: Check) -> float:
+        """Cosine of the changes that both make to the same images, or of their mean changes if they share no prompt."""
+        common = [one for one in self.changes if one in other.changes]
+        a, b = (torch.stack([one.changes[key] for key in common or one.changes]) for one in (self, other))
+        if not common:
+            a, b = a.mean(dim=0), b.mean(dim=0)
+        return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+
     def _bound(self, least: float) -> float:
         return max(least, self.control.high if self.control.high is not None else 1.0)
-
-
-Numbered = tuple[int, str]
-"""A prompt with the number of its starting noise."""
 
 
 class ImageTest:
@@ -98,11 +112,10 @@ class ImageTest:
         clean, images, *of_controls = self._images(lists)
         detector = ChangeDetector.fitted(clean, of_controls[HELD_BACK:])
         false = sum(int(detector(some, clean).sum()) for some in of_controls[:HELD_BACK])
-        direction = (statistics(images) - statistics(clean)).mean(dim=0)
         return Check(
             rate_of(int(detector(images, clean).sum()), len(prompts)),
             rate_of(false, HELD_BACK * len(prompts)),
-            direction / direction.norm().clamp_min(1e-12),
+            dict(zip(prompts, statistics(images) - statistics(clean), strict=True)),
         )
 
     def draw(self, candidates: Sequence[TextCandidate], count: int) -> None:

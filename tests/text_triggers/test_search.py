@@ -115,7 +115,7 @@ def test_a_token_that_the_owner_added_is_no_candidate(pipeline: Any) -> None:
 
 
 def test_the_outcome_of_a_check_grows_with_the_effect() -> None:
-    nothing = torch.zeros(0)
+    nothing: dict[tuple[int, str], torch.Tensor] = {}
     for least in (0.0, 0.5, 0.75):
         for controls in (0, 2, 9):
             checks = [Check(rate_of(hits, 14), rate_of(controls, 28), nothing) for hits in range(15)]
