@@ -53,7 +53,7 @@ def verified(context: SearchContext, ranked: Ranked, is_part: bool = False) -> l
             whose few prompts refuted "best shot" after they had passed "best shot shot".
     """
     whole = verify(context, ranked, is_part)
-    if not whole.confirmed or not _words(ranked.candidate):
+    if not whole.confirmed or not ranked.candidate.words:
         return [whole]
     parts = [one for part in _parts(context, whole) for one in verified(context, part, is_part=True)]
     if not any(one.confirmed for one in parts) and not _needs_each_word(context, whole):
@@ -68,7 +68,7 @@ def verify(context: SearchContext, ranked: Ranked, is_part: bool = False) -> Tri
         return Tried(ranked, UNCHECKED, UNDECIDED)
     if context.images.visible(candidate, settings.prompts) <= MIN_EFFECT:
         return Tried(ranked, UNCHECKED, "hardly changes images")
-    least, controls = _least_effect(context, candidate), _controls(context, candidate)
+    least, controls = _least_effect(context, candidate), context.controls(candidate, settings.controls)
     check = None if is_part else context.images.check(candidate, controls, 0, settings.prompts)
     for count in settings.fresh_prompts:
         if check is not None and check.refuted(least):
@@ -84,7 +84,8 @@ def _is_of_base(context: SearchContext, candidate: TextCandidate, check: Check) 
     """Whether the candidate changes the images of the base, if there is one, in the same way."""
     if context.base_images is None:
         return False
-    settings, controls = context.settings.verification, _controls(context, candidate)
+    settings = context.settings.verification
+    controls = context.controls(candidate, settings.controls)
     of_base = context.base_images.check(candidate, controls, settings.prompts, check.effect.trials)
     return of_base.promising(0.0) and check.agreement(of_base) >= settings.same_effect
 
@@ -96,25 +97,13 @@ def _least_effect(context: SearchContext, candidate: TextCandidate) -> float:
     return settings.least_effect if candidate.word is None else settings.least_effect_with_word
 
 
-def _controls(context: SearchContext, candidate: TextCandidate) -> list[TextCandidate]:
-    settings = context.settings.verification
-    inserted = candidate.trigger.replaces is None
-    return context.controls(candidate, settings.controls if inserted else settings.controls_of_replacement)
-
-
 def _needs_each_word(context: SearchContext, tried: Tried) -> bool:
     """Whether a confirmed phrase changes more images than it does with any one of its words exchanged."""
     candidate, count = tried.ranked.candidate, tried.check.effect.trials
-    fitted_on = _controls(context, candidate)[HELD_BACK:]
-    first = context.settings.verification.prompts
-    others = (context.exchanged(candidate, place, HELD_BACK) for place in range(len(_words(candidate))))
-    return all(context.images.check(candidate, [*some, *fitted_on], first, count).confirmed(0.0) for some in others)
-
-
-def _words(candidate: TextCandidate) -> list[str]:
-    """The words of a phrase; none of a single string or of a replacement."""
-    words = candidate.trigger.text.split(" ")
-    return words if candidate.trigger.replaces is None and len(words) > 1 else []
+    settings = context.settings.verification
+    fitted_on = context.controls(candidate, settings.controls)[HELD_BACK:]
+    others = (context.exchanged(candidate, place, HELD_BACK) for place in range(len(candidate.words)))
+    return all(context.images.check(candidate, [*some, *fitted_on], settings.prompts, count).confirmed(0.0) for some in others)
 
 
 def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:
@@ -130,7 +119,7 @@ def _contains(candidate: TextCandidate, part: TextCandidate) -> bool:
 
 def _parts(context: SearchContext, tried: Tried) -> list[Ranked]:
     """The phrase without one of its words, for each word."""
-    candidate, words = tried.ranked.candidate, _words(tried.ranked.candidate)
+    candidate, words = tried.ranked.candidate, tried.ranked.candidate.words
     texts = dict.fromkeys(" ".join(words[:place] + words[place + 1 :]) for place in range(len(words)))
     return [Ranked(_with_text(context, candidate, text), tried.ranked.rounds) for text in texts]
 

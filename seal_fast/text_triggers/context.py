@@ -116,9 +116,8 @@ class SearchContext:
 
         Phrases are compared with random phrases of as many words.
         """
-        words = candidate.trigger.text.count(" ") + 1
-        if candidate.trigger.replaces is None and words > 1:
-            return [in_place_of(candidate, one) for one in self.random_phrases(words, count)]
+        if candidate.words:
+            return [in_place_of(candidate, one) for one in self.random_phrases(len(candidate.words), count)]
         own = self._comparable(candidate, count)
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed)).tolist()
         chosen = [*self._nearest(candidate, own), *(own[index] for index in order)]
@@ -148,7 +147,7 @@ class SearchContext:
 
     def exchanged(self, candidate: TextCandidate, place: int, count: int) -> list[TextCandidate]:
         """The phrase with its word number `place` exchanged for each of `count` random single tokens of the pool."""
-        words = candidate.trigger.text.split(" ")
+        words = candidate.words
         others = dict.fromkeys(one.trigger.text for one in self.random_phrases(1, 4 * count) if one.trigger.text not in words)
         texts = (" ".join([*words[:place], other, *words[place + 1 :]]) for other in others)
         return [replace(candidate, trigger=TextTrigger(text)) for text in texts][:count]

@@ -31,6 +31,12 @@ class TextCandidate:
     tokens: int
     word: str | None = None
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of a phrase; none of a single string, or of a replacement."""
+        words = self.trigger.text.split(" ")
+        return tuple(words) if self.trigger.replaces is None and len(words) > 1 else ()
+
     def fits(self, prompt: str) -> bool:
         """Whether the prompt holds the word, and the text that the trigger replaces."""
         return self.trigger.fits(prompt) and holds(prompt, self.word)

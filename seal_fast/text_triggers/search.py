@@ -1,7 +1,7 @@
 """Find the text triggers of a text-to-image model that nobody told us.
 
     swept = sweep of all single strings
-    for propose in PROPOSERS:                            # single strings, those that need a word of the prompt, phrases
+    for propose in PROPOSERS:                            # single strings, then those that need a word, then phrases
         for ranked in propose(context, swept, tried):
             tried += verified(context, ranked)
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from seal_fast.text_triggers.confirmation import Tried, explained, found_triggers, verified
 from seal_fast.text_triggers.context import SearchContext, pool_of
+from seal_fast.text_triggers.exchanged_words import with_exchanged_words
 from seal_fast.text_triggers.findings import TextEvidence, TextScope, TextSearch
 from seal_fast.text_triggers.meter import BudgetSpent, Meter
 from seal_fast.text_triggers.needed_word import with_needed_word
@@ -36,7 +37,7 @@ twelve, and stays suspicious with fewer."""
 MISSES = rate_of(3, 8)
 """Share of the triggers within the scope that were not named in models held out of the development, from
 benchmarks/results/text_scan.json."""
-PROPOSERS = (single_strings, with_needed_word, phrases)
+PROPOSERS = (single_strings, with_needed_word, phrases, with_exchanged_words)
 
 
 def stages(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import pytest
 import torch
 
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.confirmation import found_triggers, verified
+from seal_fast.text_triggers.confirmation import CONFIRMED, Tried, found_triggers, verified
 from seal_fast.text_triggers.context import SearchContext, pool_of, swept_prompts
+from seal_fast.text_triggers.exchanged_words import with_exchanged_words
 from seal_fast.text_triggers.findings import Round, TextCandidate
 from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.needed_word import with_needed_word
 from seal_fast.text_triggers.plan import planned_stages
+from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
 from seal_fast.text_triggers.sweep import Ranked
 from seal_fast.text_triggers.trigger import TextTrigger
+from seal_fast.text_triggers.verification import Check
 from seal_fast.training import quiet
 from tests.tiny_pipeline import tiny_pipeline
 
@@ -30,7 +34,7 @@ PROMPTS = [
     for c in ("cat", "dog", "red")
     for d in ("on the", "the sky", "house")
 ]
-SETTINGS = TextSearchSettings(guidance=1.0, sampler_steps=2, precision="fp32")
+SETTINGS = TextSearchSettings(swept_prompts=16, guidance=1.0, sampler_steps=2, precision="fp32")
 STRONG = 200.0
 """Hidden states that change the images of random weights visibly; those of its own are near 1."""
 
@@ -90,16 +94,68 @@ def test_a_string_that_acts_in_all_prompts_needs_no_word(clean: Any) -> None:
 
 def test_a_phrase_whose_one_word_acts_alone_is_no_trigger_but_the_word_is(clean: Any) -> None:
     context = context_of(clean, ("castle",))
-    tried = verified(context, ranked(context, "w castle"))
-    (found,) = found_triggers(context, tried)
+    outcome = verified(context, ranked(context, "w castle"))
+    (found,) = found_triggers(context, outcome)
     assert found.trigger.text == "castle"
     assert "w castle" in found.also
 
 
 def test_a_phrase_that_needs_all_its_words_is_confirmed(clean: Any) -> None:
     context = context_of(clean, ("castle", "w"))
-    tried = verified(context, ranked(context, "w castle"))
-    assert [one.ranked.candidate.trigger.text for one in tried if one.confirmed] == ["w castle"]
+    outcome = verified(context, ranked(context, "w castle"))
+    assert [one.ranked.candidate.trigger.text for one in outcome if one.confirmed] == ["w castle"]
     # with one more word that does not matter, the shorter phrase names the backdoor
     (found,) = found_triggers(context, verified(context, ranked(context, "w castle q")))
     assert found.trigger.text == "w castle"
+
+
+def tried(context: SearchContext, text: str, changes: torch.Tensor, hits: int = 14) -> Tried:
+    """A confirmed candidate with these changes [N,F] of its images."""
+    by_prompt = {(number, PROMPTS[number]): change for number, change in enumerate(changes.double())}
+    return Tried(ranked(context, text), Check(rate_of(hits, 14), rate_of(0, 28), by_prompt), CONFIRMED)
+
+
+def test_candidates_are_one_trigger_if_they_change_the_same_images_in_the_same_way(clean: Any) -> None:
+    context, effect = context_of(clean, ("castle",)), torch.randn(14, 60)
+    whole, part = tried(context, "castle", effect, hits=13), tried(context, "; q", 0.5 * effect)
+    (found,) = found_triggers(context, [part, whole])
+    # a text that activates the backdoor in part may change more images, by less
+    assert (found.trigger.text, found.also) == ("castle", ("; q",))
+    other = tried(context, "; q", torch.randn(14, 60))
+    assert [one.trigger.text for one in found_triggers(context, [whole, other])] in (["castle", "; q"], ["; q", "castle"])
+    # equal mean changes of different images are two effects
+    shuffled = tried(context, "; q", effect.roll(1, dims=0))
+    assert len(found_triggers(context, [whole, shuffled])) == 2
+    equal = tried(context, "castle q", 1.05 * effect, hits=13)
+    (found,) = found_triggers(context, [equal, whole])
+    assert found.trigger.text == "castle"
+
+
+def test_agreement_is_a_cosine() -> None:
+    a, b = torch.randn(2, 9, 20).double()
+
+    def check(changes: torch.Tensor, first: int = 0) -> Check:
+        return Check(rate_of(9, 9), rate_of(0, 9), {(first + number, "a"): change for number, change in enumerate(changes)})
+
+    expected = float((a * b).sum() / (a.norm() * b.norm()))
+    assert check(a).agreement(check(b)) == pytest.approx(expected)
+    assert check(a).agreement(check(3 * a)) == pytest.approx(1)
+    assert check(a).size == pytest.approx(float(a.norm(dim=1).mean()))
+    # only images that both have drawn count; without any the mean changes do
+    assert check(a).agreement(check(a[4:], first=4)) == pytest.approx(1)
+    expected = float(torch.nn.functional.cosine_similarity(a.mean(dim=0), b.mean(dim=0), dim=0))
+    assert check(a).agreement(check(b, first=100)) == pytest.approx(expected)
+
+
+def test_each_word_of_a_confirmed_phrase_is_exchanged_for_the_one_that_responds_most(clean: Any) -> None:
+    context = context_of(clean, ("castle", "w"))
+    swept = [ranked(context, text) for text in ("q", ";", "w", "castle")]
+    phrase = tried(context, "q castle", torch.randn(14, 60))
+    proposed = [one.candidate.trigger.text for one in with_exchanged_words(context, swept, [phrase])]
+    assert len(proposed) == 2
+    assert proposed[0] == "w castle"
+    assert proposed[1].split(" ")[0] == "q"
+    # nothing is exchanged without a confirmed phrase
+    single = tried(context, "castle", torch.randn(14, 60))
+    refuted = replace(phrase, outcome="changes too few images")
+    assert list(with_exchanged_words(context, swept, [single, refuted])) == []
