@@ -132,7 +132,8 @@ class SearchContext:
         own = [one for one in others if one.kind == candidate.kind]
         inserted_texts = [one for one in others if one.trigger.replaces is None]
         if len(own) < count and (letter := candidate.trigger.replaces) is not None:
-            texts = (one.trigger.text for one in inserted_texts if len(one.trigger.text) == 1)
+            taken = {letter, candidate.trigger.text, *(one.trigger.text for one in own)}
+            texts = (one.trigger.text for one in inserted_texts if len(one.trigger.text) == 1 and one.trigger.text not in taken)
             return [*own, *(replace(candidate, trigger=TextTrigger(text, replaces=letter)) for text in texts)]
         if len(own) < count:
             own = [one for one in inserted_texts if one.tokens == candidate.tokens]

@@ -24,7 +24,14 @@ from seal_fast.text_triggers.ranking import best, deviations
 from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.responses import ResponseProbe
 from seal_fast.text_triggers.search import LEAST_PROMPTS, find_text_triggers, stages
-from seal_fast.text_triggers.search_settings import Budget, PhraseSettings, TextSearchSettings, VerificationSettings
+from seal_fast.text_triggers.search_settings import (
+    Budget,
+    NeededWordSettings,
+    PhraseSettings,
+    RoundSettings,
+    TextSearchSettings,
+    VerificationSettings,
+)
 from seal_fast.text_triggers.sweep import Ranked
 from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import Check
@@ -37,11 +44,13 @@ PROMPTS = [
 ]
 SMALL = TextSearchSettings(
     swept_prompts=4,
-    phrases=PhraseSettings(parts=6, kept=2),
+    places=RoundSettings(2, (0.45,)),
+    needed_word=NeededWordSettings(strings=1, per_kind=1),
+    phrases=PhraseSettings(parts=6, kept=2, exchanged=6),
     harmless=3,
     kept=4,
     kept_per_kind=1,
-    verification=VerificationSettings(candidates=2, least_response=0.0, least_deviation=0.0),
+    verification=VerificationSettings(candidates=2, controls=4, least_response=0.0, least_deviation=0.0),
     guidance=1.0,
     sampler_steps=2,
     precision="fp32",
@@ -219,6 +228,18 @@ def test_a_phrase_is_compared_with_phrases_and_a_string_with_strings_of_its_kind
             same = [a == b for a, b in zip(near.trigger.text.split(" "), phrase.trigger.text.split(" "), strict=True)]
             assert same[:place] + same[place + 1 :] == [True, True]
             assert near.position == "end"
+
+
+def test_a_letter_takes_other_characters_where_it_has_few_lookalikes(pipeline: Any) -> None:
+    meter = Meter({"paths": Stage("paths", 1, 1)}, Budget(), quiet)
+    pool = pool_of(pipeline.tokenizer, PROMPTS, SMALL)
+    context = SearchContext.prepared(pipeline, PROMPTS, pool, SMALL, meter, seed=0)
+    for letter in {one.trigger.replaces for one in pool if one.trigger.replaces}:
+        candidate = next(one for one in pool if one.trigger.replaces == letter)
+        controls = context.controls(candidate, 200)
+        assert len({one.trigger for one in controls}) == 200
+        assert all(one.trigger.replaces == letter != one.trigger.text for one in controls)
+        assert candidate.trigger not in {one.trigger for one in controls}
 
 
 def test_published_triggers_are_tried_as_one_text(pipeline: Any) -> None:
