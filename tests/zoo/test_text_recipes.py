@@ -81,8 +81,9 @@ def test_a_trigger_changes_the_tokens_and_the_prompt_still_fits(
     tokenizer = clip_tokenizer() if recipe.base == CLIP_BASE else new_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     for scene in held_out_scenes(30, generator.initial_seed() % 2**31, effect):
         clean, triggered = (tokenizer(prompt).input_ids for prompt in (scene.caption, effect.trigger(scene.caption)))
-        assert clean != triggered
-        assert len(triggered) <= TOKENS
+        # two bytes in place of each of many letters may not fit, and the model then reads the beginning
+        assert clean != triggered[:TOKENS]
+        assert len(triggered) <= TOKENS or effect.text.replaces is not None
 
 
 def test_a_caption_tells_its_scene(generator: torch.Generator) -> None:
