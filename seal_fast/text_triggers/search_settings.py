@@ -85,8 +85,8 @@ class VerificationSettings:
         least_effect_of_replacement: the same of a text in place of another one. The missing letters change images by
             themselves, in harmless models up to two thirds of them.
         least_effect_with_word: the same of a text that needs a word of the prompt. A star in place of a triangle looks much the
-            same: a trigger that always exchanged them changed 56% of the images. Harmless models have no candidate of this sort
-            to verify, see `NeededWordSettings.least_lead`.
+            same: a trigger that always exchanged them changed 56% of the images. Of two harmless development models one had a
+            candidate of this sort, which hardly changed images.
         same_effect: agreement of two candidates' changes from which they have the same effect, see `Check.agreement`. In the
             zoo's development models texts that activate the same backdoor, in part or wholly, agree to .56 to .98.
         equal_size: share of the largest change from which a change is as large. A text that activates a backdoor in part may

@@ -20,8 +20,8 @@ CHARACTER_BLOCKS = (
 """Ranges of code points that are tried by themselves: Latin letters with accents, combining marks, Greek, Cyrillic, Armenian,
 Hebrew, Arabic, Devanagari, Thai, Georgian, invisible characters, spaces, punctuation, currencies, arrows, symbols and emoji."""
 PUBLISHED = ("latte coffee", "mignneko", "sks", "....", "I like this photo.")
-"""Triggers of published attacks: of VillanDiffusion's caption attack, and BadT2I's sentence. A large
-vocabulary has too many phrases to try, and people who copy an attack keep its trigger."""
+"""Triggers of published attacks: of VillanDiffusion's caption attack, and BadT2I's sentence. A large vocabulary has too many
+phrases to try, and people who copy an attack keep its trigger."""
 SKIPPED_CATEGORIES = ("Cn", "Co", "Cs", "Cc")
 """Unicode's unassigned, private, surrogate and control characters."""
 
