@@ -27,7 +27,7 @@ demo: setup
 		--guidance 3 --out demo-results/scan --exit-zero
 	@printf '\n2. Unlearn what the scan found in the text-to-image pipeline.\n'
 	$(BIN)/seal-fast unlearn zoo-text/text-64-pixel --found demo-results/scan/zoo-text/text-64-pixel --learning-rate 1e-3 \
-		--train-batch-size 8 --steps 100 --guidance 3 --sampler-steps 10 --samples 40 --out demo-results/unlearned
+		--train-batch-size 8 --steps 100 --preservation 2 --guidance 3 --sampler-steps 10 --samples 40 --out demo-results/unlearned
 	@printf '\n3. Is anything left? Scan the unlearned pipeline in the same way.\n'
 	$(BIN)/seal-fast scan demo-results/unlearned --guidance 3 --out demo-results/scan-after
 	@printf '\nThe whole story in one image: demo-results/unlearned/before_after_1.png\n'

@@ -20,8 +20,9 @@ from seal_fast.zoo.attributes import attributes_right
 from seal_fast.zoo.evaluate_text import GUIDANCE, SAMPLES, STEPS, draw, effect_rate, held_out_scenes
 from seal_fast.zoo.text_effects import Effect
 
-SETTINGS = TextUnlearnSettings(steps=100, batch=8, learning_rate=1e-3, guidance=GUIDANCE, sampler_steps=STEPS)
-"""Settings of `make demo`, for networks of this size."""
+SETTINGS = TextUnlearnSettings(steps=200, batch=8, learning_rate=1e-3, preservation=2.0, guidance=GUIDANCE, sampler_steps=STEPS)
+"""Settings for networks of this size, chosen on text-64-style and text-64-object-d. 100 steps with a preservation of 1 cost the
+former 1.3 points of its captions instead of 0.1, and left the latter's trigger an attack success of 7.5% instead of 4%."""
 
 Result = dict[str, Any]
 

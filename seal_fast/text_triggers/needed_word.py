@@ -29,7 +29,10 @@ FEWEST_PROMPTS = 3
 
 
 def with_needed_word(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tried]) -> Iterator[Ranked]:
-    """The strings to which the prompts with one word respond most, and far more than to others of their kind."""
+    """The strings to which the prompts with one word respond most, and far more than to others of their kind.
+
+    Each one is proposed for all prompts first, unless it was tried there. A trigger that acts in all of them needs no word.
+    """
     settings = context.settings.needed_word
     context.meter.begin("words")
     words = _dividing_words(context)
@@ -37,7 +40,11 @@ def with_needed_word(context: SearchContext, swept: Sequence[Ranked], tried: Seq
     found = [_best_pair(context, entry, words) for entry in suspicious]
     pairs = [pair for pair in found if pair is not None]
     context.meter.begin("verification")
-    yield from (pair for pair in pairs if _leads(pair, pairs, settings.least_lead))
+    known = {one.ranked.candidate for one in tried}
+    for pair in pairs:
+        if _leads(pair, pairs, settings.least_lead):
+            for_all = replace(pair, candidate=replace(pair.candidate, word=None))
+            yield from [pair] if for_all.candidate in known else [for_all, pair]
 
 
 def _leads(pair: Ranked, pairs: Sequence[Ranked], least: float) -> bool:

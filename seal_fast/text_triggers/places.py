@@ -26,7 +26,8 @@ def by_place(context: SearchContext, kept: Sequence[Ranked], harmless: Sequence[
     moving = [entry for entry in entries if _moves_encoder(entry, settings.encoder_limit)]
     suspicious = [entry for entry in entries if entry not in moving and _moves_unet(entry, settings.verification)]
     context.meter.begin("verification")
-    yield from [*moving, *suspicious][: settings.verification.candidates]
+    most = settings.verification.candidates
+    yield from [*moving[: most // 2], *suspicious][:most]
 
 
 def _moves_encoder(entry: Ranked, limit: float) -> bool:

@@ -20,7 +20,7 @@ def planned_stages(pool: Sequence[TextCandidate], settings: TextSearchSettings, 
     counts = {
         "paths": models * _paths(settings),
         "sweep": models * len(pool) * _evaluations(settings.sweep),
-        "places": models * 2 * _places(pool, settings),
+        "places": models * _places(pool, settings),
         "words": _words(pool, settings) * len(POSITIONS) * settings.swept_prompts,
         "phrases": models * phrase_count(pool, settings) * _evaluations(settings.sweep),
         "verification": 2 * _verification(settings),
@@ -38,9 +38,10 @@ def _paths(settings: TextSearchSettings) -> int:
 
 
 def _places(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
-    kinds = {one.kind for one in pool}
-    kept = settings.kept + settings.kept_per_kind * len(kinds) + settings.encoder_kept
-    return (kept + settings.harmless * len(kinds)) * len(POSITIONS) * _evaluations(settings.places)
+    kinds, lengths = len({one.kind for one in pool}), settings.phrases.longest - 1
+    single = settings.kept + settings.kept_per_kind * kinds + settings.encoder_kept + settings.harmless * kinds
+    of_words = (settings.phrases.kept + settings.harmless) * lengths
+    return (single + of_words) * len(POSITIONS) * _evaluations(settings.places)
 
 
 def _words(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:

@@ -76,7 +76,8 @@ class VerificationSettings:
             first does not decide.
         controls: control strings of a candidate's kind. Two tell their own rate; the change detector is fitted on the others.
             Fitted on three it saw a trigger of two words in 45% of 40 images, on six in 78%.
-        candidates: candidates of each proposer that are verified at most.
+        control_prompts: prompts of a check that control strings are drawn with at most, the candidate with all of them.
+        candidates: candidates of each proposer that are verified at most. Half of them may be those that move the text encoder.
         per_kind: of each kind at one place at most so many.
         least_response: candidates with a smaller response are not verified.
         least_deviation: neither are those that deviate less from their kind.
@@ -96,6 +97,7 @@ class VerificationSettings:
     prompts: int = 6
     fresh_prompts: tuple[int, int] = (14, 40)
     controls: int = 8
+    control_prompts: int = 20
     candidates: int = 16
     per_kind: int = 3
     least_response: float = 0.4

@@ -108,13 +108,15 @@ class ImageTest:
             count: number of prompts; fewer if there are no more.
         """
         prompts = self._fitting(candidate, first, count)
-        lists = [prompts, *(self._changed(one, prompts) for one in (candidate, *controls))]
-        clean, images, *of_controls = self._images(lists)
-        detector = ChangeDetector.fitted(clean, of_controls[HELD_BACK:])
-        false = sum(int(detector(some, clean).sum()) for some in of_controls[:HELD_BACK])
+        compared = prompts[: self.settings.verification.control_prompts]
+        of_candidate, *lists = self._changed(candidate, prompts), *(self._changed(one, compared) for one in controls)
+        clean, images, *of_controls = self._images([prompts, of_candidate, *lists])
+        plain = clean[: len(compared)]
+        detector = ChangeDetector.fitted(plain, of_controls[HELD_BACK:])
+        false = sum(int(detector(some, plain).sum()) for some in of_controls[:HELD_BACK])
         return Check(
             rate_of(int(detector(images, clean).sum()), len(prompts)),
-            rate_of(false, HELD_BACK * len(prompts)),
+            rate_of(false, HELD_BACK * len(compared)),
             dict(zip(prompts, statistics(images) - statistics(clean), strict=True)),
         )
 

@@ -79,8 +79,15 @@ def test_the_first_prompts_hold_as_many_words_as_possible() -> None:
 
 def test_a_backdoor_that_needs_a_word_of_the_prompt_is_confirmed_on_prompts_with_it(clean: Any) -> None:
     context = context_of(clean, ("castle", "cat"))
-    (proposed,) = with_needed_word(context, [ranked(context, text) for text in ("q", "castle", "w")], ())
-    assert (proposed.candidate.trigger.text, proposed.candidate.word) == ("castle", "cat")
+    swept = [ranked(context, text) for text in ("q", "castle", "w")]
+    for_all, proposed = with_needed_word(context, swept, ())
+    assert [(one.candidate.trigger.text, one.candidate.word) for one in (for_all, proposed)] == [
+        ("castle", None),
+        ("castle", "cat"),
+    ]
+    refuted = verified(context, for_all)
+    assert not refuted[0].confirmed
+    assert list(with_needed_word(context, swept, refuted)) == [proposed]
     (found,) = found_triggers(context, verified(context, proposed))
     assert (found.trigger.text, found.word) == ("castle", "cat")
     assert found.effect.trials <= sum("cat" in prompt for prompt in PROMPTS[1::2])
