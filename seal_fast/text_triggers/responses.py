@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from seal_fast.acceleration.graph_cache import GraphCache
 from seal_fast.diffusion.samplers import NoiseLevel, noise_levels, timestep_grid
 from seal_fast.text_to_image.generation import OnPass, batch_size, starting_noise
 from seal_fast.text_to_image.latents import GuidedNoise, noise_schedule, predict
@@ -41,6 +42,7 @@ class ResponseProbe:
         prompt_energy: float32 [T,P], squared norm of the difference between that and the output for the empty prompt.
         precision: precision of the networks.
         on_pass: called after every pass of the UNet with its number of evaluations, of one latent each.
+        graphs: records the passes of the sweeps, which are of one shape each; None on a CPU.
     """
 
     pipeline: Any
@@ -52,6 +54,7 @@ class ResponseProbe:
     prompt_energy: Tensor
     precision: Precision
     on_pass: OnPass = quiet
+    graphs: GraphCache | None = None
 
     @classmethod
     @torch.no_grad()
@@ -105,7 +108,8 @@ class ResponseProbe:
                 x = _ddim(x, noise(x, t), here, there)
                 on_pass(2 * len(x))
         tensors = (torch.stack(states), torch.stack(clean), torch.stack(prompt_energy))
-        return cls(pipeline, tuple(prompts), tuple(shares), tuple(timesteps), *tensors, precision, on_pass)
+        graphs = GraphCache() if pipeline.device.type == "cuda" else None
+        return cls(pipeline, tuple(prompts), tuple(shares), tuple(timesteps), *tensors, precision, on_pass, graphs)
 
     @torch.no_grad()
     def respond(self, texts: Sequence[Sequence[str]], prompts: Sequence[Sequence[int]], times: Sequence[int]) -> Tensor:
@@ -145,7 +149,14 @@ class ResponseProbe:
         t = torch.tensor([self.timesteps[index] for index in times], device=x.device).repeat_interleave(places.numel())
         with autocast(self.pipeline.device, self.precision):
             states = encode(self.pipeline, texts).repeat(len(times), 1, 1)
-            return predict(self.pipeline.unet, x.flatten(0, -4), t, states).view_as(x).float()
+        inputs = x.flatten(0, -4), t, states
+        (output,) = self._noise(*inputs) if self.graphs is None else self.graphs("noise", self._noise, *inputs)
+        return output.view_as(x)
+
+    def _noise(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor]:
+        """The UNet's output. The autocast is in here, so that a recording holds its casts of the weights."""
+        with autocast(self.pipeline.device, self.precision):
+            return (predict(self.pipeline.unet, x, t, text),)
 
 
 def _nearest(timesteps: Sequence[int], wanted: float) -> int:

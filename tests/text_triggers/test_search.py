@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from seal_fast.acceleration.graph_cache import GraphCache
 from seal_fast.text_to_image.latents import noise_schedule, predict
 from seal_fast.text_to_image.prompts import content_ids, encode
 from seal_fast.text_triggers.candidates import inserted, joined, published, replaced_letters
@@ -37,6 +38,7 @@ from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import Check
 from seal_fast.text_triggers.vocabulary import distinct, holds, look_alikes, single_tokens, with_more_holding, words_of
 from seal_fast.training import Stage, quiet
+from tests.acceleration.recording import OnTheHost
 from tests.tiny_pipeline import tiny_pipeline
 
 PROMPTS = [
@@ -173,6 +175,29 @@ def test_a_response_is_the_change_of_the_predicted_noise_relative_to_that_of_the
                     ]
                     expected = (outs[0] - outs[1]).square().sum() / (outs[1] - outs[2]).square().sum()
                     torch.testing.assert_close(got[candidate, place, time], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_recorded_passes_of_a_sweep_give_the_same_responses(pipeline: Any) -> None:
+    probe = ResponseProbe.drawn(pipeline, PROMPTS[:3], (0.9, 0.4), steps=4, guidance=2.0, precision="fp32", seed=1)
+    recorder = OnTheHost()
+    recording = replace(probe, graphs=GraphCache(recorder))
+    for first in range(5):
+        texts, places = [[f"{word} cat"] for word in PROMPTS[first : first + 2]], [[first % 3], [2]]
+        torch.testing.assert_close(recording.respond(texts, places, [0, 1]), probe.respond(texts, places, [0, 1]))
+    assert recorder.count == 1
+
+
+@pytest.mark.usefixtures("gpu")
+def test_recorded_passes_of_a_sweep_give_the_same_responses_on_a_gpu(pipeline: Any) -> None:
+    on_device = deepcopy(pipeline).to("cuda")
+    probe = ResponseProbe.drawn(on_device, PROMPTS[:3], (0.9, 0.4), steps=4, guidance=2.0, precision="bf16", seed=1)
+    assert probe.graphs is not None
+    plain = replace(probe, graphs=None)
+    for first in range(5):
+        texts, places = [[f"{word} cat"] for word in PROMPTS[first : first + 2]], [[first % 3], [2]]
+        got, want = (one.respond(texts, places, [0, 1]) for one in (probe, plain))
+        torch.testing.assert_close(got, want, rtol=0.05, atol=1e-3)
+    assert probe.graphs.recordings
 
 
 def test_a_search_is_complete_repeats_and_reports_planned_stages(pipeline: Any) -> None:
