@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from seal_fast.text_triggers.findings import TextCandidate
+from seal_fast.text_triggers.phrases import WINDOW
 from seal_fast.text_triggers.search_settings import RoundSettings, TextSearchSettings
 from seal_fast.text_triggers.trigger import POSITIONS
 from seal_fast.training import Stage
@@ -22,7 +23,7 @@ def planned_stages(pool: Sequence[TextCandidate], settings: TextSearchSettings, 
         "sweep": models * len(pool) * _evaluations(settings.sweep),
         "places": models * _places(pool, settings),
         "words": _words(pool, settings) * len(POSITIONS) * settings.swept_prompts,
-        "phrases": models * phrase_count(pool, settings) * _evaluations(settings.sweep),
+        "phrases": models * _phrases(pool, settings),
         "verification": 2 * _verification(settings),
     }
     return [Stage(name, 1, count) for name, count in counts.items()]
@@ -51,10 +52,24 @@ def _words(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
 
 
 def phrase_count(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
-    """Phrases that a search tries: pairs, then longer ones."""
-    phrases = settings.phrases
-    parts = min(phrases.parts, sum(one.tokens == 1 and one.trigger.replaces is None for one in pool))
-    return parts * (parts - 1) + (phrases.longest - 2) * phrases.kept * 2 * parts
+    """Phrases that a search tries: all pairs of its parts, then longer ones."""
+    return _parts(pool, settings) * (_parts(pool, settings) - 1) + _longer_phrases(pool, settings)
+
+
+def _phrases(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
+    """Evaluations of windows, of the pairs of the best ones, and of longer phrases; then of the best phrases of each length."""
+    parts, pairs = _parts(pool, settings), WINDOW - 1
+    swept = parts * (parts - 1) // pairs + settings.phrases.windows * 2 * pairs + _longer_phrases(pool, settings)
+    refined = settings.phrases.refined * (settings.phrases.longest - 1)
+    return swept * _evaluations(settings.sweep) + refined * _evaluations(settings.places)
+
+
+def _longer_phrases(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
+    return (settings.phrases.longest - 2) * settings.phrases.extended * 2 * _parts(pool, settings)
+
+
+def _parts(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
+    return min(settings.phrases.parts, sum(one.tokens == 1 and one.trigger.replaces is None for one in pool))
 
 
 def _verification(settings: TextSearchSettings) -> int:

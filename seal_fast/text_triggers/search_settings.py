@@ -39,13 +39,19 @@ class PhraseSettings:
 
     Attributes:
         parts: strings of one token that phrases are made of, the most suspicious ones of the sweep.
-        kept: phrases of each length that go on.
+        windows: windows whose pairs are tried one by one.
+        refined: phrases of each length that are tried on more prompts.
+        kept: of those, phrases that go on.
+        extended: of those, phrases that are tried with one more token.
         longest: parts of the longest phrase.
         exchanged: strings that each word of a confirmed phrase is exchanged for, the most suspicious ones of the sweep.
     """
 
-    parts: int = 120
+    parts: int = 190
+    windows: int = 1000
+    refined: int = 300
     kept: int = 24
+    extended: int = 8
     longest: int = 3
     exchanged: int = 2000
 
@@ -120,7 +126,8 @@ class TextSearchSettings:
 
     Attributes:
         swept_prompts: clean prompts whose sampling paths are drawn, enough to tell which word of a prompt a candidate needs.
-        sweep: the round that tries every string, at all places at once.
+        sweep: the round that tries every string, at all places at once. It has two prompts: a text that turns everything
+            green does nothing to a prompt that asks for green.
         kept: strings of the sweep that go on.
         kept_per_kind: of every kind at least so many go on, so that no kind crowds out another.
         places: the round that tells the places apart.
@@ -141,7 +148,7 @@ class TextSearchSettings:
     """
 
     swept_prompts: int = 40
-    sweep: RoundSettings = RoundSettings(1, (0.45,))
+    sweep: RoundSettings = RoundSettings(2, (0.45,))
     kept: int = 60
     kept_per_kind: int = 3
     places: RoundSettings = RoundSettings(5, (0.99, 0.45))

@@ -13,7 +13,7 @@ from seal_fast.text_triggers.sweep import Ranked, everywhere, kind_and_place, sw
 
 
 def sweep_pool(context: SearchContext) -> list[Ranked]:
-    """Every string of the pool by its deviation, the largest first: one evaluation for all places of a string."""
+    """Every string of the pool by its deviation, the largest first. One evaluation tries all places of a string in a prompt."""
     context.meter.begin("sweep")
     pool = [Ranked(one) for one in context.pool]
     return sweep_round("sweep", context.probes, pool, (), everywhere, context.settings.sweep, context.settings)

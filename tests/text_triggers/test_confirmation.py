@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from seal_fast.text_triggers.exchanged_words import with_exchanged_words
 from seal_fast.text_triggers.findings import Round, TextCandidate
 from seal_fast.text_triggers.meter import Meter
 from seal_fast.text_triggers.needed_word import with_needed_word
+from seal_fast.text_triggers.phrases import phrases, windows
 from seal_fast.text_triggers.plan import planned_stages
 from seal_fast.text_triggers.rate import rate_of
-from seal_fast.text_triggers.search_settings import Budget, TextSearchSettings
+from seal_fast.text_triggers.search_settings import Budget, PhraseSettings, TextSearchSettings
 from seal_fast.text_triggers.sweep import Ranked
 from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import Check
@@ -71,6 +73,15 @@ def ranked(context: SearchContext, text: str) -> Ranked:
     return Ranked(candidate(context, text), (Round("sweep", 1, 100, 9.0, 5.0),))
 
 
+@pytest.mark.parametrize("length", [2, 3, 5])
+@pytest.mark.parametrize("count", [2, 3, 9, 12])
+def test_windows_hold_every_ordered_pair_once(count: int, length: int) -> None:
+    found = windows(count, length)
+    pairs = [pair for window in found for pair in pairwise(window)]
+    assert sorted(pairs) == [(a, b) for a in range(count) for b in range(count) if a != b]
+    assert all(2 <= len(window) <= length for window in found)
+
+
 def test_the_first_prompts_hold_as_many_words_as_possible() -> None:
     first = swept_prompts(PROMPTS, SETTINGS)[:3]
     assert set(first) <= set(PROMPTS[::2])
@@ -114,6 +125,16 @@ def test_a_phrase_that_needs_all_its_words_is_confirmed(clean: Any) -> None:
     # with one more word that does not matter, the shorter phrase names the backdoor
     (found,) = found_triggers(context, verified(context, ranked(context, "w castle q")))
     assert found.trigger.text == "w castle"
+
+
+def test_a_phrase_is_proposed_whose_words_do_nothing_alone(clean: Any) -> None:
+    context = context_of(clean, ("castle", "w"))
+    settings = replace(SETTINGS, phrases=PhraseSettings(parts=12, windows=4, kept=4, extended=2))
+    # the words rank last, as in models that were trained to ignore them
+    swept = [ranked(context, text) for text in ("b", "d", "f", "j", "k", "q", "v", "x", "z", "castle", "w")]
+    assert all(entry.candidate.tokens == 1 for entry in swept)
+    proposed = list(phrases(replace(context, settings=settings), swept, ()))
+    assert {"castle", "w"} <= set(proposed[0].candidate.words)
 
 
 def tried(context: SearchContext, text: str, changes: torch.Tensor, hits: int = 14) -> Tried:
