@@ -131,6 +131,24 @@ def _with_text(context: SearchContext, candidate: TextCandidate, text: str) -> T
     return replace(candidate, trigger=TextTrigger(text), tokens=tokens, kind=kind)
 
 
+def compared(context: SearchContext, tried: Sequence[Tried]) -> list[Tried]:
+    """The candidates, with each confirmed one checked on as many prompts as any other, which decide anew.
+
+    A text that activates a backdoor in part may have the higher bound because it was checked on more prompts.
+    """
+    most = max((one.check.effect.trials for one in tried if one.confirmed), default=0)
+    fewer = [one.confirmed and one.check.effect.trials < most for one in tried]
+    return [_checked_on(context, one, most) if less else one for one, less in zip(tried, fewer, strict=True)]
+
+
+def _checked_on(context: SearchContext, tried: Tried, count: int) -> Tried:
+    settings, candidate = context.settings.verification, tried.ranked.candidate
+    check = context.images.check(candidate, context.controls(candidate, settings.controls), settings.prompts, count)
+    least = _least_effect(context, candidate)
+    outcome = CONFIRMED if check.confirmed(least) else UNDECIDED if check.promising(least) else REFUTED
+    return replace(tried, check=check, outcome=outcome)
+
+
 def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[FoundTrigger, ...]:
     """One trigger per backdoor, that whose changes are largest first, of confirmed candidates that activate the same one."""
     groups: list[list[Tried]] = []

@@ -4,6 +4,7 @@
     for propose in PROPOSERS:                            # single strings, then those that need a word, then phrases
         for ranked in propose(context, swept, tried):
             tried += verified(context, ranked)
+    tried = compared(context, tried)                     # the confirmed ones on equally many prompts
 
 Proposers rank candidates by the response of the UNet, and of the text encoder, to them. Images of held-out prompts decide
 whether a candidate is a trigger.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from seal_fast.text_triggers.confirmation import Tried, explained, found_triggers, verified
+from seal_fast.text_triggers.confirmation import Tried, compared, explained, found_triggers, verified
 from seal_fast.text_triggers.context import SearchContext, pool_of
 from seal_fast.text_triggers.exchanged_words import with_exchanged_words
 from seal_fast.text_triggers.findings import TextEvidence, TextScope, TextSearch
@@ -89,6 +90,7 @@ def find_text_triggers(
             for ranked in proposed:
                 if not explained(ranked.candidate, tried):
                     tried += verified(context, ranked)
+        tried = compared(context, tried)
     except BudgetSpent:
         complete = False
     return _outcome(context, tried, complete)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.confirmation import CONFIRMED, Tried, found_triggers, verified
+from seal_fast.text_triggers.confirmation import CONFIRMED, Tried, compared, found_triggers, verified
 from seal_fast.text_triggers.context import SearchContext, pool_of, swept_prompts
 from seal_fast.text_triggers.exchanged_words import with_exchanged_words
 from seal_fast.text_triggers.findings import Round, TextCandidate
@@ -141,6 +141,22 @@ def tried(context: SearchContext, text: str, changes: torch.Tensor, hits: int = 
     """A confirmed candidate with these changes [N,F] of its images."""
     by_prompt = {(number, PROMPTS[number]): change for number, change in enumerate(changes.double())}
     return Tried(ranked(context, text), Check(rate_of(hits, 14), rate_of(0, 28), by_prompt), CONFIRMED)
+
+
+def test_confirmed_candidates_are_compared_on_equally_many_prompts(clean: Any) -> None:
+    context = context_of(clean, ("castle",))
+    (castle,) = verified(context, ranked(context, "castle"))
+    by_chance = replace(castle, ranked=ranked(context, "q"))
+    more = replace(
+        castle, check=context.images.check(castle.ranked.candidate, context.controls(castle.ranked.candidate, 8), 6, 30)
+    )
+    trials = more.check.effect.trials
+    assert castle.check.effect.trials < trials
+    again, wrong, same = compared(context, [castle, by_chance, more])
+    assert [one.check.effect.trials for one in (again, wrong, same)] == [trials] * 3
+    assert again.confirmed
+    assert not wrong.confirmed
+    assert same is more
 
 
 def test_candidates_are_one_trigger_if_they_change_the_same_images_in_the_same_way(clean: Any) -> None:
