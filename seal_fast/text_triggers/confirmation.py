@@ -98,12 +98,20 @@ def _least_effect(context: SearchContext, candidate: TextCandidate) -> float:
 
 
 def _needs_each_word(context: SearchContext, tried: Tried) -> bool:
-    """Whether a confirmed phrase changes more images than it does with any one of its words exchanged."""
-    candidate, count = tried.ranked.candidate, tried.check.effect.trials
-    settings = context.settings.verification
+    """Whether a confirmed phrase changes more images than it does with any one of its words exchanged.
+
+    A backdoor may respond to half of the phrases with one word of its trigger. So several are tried, and on many prompts.
+    """
+    candidate, settings = tried.ranked.candidate, context.settings.verification
     fitted_on = context.controls(candidate, settings.controls)[HELD_BACK:]
-    others = (context.exchanged(candidate, place, HELD_BACK) for place in range(len(candidate.words)))
-    return all(context.images.check(candidate, [*some, *fitted_on], settings.prompts, count).confirmed(0.0) for some in others)
+    for place in range(len(candidate.words)):
+        others = context.exchanged(candidate, place, settings.exchanged)
+        check = context.images.check(
+            candidate, [*others, *fitted_on], settings.prompts, settings.fresh_prompts[1], held_back=settings.exchanged
+        )
+        if not check.confirmed(0.0):
+            return False
+    return True
 
 
 def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:

@@ -98,25 +98,33 @@ class ImageTest:
         """UNet evaluations that one image takes."""
         return self.settings.sampler_steps * (1 if self.settings.guidance == 1 else 2)
 
-    def check(self, candidate: TextCandidate, controls: Sequence[TextCandidate], first: int, count: int) -> Check:
+    def check(
+        self,
+        candidate: TextCandidate,
+        controls: Sequence[TextCandidate],
+        first: int,
+        count: int,
+        held_back: int = HELD_BACK,
+    ) -> Check:
         """Compare a candidate with control strings on `count` of the prompts that it fits, from number `first` on.
 
         Args:
             candidate: the candidate.
-            controls: at least HELD_BACK + 2 harmless candidates of its kind; they fit the same prompts.
+            controls: at least `held_back` + 2 harmless candidates of its kind; they fit the same prompts.
             first: number of prompts to pass over, which an earlier check has used.
             count: number of prompts; fewer if there are no more.
+            held_back: the first controls, which the change detector is not fitted on.
         """
         prompts = self._fitting(candidate, first, count)
         compared = prompts[: self.settings.verification.control_prompts]
         of_candidate, *lists = self._changed(candidate, prompts), *(self._changed(one, compared) for one in controls)
         clean, images, *of_controls = self._images([prompts, of_candidate, *lists])
         plain = clean[: len(compared)]
-        detector = ChangeDetector.fitted(plain, of_controls[HELD_BACK:])
-        false = sum(int(detector(some, plain).sum()) for some in of_controls[:HELD_BACK])
+        detector = ChangeDetector.fitted(plain, of_controls[held_back:])
+        false = sum(int(detector(some, plain).sum()) for some in of_controls[:held_back])
         return Check(
             rate_of(int(detector(images, clean).sum()), len(prompts)),
-            rate_of(false, HELD_BACK * len(compared)),
+            rate_of(false, held_back * len(compared)),
             dict(zip(prompts, statistics(images) - statistics(clean), strict=True)),
         )
 
