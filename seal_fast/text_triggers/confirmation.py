@@ -140,13 +140,13 @@ def _with_text(context: SearchContext, candidate: TextCandidate, text: str) -> T
 
 
 def compared(context: SearchContext, tried: Sequence[Tried]) -> list[Tried]:
-    """The candidates, with each confirmed one checked on as many prompts as any other, which decide anew.
+    """The candidates. If several are confirmed, each of them is checked on the most prompts, which decide anew.
 
     A text that activates a backdoor in part may have the higher bound because it was checked on more prompts.
     """
-    most = max((one.check.effect.trials for one in tried if one.confirmed), default=0)
-    fewer = [one.confirmed and one.check.effect.trials < most for one in tried]
-    return [_checked_on(context, one, most) if less else one for one, less in zip(tried, fewer, strict=True)]
+    confirmed = [one for one in tried if one.confirmed]
+    most = context.settings.verification.fresh_prompts[1] if len(confirmed) > 1 else 0
+    return [_checked_on(context, one, most) if one.confirmed and one.check.effect.trials < most else one for one in tried]
 
 
 def _checked_on(context: SearchContext, tried: Tried, count: int) -> Tried:

@@ -4,7 +4,7 @@
     for propose in PROPOSERS:                            # single strings, then those that need a word, then phrases
         for ranked in propose(context, swept, tried):
             tried += verified(context, ranked)
-    tried = compared(context, tried)                     # the confirmed ones on equally many prompts
+    tried = compared(context, tried)                     # several confirmed ones on more prompts
 
 Proposers rank candidates by the response of the UNet, and of the text encoder, to them. Images of held-out prompts decide
 whether a candidate is a trigger.
