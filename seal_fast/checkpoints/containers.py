@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import math
 import pickletools
-import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,11 +19,10 @@ from torch import Tensor
 
 from seal_fast.checkpoints.errors import CheckpointError, refusing
 from seal_fast.checkpoints.files import parse_json, weight_size
+from seal_fast.checkpoints.zip_archive import MAX_PICKLE_BYTES, zip_pickle
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 MAX_HEADER_BYTES = 8 << 20
-MAX_PICKLE_BYTES = 4 << 20
-"""Limit for the pickle alone, without the tensors' data. That of a TrojDiff list with optimiser state has 0.4 MB."""
 MAX_PICKLE_OPCODES = 500_000
 """Few bytes of opcodes can create many objects; this limit bounds them to some hundred MB."""
 MAX_DIMENSIONS = 8
@@ -80,7 +79,11 @@ def load(path: Path) -> Any:
     with refusing(path, "cannot be loaded safely"):
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        except UnpicklingError as error:
+            # torch's own text advises to load without this guard
+            raise CheckpointError(path, "cannot be loaded safely: its pickle is damaged, or needs more than tensors") from error
 
 
 def state_dict(value: Any, path: Path) -> dict[str, Tensor]:
@@ -135,7 +138,7 @@ def _pickle_strings(path: Path) -> frozenset[str]:
     size = weight_size(path)
     with refusing(path, "neither safetensors nor a torch.save file"):
         if _is_zip(path):
-            return _checked_strings(io.BytesIO(_zip_pickle(path, size)), 1, path)
+            return _checked_strings(io.BytesIO(zip_pickle(path, size)), 1, path)
         with path.open("rb") as file:
             return _checked_strings(io.BytesIO(file.read(MAX_PICKLE_BYTES)), LEGACY_PICKLES, path)
 
@@ -170,21 +173,3 @@ def _refused(path: Path, name: Any) -> CheckpointError:
         f"refused: loading its pickle would run {str(name)[:120].replace(' ', '.')!r}, which plain tensors never need; "
         "ask its author for a state dict in safetensors",
     )
-
-
-def _zip_pickle(path: Path, size: int) -> bytes:
-    """The pickle of a torch.save archive, whose directory is checked first: torch.save stores members and never compresses."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
-            raise CheckpointError(path, "compressed members, which torch.save never writes: a possible zip bomb")
-        if sum(m.file_size for m in members) > size:
-            raise CheckpointError(path, "members claim more bytes than the file has: a possible zip bomb")
-        if len({m.filename for m in members}) != len(members):
-            raise CheckpointError(path, "two archive members share a name")
-        pickles = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
-        if len(pickles) != 1:
-            raise CheckpointError(path, f"a zip archive with {len(pickles)} data.pkl, not one: not written by torch.save")
-        if pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise CheckpointError(path, f"a pickle of {pickles[0].file_size} bytes, more than the limit of {MAX_PICKLE_BYTES}")
-        return archive.read(pickles[0])

@@ -133,6 +133,12 @@ def endless_pickle(archive: zipfile.ZipFile, members: dict[str, bytes]) -> None:
         archive.writestr(name, b"\x80\x02" + b"}" * 3_000_000 + b"." if name.endswith("data.pkl") else data)
 
 
+def odd_opcode(archive: zipfile.ZipFile, members: dict[str, bytes]) -> None:
+    """A pickle that duplicates an object, which torch.load refuses."""
+    for name, data in members.items():
+        archive.writestr(name, b"\x80\x02}2." if name.endswith("data.pkl") else data)
+
+
 def large_pickle(archive: zipfile.ZipFile, members: dict[str, bytes]) -> None:
     for name, data in members.items():
         archive.writestr(name, bytes(5 << 20) if name.endswith("data.pkl") else data)
@@ -208,6 +214,7 @@ HOSTILE: dict[str, tuple[Callable[[Sandbox], Path], str]] = {
     "two pickles": (lambda r: r.rezipped(two_pickles), "2 data.pkl"),
     "endless pickle": (lambda r: r.rezipped(endless_pickle), "opcodes"),
     "large pickle": (lambda r: r.rezipped(large_pickle), "pickle of"),
+    "odd opcode": (lambda r: r.rezipped(odd_opcode), "its pickle is damaged, or needs more than tensors"),
     "strides of zero": (wide_strides, "more than the file has"),
     "legacy storage claim": (legacy_claim, "cannot be loaded safely"),
     "header length": (lambda r: r.header(lambda h: None, 2**62), "a header of"),
@@ -296,6 +303,7 @@ def test_a_hostile_or_broken_file_is_refused_with_its_name_and_the_reason(sandbo
     assert str(refusal.value) == f"{refusal.value.path}: {refusal.value.reason}"
     assert len(refusal.value.reason) < 400
     assert "\n" not in refusal.value.reason
+    assert "weights_only" not in refusal.value.reason
     assert not sandbox.marker.exists()
 
 
