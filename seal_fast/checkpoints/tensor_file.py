@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seal_fast.checkpoints.errors import CheckpointError
+from seal_fast.checkpoints.errors import CheckpointError, refusing
 
 MAX_ELEMENTS = 1 << 30
 FLOATS = {"F16", "BF16", "F32", "F64"}
@@ -40,13 +40,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_npy(path: Path) -> Tensor:
-    try:
+    # numpy evaluates the header as Python literals, which fail in many ways
+    with refusing(path, "not a readable .npy file"):
         # mapped, so that dtype and shape are known before memory is spent
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise CheckpointError(path, "no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(path, f"not a readable .npy file: {error}") from error
     if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
         raise CheckpointError(path, "must hold one floating-point array")
     if array.size > MAX_ELEMENTS:
@@ -61,6 +58,11 @@ def load_inputs(path: str | os.PathLike[str]) -> Tensor:
         CheckpointError: neither, or not finite floating-point [N,C,H,W].
     """
     path = Path(path)
+    if not path.exists():
+        raise CheckpointError(path, "no such file")
+    # opening a FIFO would wait for ever
+    if not path.is_file():
+        raise CheckpointError(path, "not a regular file")
     if path.suffix == ".npy":
         inputs = _read_npy(path)
     elif path.suffix == ".safetensors":

@@ -114,9 +114,9 @@ def _inputs(file: Path, inputs: Path, output: Format) -> bool:
         if noise.shape[1:] != found.mu.shape:
             shapes = f"{list(noise.shape[1:])} does not fit the trigger's {list(found.mu.shape)}"
             raise CheckpointError(inputs, f"the shape {shapes}")
+        log_ratios = InputDetector(found).log_ratio(noise)[:, 0].tolist()
     if not found.mu.any() and bool((found.gamma == 1).all()):
         say(f"{file} changes no noise, since the scan found no trigger: every input counts as clean")
-    log_ratios = InputDetector(found).log_ratio(noise)[:, 0].tolist()
     if output is Format.JSON:
         typer.echo(detection_json(log_ratios, tool()))
     else:

@@ -13,6 +13,9 @@ from seal_fast.checkpoints.trigger import Trigger
 from seal_fast.noise_triggers.reversion import Reversion
 from seal_fast.ops import gaussian_kl_stats, standardise, standardised_log_ratio
 
+LARGEST = 10.0
+"""Standard deviations that no value of noise exceeds; of 10^12 normal values the largest is near 7."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -85,19 +88,33 @@ class InputDetector:
             torch.stack([trigger.mu for trigger in several]), torch.stack([trigger.gamma for trigger in several])
         )
         self.prior_scale, self.shape = several[0].prior_scale, tuple(several[0].mu.shape)
+        spread = max(1.0, *(float(trigger.gamma.max()) for trigger in several))
+        self.largest = LARGEST * spread + max(float(trigger.mu.abs().max()) for trigger in several)
 
     def log_ratio(self, x: Tensor) -> Tensor:
         """log N(x; mu_k, gamma_k^2) - log N(x; 0, I) in nats, [N,K], for inputs [N,C,H,W].
 
         Raises:
-            ValueError: x is no tensor of the triggers' shape [C,H,W], one or several.
+            ValueError: x is no tensor of the triggers' shape [C,H,W], one or several; or an input holds a value that neither
+                clean nor triggered noise has, or for which a density leaves the range of floating-point numbers. Where a gamma
+                is below 1, one such value hides a trigger.
         """
         if not isinstance(x, Tensor) or x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
                 f"inputs must be a tensor [N, {', '.join(map(str, self.shape))}], as the triggers are, not {found}"
             )
-        return standardised_log_ratio(x / self.prior_scale if self.prior_scale != 1 else x, self.triggers)
+        x = x / self.prior_scale if self.prior_scale != 1 else x
+        low, high = x.aminmax()
+        if not (-self.largest <= low and high <= self.largest):
+            raise ValueError(
+                f"the inputs are no noise: their values reach from {float(low):.3g} to {float(high):.3g}, and neither clean nor"
+                f" triggered noise exceeds {self.largest:.3g}, in units of the prior scale {self.prior_scale:g}"
+            )
+        ratios = standardised_log_ratio(x, self.triggers)
+        if not ratios.isfinite().all():
+            raise ValueError("the trigger's values are too large or too small to tell its density: no input can be decided")
+        return ratios
 
     def __call__(self, x: Tensor) -> Tensor:
         """bool [N]: True where an input [N,C,H,W] carries any of the triggers."""

@@ -136,7 +136,7 @@ def endless_pickle(archive: zipfile.ZipFile, members: dict[str, bytes]) -> None:
 def odd_opcode(archive: zipfile.ZipFile, members: dict[str, bytes]) -> None:
     """A pickle that duplicates an object, which torch.load refuses."""
     for name, data in members.items():
-        archive.writestr(name, b"\x80\x02}2." if name.endswith("data.pkl") else data)
+        archive.writestr(name, data[:-1] + b"2." if name.endswith("data.pkl") else data)
 
 
 def large_pickle(archive: zipfile.ZipFile, members: dict[str, bytes]) -> None:

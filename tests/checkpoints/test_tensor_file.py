@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import numpy as np
@@ -72,3 +73,35 @@ def test_inputs_with_another_ending(tmp_path):
     (tmp_path / "x.pkl").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"\.npy or \.safetensors"):
         load_inputs(tmp_path / "x.pkl")
+
+
+def npy(header: str) -> bytes:
+    """A .npy file with this header and a little data."""
+    text = header.encode("latin1") + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}" for shape in ("(-4, 1)", f"({2**63},)", "(True, 1)")),
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**400},)}}",
+        "{'descr': (",
+        "'''x",
+        "-" * 9000,
+        "1" + "+1" * 4000,
+        "{[]: 1}",
+        "{(): 1, 'descr': 1, 'shape': 1}",
+    ],
+)
+def test_a_broken_header_is_refused(tmp_path, header):
+    (tmp_path / "x.npy").write_bytes(npy(header))
+    with pytest.raises(CheckpointError, match=r"x\.npy"):
+        load_inputs(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.safetensors"])
+def test_a_fifo_is_refused_and_not_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_inputs(tmp_path / name)

@@ -151,3 +151,22 @@ def test_inputs_of_another_shape_are_refused_with_the_right_one(shape: tuple[int
     for wrong in (torch.zeros(shape), torch.zeros(2, 3, 4, 5).numpy()):
         with pytest.raises(ValueError, match=r"a tensor \[N, 3, 4, 5\]"):
             detector(wrong)
+
+
+@pytest.mark.parametrize("value", [1e20, -3e38, 1000.0, math.inf, math.nan])
+def test_what_is_no_noise_is_refused_and_not_called_clean(generator: torch.Generator, value: float) -> None:
+    trigger = random_trigger(generator, strength=2.0)
+    inputs = trigger.start(torch.randn(4, *SHAPE, generator=generator))
+    detector = InputDetector(trigger)
+    assert detector(inputs).all()
+    inputs[2, 1, 3, 3] = value
+    with pytest.raises(ValueError, match="no noise"):
+        detector(inputs)
+
+
+@pytest.mark.parametrize(
+    "trigger", [Trigger.shift(torch.full(SHAPE, 3e38)), Trigger(torch.zeros(SHAPE), torch.ones(SHAPE), 1e-320)]
+)
+def test_a_trigger_beyond_the_range_of_numbers_decides_nothing(generator: torch.Generator, trigger: Trigger) -> None:
+    with pytest.raises(ValueError, match=r"no noise|no input can be decided"):
+        InputDetector(trigger)(torch.randn(4, *SHAPE, generator=generator))
