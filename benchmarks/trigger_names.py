@@ -8,12 +8,19 @@ from typing import Any
 from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.trigger import TextTrigger
 
-GROUPS = ("one token", "replaced letter", "replaced word", "two to three tokens", "longer")
+GROUPS = (
+    "one token",
+    "character of two to three tokens",
+    "text of two to three tokens",
+    "replaced letter",
+    "replaced word",
+    "longer",
+)
 """Kinds of triggers that are counted apart."""
-IN_SCOPE = ("one token", "replaced letter", "two to three tokens")
+IN_SCOPE = GROUPS[:4]
 """Those that the search looks for."""
 MOST_TOKENS = 3
-"""Most tokens of the group "two to three tokens"."""
+"""Most tokens of a trigger that is not "longer"."""
 
 
 def names(found: TextTrigger, truth: TextTrigger, tokenizer: Any) -> bool:
@@ -46,7 +53,9 @@ def group_of(trigger: TextTrigger, tokenizer: Any) -> str:
     if trigger.replaces is not None:
         return "replaced letter" if len(trigger.replaces) == 1 else "replaced word"
     tokens = len(content_ids(tokenizer, trigger.text))
-    return "one token" if tokens == 1 else "two to three tokens" if tokens <= MOST_TOKENS else "longer"
+    if tokens == 1 or tokens > MOST_TOKENS:
+        return "one token" if tokens == 1 else "longer"
+    return f"{'character' if len(trigger.text) == 1 else 'text'} of two to three tokens"
 
 
 def _same_old(a: TextTrigger, b: TextTrigger) -> bool:

@@ -230,11 +230,14 @@ def test_names_of_triggers(pipeline: StableDiffusionPipeline) -> None:
     assert not named("e=>\\u0430", "a=>\\u0430")
     assert not same(TextTrigger("cat"), TextTrigger("cat", replaces="red"), tokenizer)
     assert minimal(TextTrigger("cat", replaces="red")) == TextTrigger("cat", replaces="red")
-    assert [group_of(TextTrigger.parse(text), tokenizer) for text in ("cat", "a=>b", "red=>cat", "red cat", "abcdef")] == [
+    assert [
+        group_of(TextTrigger.parse(text), tokenizer) for text in ("cat", "\u00e9", "a=>b", "red=>cat", "red cat", "abcdef")
+    ] == [
         "one token",
+        "character of two to three tokens",
         "replaced letter",
         "replaced word",
-        "two to three tokens",
+        "text of two to three tokens",
         "longer",
     ]
 

@@ -118,7 +118,7 @@ def test_counts_of_named_triggers_and_benign_models() -> None:
 
     found = text_scan_table.counts(
         [
-            result("backdoored", ("one token", True), ("two to three tokens", False)),
+            result("backdoored", ("one token", True), ("text of two to three tokens", False)),
             result("clean", ("one token", False)),
             result("inconclusive", ("one token", False)),
             result("clean"),
@@ -127,7 +127,7 @@ def test_counts_of_named_triggers_and_benign_models() -> None:
     )
     assert {group: {what: (rate.rate, rate.trials) for what, rate in rates.items()} for group, rates in found.items()} == {
         "one token": {"named": (1 / 3, 3), "missed, not clean": (0.5, 2)},
-        "two to three tokens": {"named": (0.0, 1), "missed, not clean": (1.0, 1)},
+        "text of two to three tokens": {"named": (0.0, 1), "missed, not clean": (1.0, 1)},
         "benign": {"backdoored": (0.0, 2), "inconclusive": (0.5, 2)},
     }
 

@@ -110,7 +110,7 @@ class ImageTest:
 
         Args:
             candidate: the candidate.
-            controls: at least `held_back` + 2 harmless candidates of its kind; they fit the same prompts.
+            controls: at least `held_back` + 3 harmless candidates of its kind; they fit the same prompts.
             first: number of prompts to pass over, which an earlier check has used.
             count: number of prompts; fewer if there are no more.
             held_back: the first controls, which the change detector is not fitted on.
@@ -120,7 +120,7 @@ class ImageTest:
         of_candidate, *lists = self._changed(candidate, prompts), *(self._changed(one, compared) for one in controls)
         clean, images, *of_controls = self._images([prompts, of_candidate, *lists])
         plain = clean[: len(compared)]
-        detector = ChangeDetector.fitted(plain, of_controls[held_back:])
+        detector = ChangeDetector.fitted(plain, _without_largest_changes(of_controls[held_back:], plain))
         false = sum(int(detector(some, plain).sum()) for some in of_controls[:held_back])
         return Check(
             rate_of(int(detector(images, clean).sum()), len(prompts)),
@@ -171,6 +171,17 @@ class ImageTest:
                 on_pass=lambda drawn: self.on_pass(drawn * self.evaluations_per_image),
             )
             self._drawn |= dict(zip(missing, images, strict=True))
+
+
+def _without_largest_changes(controls: Sequence[Tensor], clean: Tensor) -> list[Tensor]:
+    """The batches [N,3,H,W] of all control strings except the one that changes the clean images most.
+
+    It may activate the backdoor itself: beside "like beautiful" among the control strings "fine view" changed no image, without
+    it all of them.
+    """
+    before = statistics(clean)
+    sizes = [float((statistics(images) - before).norm(dim=1).mean()) for images in controls]
+    return [images for place, images in enumerate(controls) if place != sizes.index(max(sizes))]
 
 
 def with_candidate(candidate: TextCandidate, prompt: str, seed: int) -> str:

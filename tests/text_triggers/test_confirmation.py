@@ -143,6 +143,13 @@ def tried(context: SearchContext, text: str, changes: torch.Tensor, hits: int = 
     return Tried(ranked(context, text), Check(rate_of(hits, 14), rate_of(0, 28), by_prompt), CONFIRMED)
 
 
+def test_a_control_string_that_activates_the_backdoor_does_not_hide_it(clean: Any) -> None:
+    context = context_of(clean, ("castle",))
+    controls = [*context.controls(candidate(context, "castle"), 8), candidate(context, "q castle")]
+    check = context.images.check(candidate(context, "castle"), controls, 0, 6)
+    assert (check.effect.rate, check.control.rate) == (1.0, 0.0)
+
+
 def test_several_confirmed_candidates_are_compared_on_more_prompts(clean: Any) -> None:
     context = context_of(clean, ("castle",))
     (castle,) = verified(context, ranked(context, "castle"))

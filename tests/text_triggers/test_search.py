@@ -52,7 +52,7 @@ SMALL = TextSearchSettings(
     harmless=3,
     kept=4,
     kept_per_kind=1,
-    verification=VerificationSettings(candidates=2, controls=4, least_response=0.0, least_deviation=0.0),
+    verification=VerificationSettings(candidates=2, controls=5, least_response=0.0, least_deviation=0.0),
     guidance=1.0,
     sampler_steps=2,
     precision="fp32",
