@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seal_fast.checkpoints import containers, unet
 from seal_fast.checkpoints.errors import CheckpointError
-from seal_fast.checkpoints.files import inside, read_json
+from seal_fast.checkpoints.files import holds, inside, read_json
 from seal_fast.checkpoints.noise import default_process, process_from_config
 from seal_fast.diffusion import NoiseProcess
 
@@ -30,8 +30,12 @@ LATENT_VALUE_RANGE = 3.0
 
 
 def identify(folder: Path) -> str | None:
-    """ "diffusers-pipeline", "diffusers-unet", or None. A broken folder has a format too: loading it says what is wrong."""
-    if os.path.lexists(folder / INDEX):
+    """ "diffusers-pipeline", "diffusers-unet", or None. A broken folder has a format too: loading it says what is wrong.
+
+    Raises:
+        CheckpointError: what is in the folder cannot be told, for instance without permission.
+    """
+    if holds(folder, INDEX):
         return "diffusers-pipeline"
     class_name = None
     try:
@@ -40,7 +44,7 @@ def identify(folder: Path) -> str | None:
     except CheckpointError:
         pass
     if class_name is None:
-        return "diffusers-unet" if any(os.path.lexists(folder / name) for name in WEIGHT_NAMES) else None
+        return "diffusers-unet" if any(holds(folder, name) for name in WEIGHT_NAMES) else None
     return "diffusers-unet" if str(class_name).startswith("UNet2D") else None
 
 

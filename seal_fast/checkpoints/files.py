@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,30 @@ MAX_WEIGHT_BYTES = 16 << 30
 MAX_JSON_BYTES = 1 << 20
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Whether the folder has such an entry, be it a broken link.
+
+    Raises:
+        CheckpointError: this cannot be told, for instance without permission.
+    """
+    path = folder / name
+    with refusing(path, "cannot be reached"):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
+
+
 def inside(folder: Path, name: str) -> Path | None:
     """`folder / name`, or None if there is no such entry.
 
     Raises:
-        CheckpointError: the entry lies outside `folder` (symbolic links followed), or is not a regular file.
+        CheckpointError: the entry cannot be reached, lies outside `folder` (symbolic links followed), or is not a regular file.
     """
-    path = folder / name
-    if not os.path.lexists(path):
+    if not holds(folder, name):
         return None
+    path = folder / name
     with refusing(path, "broken link"):
         real = path.resolve(strict=True)
     if not real.is_relative_to(folder.resolve()):
@@ -39,11 +53,12 @@ def weight_size(path: Path) -> int:
     """Size of a weight file in bytes.
 
     Raises:
-        CheckpointError: the file is not a regular file, is empty, or is larger than MAX_WEIGHT_BYTES.
+        CheckpointError: the file cannot be reached, is not a regular file, is empty, or is larger than MAX_WEIGHT_BYTES.
     """
-    if not path.is_file():
-        raise CheckpointError(path, "not a regular file")
-    size = path.stat().st_size
+    with refusing(path, "cannot be reached"):
+        if not path.is_file():
+            raise CheckpointError(path, "not a regular file")
+        size = path.stat().st_size
     if size == 0:
         raise CheckpointError(path, "empty file")
     if size > MAX_WEIGHT_BYTES:

@@ -52,23 +52,21 @@ def identify(path: Path) -> str | None:
         text-to-image model one of the formats of `seal_fast.checkpoints.text_to_image`; or None.
     """
     path = Path(path)
-    if path.is_dir():
-        return _folder_format(path)
-    if path.suffix not in containers.SUFFIXES:
-        return None
-    try:
-        return _file_format(containers.keys(path))
-    except CheckpointError:
-        return None
+    with suppress(CheckpointError):
+        if path.is_dir():
+            return _folder_format(path)
+        if path.suffix in containers.SUFFIXES:
+            return _file_format(containers.keys(path))
+    return None
 
 
 def discover(root: Path) -> list[Path]:
     """All checkpoints at or below `root`, sorted.
 
     A folder that is a checkpoint is not searched further, so its parts and training states are not listed. Symbolic links below
-    `root` are skipped. A file that could be a checkpoint but cannot be read is listed: loading it says what is wrong, and
-    leaving it out would look like a clean result. Files without a network's weights (optimiser states, triggers, images) are
-    not listed.
+    `root` are skipped. Files without a network's weights (optimiser states, triggers, images) are not listed. A folder that
+    cannot be searched is, and so is a file that could be a checkpoint but cannot be read: loading it says what is wrong, and
+    leaving it out would look like a clean result.
 
     Raises:
         CheckpointError: `root` does not exist.
@@ -81,11 +79,11 @@ def discover(root: Path) -> list[Path]:
     found: list[Path] = []
     for folder, subfolders, names in os.walk(root, onerror=lambda error: found.append(Path(error.filename))):
         here = Path(folder)
-        if _folder_format(here) is not None:
+        if _is_listed(here):
             found.append(here)
             subfolders.clear()
             continue
-        found.extend(here / name for name in names if not (here / name).is_symlink() and _could_be_checkpoint(here / name))
+        found.extend(here / name for name in names if not _is_link(here / name) and _could_be_checkpoint(here / name))
     return sorted(found)
 
 
@@ -142,8 +140,20 @@ def _read_file(path: Path, weights: str, notes: list[str]) -> tuple[Contents, st
     return Contents(config, tensors, default_process(notes), [path], 1.0), format
 
 
+def _is_listed(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, or cannot be searched."""
+    try:
+        return _folder_format(folder) is not None
+    except CheckpointError:
+        return True
+
+
 def _folder_format(folder: Path) -> str | None:
-    """The format of a folder. A broken one has a format too: loading it says what is wrong."""
+    """The format of a folder. A broken one has a format too: loading it says what is wrong.
+
+    Raises:
+        CheckpointError: what is in the folder cannot be told.
+    """
     with suppress(CheckpointError):
         if format := text_to_image.identify(folder):
             return format
@@ -156,7 +166,15 @@ def _file_format(names: Iterable[str]) -> str | None:
     return "diffusers-unet" if unet.looks_like(names) else None
 
 
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except OSError:
+        return False
+
+
 def _could_be_checkpoint(path: Path) -> bool:
+    """Whether a file may hold a network's weights, as one that cannot be read may."""
     if path.suffix not in containers.SUFFIXES:
         return False
     try:
