@@ -24,10 +24,15 @@ from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.places import by_place
 from seal_fast.text_triggers.sweep import Ranked, in_place, sweep_round
+from seal_fast.text_triggers.trigger import Position
 
 WINDOW = 3
 """Tokens of a window. Longer ones need fewer evaluations, but hide a trigger behind what their other tokens do: "detailed view"
 is the first of 18,000 windows of three at the end of a prompt, and among the first 6% of windows of four."""
+
+
+PLACES: tuple[Position, Position] = ("start", "end")
+"""Where windows stand, and their pairs."""
 
 
 def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tried]) -> Iterator[Ranked]:
@@ -41,7 +46,7 @@ def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tri
     kept: list[Ranked] = []
     longer = _likely_pairs(context, parts)
     for length in range(2, settings.longest + 1):
-        best = _swept(context, f"phrases of {length}", longer)
+        best = _swept(context, length, longer)
         kept += {entry.candidate.trigger: entry for entry in reversed(best[: settings.kept])}.values()
         longer = [one for entry in best[: settings.extended] for part in parts for one in _extended(entry.candidate, part)]
     lengths = range(2, settings.longest + 1)
@@ -94,8 +99,14 @@ def _extended(phrase: TextCandidate, part: TextCandidate) -> list[TextCandidate]
     return [replace(one, position=phrase.position) for one in (joined(phrase, part), joined(part, phrase))]
 
 
-def _swept(context: SearchContext, name: str, candidates: Sequence[TextCandidate]) -> list[Ranked]:
-    """The candidates by their deviation at their places: on few prompts, then the best ones on more."""
-    settings, entries = context.settings, [Ranked(one) for one in dict.fromkeys(candidates)]
-    best = sweep_round(name, context.probes, entries, (), in_place, settings.sweep, settings)[: settings.phrases.refined]
-    return sweep_round(name, context.probes, best, (), in_place, settings.places, settings)
+def _swept(context: SearchContext, length: int, candidates: Sequence[TextCandidate]) -> list[Ranked]:
+    """Phrases of so many tokens by their deviation at their places: on few prompts, then the best ones on more.
+
+    They are compared with random phrases, since half of them may hold a word of one trigger.
+    """
+    settings, probes, name = context.settings, context.probes, f"phrases of {length}"
+    random = context.random_phrases(length, settings.harmless)
+    harmless = [replace(one, position=place) for one in random for place in PLACES]
+    entries = [Ranked(one) for one in dict.fromkeys(candidates)]
+    best = sweep_round(name, probes, entries, harmless, in_place, settings.sweep, settings)[: settings.phrases.refined]
+    return sweep_round(name, probes, best, harmless, in_place, settings.places, settings)
