@@ -27,12 +27,12 @@ def refusing(path: Path, doing: str) -> Iterator[None]:
     """Turn any failure of the block into a CheckpointError about `path`.
 
     The parsers in the block were not written for hostile bytes and document no complete list of exceptions. Whatever they raise
-    must cost one checkpoint, not the run.
+    must cost one checkpoint, not the run. The panic of a parser in Rust is no `Exception`.
     """
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:
         first_line = (str(error).strip().splitlines() or [""])[0][:200]
         raise CheckpointError(path, f"{doing} ({type(error).__name__}: {first_line})") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seal_fast.cli.common import FAILED, NOTHING, Preset, Quiet, Seed, say
+from seal_fast.cli.common import FAILED, NOTHING, Preset, Quiet, Seed, printing, say
 
 if TYPE_CHECKING:
     from seal_fast.noise_triggers import CalibrationModel
@@ -67,5 +67,6 @@ def calibrate(
             say(f"calibration stopped, nothing written: {error}")
             raise typer.Exit(FAILED) from error
     calibration.save(out)
-    print_calibration(calibration, leave_one_out(calibration), console_for(sys.stdout))
+    with printing():
+        print_calibration(calibration, leave_one_out(calibration), console_for(sys.stdout))
     say(f"written: {out}")

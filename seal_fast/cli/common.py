@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,10 +106,25 @@ def say(message: str) -> None:
     typer.echo(message, err=True)
 
 
+@contextmanager
+def printing() -> Iterator[None]:
+    """Print a result. One that cannot be printed, as into a closed pipe or onto a full disk, leaves the exit code as it is."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError):
+            # Python flushes once more at its end, and would exit with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            say(f"the result could not be printed: {error.strerror}")
+
+
 def create_folder(folder: Path, option: str) -> None:
-    """Create the folder that a user named with `option`; a failure is a usage error."""
+    """Create the folder that a user named with `option`, and write into it; a failure is a usage error."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise typer.BadParameter(f"{option} cannot be written: {error}") from error
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from seal_fast.cli.common import BACKDOORED, CLEAN, Format, OutputFormat, say, usage_errors
+from seal_fast.cli.common import BACKDOORED, CLEAN, Format, OutputFormat, printing, say, usage_errors
 
 EPILOG = """Exit codes:
 
@@ -93,10 +93,11 @@ def _prompts(model: Path, file: Path, clean_prompts: Path | None, seed: int, gui
         report = detect_prompts(model, prompts, clean, settings, seed)
     for note in report.notes:
         say(note)
-    if output is Format.JSON:
-        typer.echo(prompt_detection_json(report))
-    else:
-        print_prompt_detection(report, console_for(sys.stdout))
+    with printing():
+        if output is Format.JSON:
+            typer.echo(prompt_detection_json(report))
+        else:
+            print_prompt_detection(report, console_for(sys.stdout))
     return any(one.triggered for one in report.prompts)
 
 
@@ -117,8 +118,9 @@ def _inputs(file: Path, inputs: Path, output: Format) -> bool:
         log_ratios = InputDetector(found).log_ratio(noise)[:, 0].tolist()
     if not found.mu.any() and bool((found.gamma == 1).all()):
         say(f"{file} changes no noise, since the scan found no trigger: every input counts as clean")
-    if output is Format.JSON:
-        typer.echo(detection_json(log_ratios, tool()))
-    else:
-        print_detection(log_ratios, console_for(sys.stdout))
+    with printing():
+        if output is Format.JSON:
+            typer.echo(detection_json(log_ratios, tool()))
+        else:
+            print_detection(log_ratios, console_for(sys.stdout))
     return any(value > 0 for value in log_ratios)

@@ -27,6 +27,7 @@ from seal_fast.cli.common import (
     Weights,
     create_folder,
     known_preset,
+    printing,
     say,
     usage_errors,
 )
@@ -200,22 +201,27 @@ def scan(
     backends_here = backends()
     if verbose:
         say(backends_here)
-    with ProgressDisplay(sys.stderr, quiet) as display, _interruptible(display, out):
-        report = run(
-            everything,
-            preset=preset or DEFAULT_PRESET,
-            calibration=chosen,
-            weights=weights.value,
-            **vars(options),
-            seed=seed,
-            out=out,
-            jobs=jobs,
-            on_progress=display.on_progress,
-            on_result=display.on_result,
-        )
+    try:
+        with ProgressDisplay(sys.stderr, quiet) as display, _interruptible(display, out):
+            report = run(
+                everything,
+                preset=preset or DEFAULT_PRESET,
+                calibration=chosen,
+                weights=weights.value,
+                **vars(options),
+                seed=seed,
+                out=out,
+                jobs=jobs,
+                on_progress=display.on_progress,
+                on_result=display.on_result,
+            )
+    except OSError as error:
+        # before the first model; what fails later costs no scan
+        raise typer.BadParameter(f"cannot be scanned or written: {error}") from error
     _show(report, output)
     if out is not None:
-        say("\n".join([f"written: {out}", *_images(report, out)]))
+        kept = f"written: {out}" if _is_kept(report, out) else f"not written: {out}"
+        say("\n".join([kept, *_images(report, out)]))
     raise typer.Exit(exit_code(report, fail_on, exit_zero))
 
 
@@ -247,10 +253,11 @@ def _dry_run(everything: list[Path], options: TextOptions, seed: int, output: Fo
     from seal_fast.workflows.text_scan import TextScan
 
     plan = plan_scan(everything, TextScan(options.base, options.prompts, options.text_settings, options.budget, seed))
-    if output is Format.JSON:
-        typer.echo(plan_json(plan))
-    else:
-        print_plan(plan, console_for(sys.stdout))
+    with printing():
+        if output is Format.JSON:
+            typer.echo(plan_json(plan))
+        else:
+            print_plan(plan, console_for(sys.stdout))
     if not plan.searches and not plan.others:
         raise typer.Exit(NOTHING)
     raise typer.Exit(FAILED if any(search.error for search in plan.searches) else CLEAN)
@@ -313,10 +320,21 @@ def _show(report: ScanReport, output: Format) -> None:
 
     if not report.models:
         say("nothing to scan: no checkpoint found at the given paths")
-    if output is Format.JSON:
-        typer.echo(report_json(report))
-    else:
-        print_report(report, console_for(sys.stdout))
+    with printing():
+        if output is Format.JSON:
+            typer.echo(report_json(report))
+        else:
+            print_report(report, console_for(sys.stdout))
+
+
+def _is_kept(report: ScanReport, out: Path) -> bool:
+    """Whether the report in the folder is this one."""
+    from seal_fast.report.json import report_json
+
+    try:
+        return (out / "report.json").read_text(encoding="utf-8").rstrip("\n") == report_json(report)
+    except OSError:
+        return False
 
 
 def _images(report: ScanReport, out: Path) -> Iterator[str]:

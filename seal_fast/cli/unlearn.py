@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seal_fast.cli.common import BASE_HELP, FAILED, INTERRUPTED, PROMPTS_HELP, USAGE, Format, Weights, say, usage_errors
+from seal_fast.cli.common import (
+    BASE_HELP,
+    FAILED,
+    INTERRUPTED,
+    PROMPTS_HELP,
+    USAGE,
+    Format,
+    Weights,
+    printing,
+    say,
+    usage_errors,
+)
 
 if TYPE_CHECKING:
     from seal_fast.results.text_unlearning import TextUnlearnReport
@@ -375,9 +386,10 @@ def _print(report: NoiseUnlearnReport | TextUnlearnReport, output: Format) -> No
     from seal_fast.report.json import unlearn_json
     from seal_fast.results.unlearning import NoiseUnlearnReport
 
-    if output is Format.JSON:
-        typer.echo(unlearn_json(report))
-    elif isinstance(report, NoiseUnlearnReport):
-        print_noise_unlearning(report, console_for(sys.stdout))
-    else:
-        print_text_unlearning(report, console_for(sys.stdout))
+    with printing():
+        if output is Format.JSON:
+            typer.echo(unlearn_json(report))
+        elif isinstance(report, NoiseUnlearnReport):
+            print_noise_unlearning(report, console_for(sys.stdout))
+        else:
+            print_text_unlearning(report, console_for(sys.stdout))

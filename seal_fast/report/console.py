@@ -45,7 +45,13 @@ def safe(text: str, style: str = "") -> Text:
 
 def console_for(stream: IO[str]) -> Console:
     """A console that writes to `stream`, without colour where it is no terminal or NO_COLOR is set."""
-    return Console(file=stream, highlight=False, markup=False, emoji=False)
+    return _Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError. Rich would exit with 1, which means "backdoored" here."""
+        raise
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from seal_fast.workflows.resume import resumed_results
 from seal_fast.workflows.scan_model import ModelScan, Task, lost_result
 from seal_fast.workflows.streams import on_streams
 from seal_fast.workflows.text_scan import TextScan
+
+REPORT = "report.json"
 
 OnResult = Callable[[ModelResult, int, int], None]
 """Called with each result, how many models have one by now, and the number of models."""
@@ -62,7 +65,8 @@ def scan(
         budget: where a search for text triggers ends before it is complete; None for no limit.
         seed: seed of the searches and of the images.
         out: folder for report.json, triggers and images; None keeps nothing. report.json is replaced whole after every model,
-            and a scan into the same folder resumes from it (see `seal_fast.workflows.resume`).
+            and a scan into the same folder resumes from it (see `seal_fast.workflows.resume`). Once the first model is scanned,
+            a report that cannot be written costs a warning only.
         jobs: models at a time. With 1, this process scans them one after the other. With more, each model gets a process of its
             own, and the processes share torch's threads. A process that dies costs one `error` result. A program that scans so
             needs Python's guard `if __name__ == "__main__":`. On a GPU each model gets a thread and a CUDA stream instead. None
@@ -98,7 +102,9 @@ def scan(
     scan_model = ModelScan(detectors, out, len(checkpoints))
     results = {} if out is None else resumed_results(out, checkpoints, detectors, tool(), config)
     waiting = [(place, checkpoint) for place, checkpoint in enumerate(checkpoints) if place not in results]
-    report = _written(ScanReport(tuple(results.values()), tool(), environment(), config), out)
+    report = ScanReport(tuple(results.values()), tool(), environment(), config)
+    if out is not None:
+        write_report(report, out / REPORT)
     for number, result in enumerate(report.models, 1):
         on_result(result, number, len(checkpoints))
     for place, result in _scan_waiting(scan_model, waiting, jobs, on_progress):
@@ -109,8 +115,12 @@ def scan(
 
 
 def _written(report: ScanReport, out: Path | None) -> ScanReport:
+    """The report, written if it can be. A disk that has become full or read-only costs the file, not the verdicts."""
     if out is not None:
-        write_report(report, out / "report.json")
+        try:
+            write_report(report, out / REPORT)
+        except OSError as error:
+            warnings.warn(f"{out / REPORT} cannot be written, the scan goes on: {error.strerror}", RuntimeWarning, stacklevel=3)
     return report
 
 

@@ -234,6 +234,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no json": (lambda f: (f / "model_index.json").write_text("{"), "JSON"),
     "scheduler of no process": (lambda f: edit(f / "scheduler" / "scheduler_config.json", _class_name="Os"), "not supported"),
     "impossible betas": (lambda f: edit(f / "scheduler" / "scheduler_config.json", beta_end=10.0), "beta_end"),
+    "panic of the parser": (
+        lambda f: edit(f / "tokenizer" / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "PanicException",
+    ),
     "long prompts": (lambda f: edit(f / "tokenizer" / "tokenizer_config.json", model_max_length=10**9), "model_max_length"),
 }
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -132,11 +133,57 @@ def test_exit_zero_after_a_completed_scan(scan, loud_model, corrupt, tmp_path):
     assert "1 backdoored, 0 inconclusive, 1 error" in result.stdout
 
 
-def test_an_unforeseen_failure_exits_with_2_since_1_would_mean_backdoored(scan, quiet_model, tmp_path):
+def test_an_unforeseen_failure_exits_with_2_since_1_would_mean_backdoored(scan, quiet_model, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("seal_fast.workflows.scan.find_checkpoints", fails)
+    result = scan(quiet_model)
+    assert result.exit_code == 2
+    assert "unforeseen" in result.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_a_usage_error_before_the_first_model(scan, quiet_model, tmp_path):
     (tmp_path / "report.json").mkdir()
     result = scan(quiet_model, "--out", tmp_path)
-    assert result.exit_code == 2
+    assert result.exit_code == 4
     assert "report.json" in result.stderr
+
+
+def test_a_disk_that_becomes_full_costs_the_report_and_no_verdict(tmp_path, quiet_model, loud_model, calibration_file):
+    models = hub(tmp_path / "hub", quiet=quiet_model, loud=loud_model)
+    command = program("scan", models, "--jobs", "1", "--calibration", calibration_file, "--out")
+    subprocess.run([*command, tmp_path / "whole"], check=False, capture_output=True)
+    limit = (tmp_path / "whole" / "report.json").stat().st_size - 400
+
+    def full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    result = subprocess.run(
+        [*command, tmp_path / "cut"], check=False, capture_output=True, text=True, preexec_fn=full_disk, timeout=300
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.splitlines()[-1] == "2 models: 1 clean, 1 backdoored, 0 inconclusive, 0 error"
+    assert "cannot be written, the scan goes on" in result.stderr
+    assert f"not written: {tmp_path / 'cut'}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "cut").rglob(".*"))
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+@pytest.mark.parametrize("output", ["closed pipe", "/dev/full"])
+def test_a_result_that_cannot_be_printed_leaves_the_exit_code_true(form, output, loud_model, calibration_file):
+    if output == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(output, os.O_WRONLY)
+    command = program("scan", loud_model, "--calibration", calibration_file, "--format", form, "-q")
+    result = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writer)
+    assert result.returncode == 1, result.stderr
+    assert "the result could not be printed" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_verdict(tmp_path, quiet_model, calibration_file):
