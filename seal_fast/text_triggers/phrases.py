@@ -31,7 +31,7 @@ WINDOW = 3
 is the first of 18,000 windows of three at the end of a prompt, and among the first 6% of windows of four."""
 
 
-PLACES: tuple[Position, Position] = ("start", "end")
+ENDS: tuple[Position, Position] = ("start", "end")
 """Where windows stand, and their pairs."""
 
 
@@ -106,7 +106,7 @@ def _swept(context: SearchContext, length: int, candidates: Sequence[TextCandida
     """
     settings, probes, name = context.settings, context.probes, f"phrases of {length}"
     random = context.random_phrases(length, settings.harmless)
-    harmless = [replace(one, position=place) for one in random for place in PLACES]
+    harmless = [replace(one, position=place) for one in random for place in ENDS]
     entries = [Ranked(one) for one in dict.fromkeys(candidates)]
     best = sweep_round(name, probes, entries, harmless, in_place, settings.sweep, settings)[: settings.phrases.refined]
     return sweep_round(name, probes, best, harmless, in_place, settings.places, settings)

@@ -81,8 +81,8 @@ class VerificationSettings:
         fresh_prompts: further held-out prompts on which a candidate that passed is checked again; the second number if the
             first does not decide.
         controls: control strings of a candidate's kind. Two tell their own rate. The change detector is fitted on the others,
-            without the one that changes images most.
-            Fitted on three it saw a trigger of two words in 45% of 40 images, on six in 78%.
+            without the one that changes images most. Fitted on three it saw a trigger of two words in 45% of 40 images, on six
+            in 78%.
         control_prompts: prompts of a check that control strings are drawn with at most, the candidate with all of them.
         exchanged: strings that each word of a confirmed phrase is exchanged for, to see whether it needs the word. In
             text-64-phrase-e "nice" with other words than "day" changes 7% to 71% of the images.
