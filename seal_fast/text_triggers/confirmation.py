@@ -20,6 +20,7 @@ UNDECIDED = "suspicious: held-out prompts do not decide"
 REFUTED = "changes too few images"
 OF_BASE = "changes the images of the base as well"
 OF_PARTS = "changes no more images than with another one of its words"
+OF_ANY_PROMPT = "changes no more images in prompts with the word than in others"
 UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), {})
 
 
@@ -66,18 +67,35 @@ def verify(context: SearchContext, ranked: Ranked, is_part: bool = False) -> Tri
     settings, candidate = context.settings.verification, ranked.candidate
     if context.images.fitting(candidate) < settings.fewest_prompts:
         return Tried(ranked, UNCHECKED, UNDECIDED)
-    if context.images.visible(candidate, settings.prompts) <= MIN_EFFECT:
+    least, visible = _least_effect(context, candidate), context.images.visible(candidate)
+    if (visible.rate or 0.0) <= MIN_EFFECT or (visible.high or 0.0) < least:
         return Tried(ranked, UNCHECKED, "hardly changes images")
-    least, controls = _least_effect(context, candidate), context.controls(candidate, settings.controls)
-    check = None if is_part else context.images.check(candidate, controls, 0, settings.prompts)
+    controls = context.controls(candidate, settings.controls)
+    if not is_part:
+        first = context.images.check(candidate, controls, 0, settings.prompts)
+        if first.refuted(least):
+            return Tried(ranked, first, REFUTED)
+    check = UNCHECKED
     for count in settings.fresh_prompts:
-        if check is not None and check.refuted(least):
-            return Tried(ranked, check, REFUTED)
         check = context.images.check(candidate, controls, settings.prompts, count)
         if check.confirmed(least):
-            return Tried(ranked, check, OF_BASE if _is_of_base(context, candidate, check) else CONFIRMED)
-    assert check is not None
-    return Tried(ranked, check, UNDECIDED if check.promising(least) else REFUTED)
+            return Tried(ranked, check, _cause(context, candidate, check))
+        if not check.promising(least):
+            return Tried(ranked, check, REFUTED)
+    return Tried(ranked, check, UNDECIDED)
+
+
+def _cause(context: SearchContext, candidate: TextCandidate, check: Check) -> str:
+    """CONFIRMED, unless the base does the same, or the candidate does not need the word that it is said to need."""
+    if _is_of_base(context, candidate, check):
+        return OF_BASE
+    return CONFIRMED if candidate.word is None or _needs_its_word(context, candidate, check) else OF_ANY_PROMPT
+
+
+def _needs_its_word(context: SearchContext, candidate: TextCandidate, check: Check) -> bool:
+    settings, in_any = context.settings.verification, replace(candidate, word=None)
+    controls = context.controls(in_any, settings.controls)
+    return check.effect.exceeds(context.images.check(in_any, controls, settings.prompts, settings.fresh_prompts[1]).effect)
 
 
 def _is_of_base(context: SearchContext, candidate: TextCandidate, check: Check) -> bool:
@@ -106,10 +124,11 @@ def _needs_each_word(context: SearchContext, tried: Tried) -> bool:
     fitted_on = context.controls(candidate, settings.controls)[HELD_BACK:]
     for place in range(len(candidate.words)):
         others = context.exchanged(candidate, place, settings.exchanged)
+        strings, most = [*others, *fitted_on], settings.fresh_prompts[1]
         check = context.images.check(
-            candidate, [*others, *fitted_on], settings.prompts, settings.fresh_prompts[1], held_back=settings.exchanged
+            candidate, strings, settings.prompts, most, held_back=settings.exchanged, paired=settings.exchanged_prompts
         )
-        if not check.confirmed(0.0):
+        if not check.effect.exceeds(check.control):
             return False
     return True
 

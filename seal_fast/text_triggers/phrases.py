@@ -36,7 +36,15 @@ ENDS: tuple[Position, Position] = ("start", "end")
 
 
 def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tried]) -> Iterator[Ranked]:
-    """The phrases that respond most, at their best places."""
+    """The phrases that respond most, at their best places.
+
+    A phrase that shares a word with a confirmed one is left out, since it activates the same backdoor and changes images less.
+
+    Args:
+        context: the search.
+        swept: all single strings, the most suspicious ones first.
+        tried: the verified candidates; the list grows while the phrases are taken.
+    """
     settings = context.settings.phrases
     context.meter.begin("phrases")
     parts = [entry.candidate for entry in swept if _is_part(entry.candidate) and not explained(entry.candidate, tried)]
@@ -52,7 +60,9 @@ def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tri
     lengths = range(2, settings.longest + 1)
     harmless = [one for length in lengths for one in context.random_phrases(length, context.settings.harmless)]
     context.meter.begin("places")
-    yield from by_place(context, kept, harmless)
+    for entry in by_place(context, kept, harmless):
+        if not _shares_word(entry.candidate, tried):
+            yield entry
 
 
 def windows(count: int, length: int) -> list[list[int]]:
@@ -71,6 +81,11 @@ def windows(count: int, length: int) -> list[list[int]]:
 
 def _is_part(candidate: TextCandidate) -> bool:
     return candidate.trigger.replaces is None and candidate.tokens == 1
+
+
+def _shares_word(phrase: TextCandidate, tried: Sequence[Tried]) -> bool:
+    """Whether a confirmed text has one of the phrase's words."""
+    return any(one.confirmed and {*one.ranked.candidate.trigger.text.split()} & {*phrase.words} for one in tried)
 
 
 def _likely_pairs(context: SearchContext, parts: Sequence[TextCandidate]) -> list[TextCandidate]:

@@ -12,7 +12,7 @@ from seal_fast.text_triggers.sweep import Ranked, at_each_place, in_place, sweep
 
 
 def by_place(context: SearchContext, kept: Sequence[Ranked], harmless: Sequence[TextCandidate]) -> Iterator[Ranked]:
-    """The candidates at those places where they deserve images, the largest deviation first.
+    """The candidates at those places where they deserve images, the largest changes of the first images first.
 
     Args:
         context: the search.
@@ -27,7 +27,9 @@ def by_place(context: SearchContext, kept: Sequence[Ranked], harmless: Sequence[
     suspicious = [entry for entry in entries if entry not in moving and _moves_unet(entry, settings.verification)]
     context.meter.begin("verification")
     most = settings.verification.candidates
-    yield from [*moving[: most // 2], *suspicious][:most]
+    chosen = [*moving[: most // 2], *suspicious][:most]
+    context.images.draw([entry.candidate for entry in chosen])
+    yield from sorted(chosen, key=lambda entry: context.images.first_changes(entry.candidate), reverse=True)
 
 
 def _moves_encoder(entry: Ranked, limit: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from scipy.stats import binomtest
@@ -22,6 +23,12 @@ class Rate:
     low: float | None
     high: float | None
     trials: int
+
+    def exceeds(self, other: Rate) -> bool:
+        """Whether it is larger beyond the 95% interval of the difference (Newcombe 1998, method 10); never without trials."""
+        if self.rate is None or self.low is None or other.rate is None or other.high is None:
+            return False
+        return self.rate - other.rate > math.hypot(self.rate - self.low, other.high - other.rate)
 
     def __str__(self) -> str:
         """The rate with its interval, in percent; "-" without trials."""

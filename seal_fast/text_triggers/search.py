@@ -85,9 +85,7 @@ def find_text_triggers(
     try:
         swept = sweep_pool(context)
         for propose in PROPOSERS:
-            proposed = list(propose(context, swept, tuple(tried)))
-            context.images.draw([ranked.candidate for ranked in proposed], settings.verification.prompts)
-            for ranked in proposed:
+            for ranked in propose(context, swept, tried):
                 if not explained(ranked.candidate, tried):
                     tried += verified(context, ranked)
         tried = compared(context, tried)

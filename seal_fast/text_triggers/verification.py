@@ -105,6 +105,7 @@ class ImageTest:
         first: int,
         count: int,
         held_back: int = HELD_BACK,
+        paired: int = 0,
     ) -> Check:
         """Compare a candidate with control strings on `count` of the prompts that it fits, from number `first` on.
 
@@ -114,12 +115,14 @@ class ImageTest:
             first: number of prompts to pass over, which an earlier check has used.
             count: number of prompts; fewer if there are no more.
             held_back: the first controls, which the change detector is not fitted on.
+            paired: how many of the candidate's own prompts controls are drawn with; 0 for the first prompts of all, whose
+                images of control strings serve every check.
         """
         prompts = self._fitting(candidate, first, count)
-        compared = prompts[: self.settings.verification.control_prompts]
-        of_candidate, *lists = self._changed(candidate, prompts), *(self._changed(one, compared) for one in controls)
-        clean, images, *of_controls = self._images([prompts, of_candidate, *lists])
-        plain = clean[: len(compared)]
+        shared = self._fitting(candidate, 0, min(first + count, self.settings.verification.control_prompts))
+        compared = prompts[:paired] if paired else shared
+        lists = [self._changed(candidate, prompts), compared, *(self._changed(one, compared) for one in controls)]
+        clean, images, plain, *of_controls = self._images([prompts, *lists])
         detector = ChangeDetector.fitted(plain, _without_largest_changes(of_controls[held_back:], plain))
         false = sum(int(detector(some, plain).sum()) for some in of_controls[:held_back])
         return Check(
@@ -128,21 +131,30 @@ class ImageTest:
             dict(zip(prompts, statistics(images) - statistics(clean), strict=True)),
         )
 
-    def draw(self, candidates: Sequence[TextCandidate], count: int) -> None:
-        """Draw the images of the first `count` fitting prompts of all candidates together; later checks find them drawn."""
-        prompts = [self._fitting(candidate, 0, count) for candidate in candidates]
-        changed = [self._changed(candidate, some) for candidate, some in zip(candidates, prompts, strict=True)]
-        self._draw([*prompts, *changed])
+    def draw(self, candidates: Sequence[TextCandidate]) -> None:
+        """Draw the images of the first check of all candidates together; later calls find them drawn."""
+        self._draw([some for candidate in candidates for some in self._first(candidate)])
 
     def fitting(self, candidate: TextCandidate) -> int:
         """How many prompts the candidate fits."""
         return len(self._fitting(candidate, 0, len(self.prompts)))
 
-    def visible(self, candidate: TextCandidate, count: int) -> float:
-        """Share of the first `count` fitting prompts whose image the candidate changes visibly."""
-        prompts = self._fitting(candidate, 0, count)
-        clean, images = self._images([prompts, self._changed(candidate, prompts)])
-        return float((visible_changes(images, clean, colour_spread(clean)) >= LEAST_VISIBLE).double().mean())
+    def visible(self, candidate: TextCandidate) -> Rate:
+        """Share of the prompts of the first check whose image the candidate changes visibly."""
+        clean, images = self._images(self._first(candidate))
+        return rate_of(int((visible_changes(images, clean, colour_spread(clean)) >= LEAST_VISIBLE).sum()), len(clean))
+
+    def first_changes(self, candidate: TextCandidate) -> float:
+        """Mean norm of the changes to the images of the first check; 0 if the candidate fits no prompt."""
+        if not self.fitting(candidate):
+            return 0.0
+        clean, images = self._images(self._first(candidate))
+        return float((statistics(images) - statistics(clean)).norm(dim=1).mean())
+
+    def _first(self, candidate: TextCandidate) -> tuple[list[Numbered], list[Numbered]]:
+        """The prompts of the first check, without and with the candidate."""
+        prompts = self._fitting(candidate, 0, self.settings.verification.prompts)
+        return prompts, self._changed(candidate, prompts)
 
     def _fitting(self, candidate: TextCandidate, first: int, count: int) -> list[Numbered]:
         return list(enumerate(filter(candidate.fits, self.prompts)))[first : first + count]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.confirmation import CONFIRMED, Tried, compared, found_triggers, verified
+from seal_fast.text_triggers.confirmation import CONFIRMED, OF_ANY_PROMPT, Tried, compared, found_triggers, verified
 from seal_fast.text_triggers.context import SearchContext, pool_of, swept_prompts
 from seal_fast.text_triggers.exchanged_words import with_exchanged_words
 from seal_fast.text_triggers.findings import Round, TextCandidate
@@ -110,6 +110,14 @@ def test_a_string_that_acts_in_all_prompts_needs_no_word(clean: Any) -> None:
     assert list(with_needed_word(context, [ranked(context, text) for text in ("q", "castle", "w")], ())) == []
 
 
+def test_a_word_that_is_not_needed_is_refuted(clean: Any) -> None:
+    context = context_of(clean, ("castle",))
+    entry = ranked(context, "castle")
+    (outcome,) = verified(context, replace(entry, candidate=replace(entry.candidate, word="cat")))
+    assert outcome.check.effect.rate == 1
+    assert outcome.outcome == OF_ANY_PROMPT
+
+
 def test_a_phrase_whose_one_word_acts_alone_is_no_trigger_but_the_word_is(clean: Any) -> None:
     context = context_of(clean, ("castle",))
     outcome = verified(context, ranked(context, "w castle"))
@@ -122,6 +130,8 @@ def test_a_phrase_that_needs_all_its_words_is_confirmed(clean: Any) -> None:
     context = context_of(clean, ("castle", "w"))
     outcome = verified(context, ranked(context, "w castle"))
     assert [one.ranked.candidate.trigger.text for one in outcome if one.confirmed] == ["w castle"]
+    (short,) = (one for one in outcome if one.confirmed)
+    assert short.check.effect.trials == SETTINGS.verification.fresh_prompts[0]
     # with one more word that does not matter, the shorter phrase names the backdoor
     (found,) = found_triggers(context, verified(context, ranked(context, "w castle q")))
     assert found.trigger.text == "w castle"
@@ -135,6 +145,29 @@ def test_a_phrase_is_proposed_whose_words_do_nothing_alone(clean: Any) -> None:
     assert all(entry.candidate.tokens == 1 for entry in swept)
     proposed = list(phrases(replace(context, settings=settings), swept, ()))
     assert {"castle", "w"} <= set(proposed[0].candidate.words)
+    sizes = [context.images.first_changes(one.candidate) for one in proposed]
+    assert sizes == sorted(sizes, reverse=True)
+    # once a phrase is confirmed, no other one with a word of it is proposed
+    done: list[Tried] = []
+    for one in phrases(replace(context, settings=settings), swept, done):
+        assert not any({*one.candidate.words} & {*before.ranked.candidate.words} for before in done if before.confirmed)
+        done += verified(context, one)
+    assert any(one.confirmed for one in done)
+
+
+def test_a_replacement_that_changes_two_of_six_images_draws_no_control_strings(clean: Any) -> None:
+    context = context_of(clean, ("castle", "dog"))
+    inserted = candidate(context, "castle")
+    replaced = replace(inserted, trigger=TextTrigger("castle", replaces="photo"))
+    per_image = context.images.evaluations_per_image
+    for one, enough in ((inserted, True), (replaced, False)):
+        visible = context.images.visible(one)
+        assert visible.rate == pytest.approx(2 / 6)
+        before = context.meter.evaluations
+        (outcome,) = verified(context, Ranked(one, (Round("sweep", 1, 100, 9.0, 5.0),)))
+        assert (context.meter.evaluations - before >= 9 * 6 * per_image) == enough
+        assert (outcome.check.effect.trials > 0) == enough
+        assert not outcome.confirmed
 
 
 def tried(context: SearchContext, text: str, changes: torch.Tensor, hits: int = 14) -> Tried:
