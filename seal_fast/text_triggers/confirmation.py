@@ -13,7 +13,7 @@ from seal_fast.text_triggers.rate import rate_of
 from seal_fast.text_triggers.sweep import Ranked, in_place
 from seal_fast.text_triggers.trigger import TextTrigger
 from seal_fast.text_triggers.verification import HELD_BACK, MIN_EFFECT, Check
-from seal_fast.text_triggers.vocabulary import kind_of
+from seal_fast.text_triggers.vocabulary import PUBLISHED, kind_of
 
 CONFIRMED = "confirmed"
 UNDECIDED = "suspicious: held-out prompts do not decide"
@@ -190,7 +190,13 @@ def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[Foun
 
 
 def _strongest(group: Sequence[Tried], equal_size: float) -> Tried:
-    """Of those whose changes are about as large as the largest, the one that changes most images, or its shortest part."""
+    """The text of a published attack, if one is confirmed: in text-64-clip-style "rainbows carina" acts as "latte coffee" does.
+
+    Else, of those whose changes are about as large as the largest, the one that changes most images, or its shortest part.
+    """
+    known = [one for one in group if one.ranked.candidate.trigger.text in PUBLISHED]
+    if known:
+        return known[0]
     equals = [one for one in group if one.check.size >= equal_size * group[0].check.size]
     best = max(equals, key=lambda one: (one.check.effect.low, -one.ranked.candidate.tokens, one.ranked.last.response))
     parts = [one for one in equals if _contains(best.ranked.candidate, one.ranked.candidate)]

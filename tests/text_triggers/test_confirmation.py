@@ -209,6 +209,10 @@ def test_candidates_are_one_trigger_if_they_change_the_same_images_in_the_same_w
     equal = tried(context, "castle q", 1.05 * effect, hits=13)
     (found,) = found_triggers(context, [equal, whole])
     assert found.trigger.text == "castle"
+    # people who copy an attack keep its trigger
+    published = tried(context, "latte coffee", 0.6 * effect)
+    (found,) = found_triggers(context, [whole, published, part])
+    assert found.trigger.text == "latte coffee"
 
 
 def test_agreement_is_a_cosine() -> None:
