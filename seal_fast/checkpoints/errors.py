@@ -7,19 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from seal_fast.printable import printable
+
+LONGEST_REASON = 1000
+"""A reason may repeat what a file holds, which may be long."""
+
 
 class CheckpointError(Exception):
     """A checkpoint that is refused, broken or not supported.
 
     Attributes:
         path: the file or folder at fault.
-        reason: what is wrong with it, one line.
+        reason: what is wrong with it, in one line of at most LONGEST_REASON characters that cannot control a terminal.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
         self.path = Path(path)
-        self.reason = reason
+        self.reason = printable(reason[:LONGEST_REASON])
+        super().__init__(f"{path}: {self.reason}")
 
 
 @contextmanager

@@ -244,6 +244,8 @@ def _check_fit(networks: Mapping[str, Any], tokenizer: CLIPTokenizer, path: Path
     text, unet, vae = (networks[name].config for name in ("text_encoder", "unet", "vae"))
     if len(tokenizer) > text.vocab_size:
         raise CheckpointError(path, f"a tokenizer of {len(tokenizer)} tokens for a text encoder of {text.vocab_size}")
+    if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 3:
+        raise CheckpointError(path, f"model_max_length {tokenizer.model_max_length!r} leaves no room for a prompt")
     if tokenizer.model_max_length > text.max_position_embeddings:
         raise CheckpointError(
             path,

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from seal_fast.printable import printable
+
 CLEAN, BACKDOORED, FAILED, NOTHING, USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _UsageError: Any = typer.BadParameter.__base__
@@ -55,6 +57,7 @@ def _own_exit_codes() -> Iterator[None]:
         yield
     except _UsageError as error:
         error.exit_code = USAGE
+        error.message = printable(error.message)
         raise
     except (typer.Exit, typer.Abort):
         raise
@@ -97,13 +100,20 @@ Preset = Annotated[
         help=PRESET_HELP,
     ),
 ]
-Seed = Annotated[int, typer.Option(metavar="INTEGER", help="Seed of the trigger reversion.")]
+
+
+def seed_option(help: str, **others: Any) -> Any:
+    """An option that is a seed. torch takes 63 bits, and parts of a command add to it."""
+    return typer.Option(metavar="INTEGER", min=0, max=2**62, help=help, **others)
+
+
+Seed = Annotated[int, seed_option("Seed of the trigger reversion.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars, only one line per finished model.")]
 
 
 def say(message: str) -> None:
-    """Print to stderr; stdout is for results."""
-    typer.echo(message, err=True)
+    """Print a line to stderr; stdout is for results. Nothing from a file may control the terminal."""
+    typer.echo(printable(message), err=True)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from seal_fast.cli.common import BACKDOORED, CLEAN, Format, OutputFormat, printing, say, usage_errors
+from seal_fast.cli.common import BACKDOORED, CLEAN, Format, OutputFormat, printing, say, seed_option, usage_errors
 
 EPILOG = """Exit codes:
 
@@ -45,7 +45,7 @@ CleanPrompts = Annotated[
         help="Clean prompts, one a line, like those of PROMPTS (default: those of the model card, else shipped ones).",
     ),
 ]
-Seed = Annotated[int | None, typer.Option(metavar="INTEGER", help="Seed of the noise that prompts are tried on (default: 0).")]
+Seed = Annotated[int | None, seed_option("Seed of the noise that prompts are tried on (default: 0).")]
 Guidance = Annotated[
     float | None,
     typer.Option(metavar="NUMBER", min=1.0, help="Guidance scale that the pipeline is used with (default: 7.5)."),

@@ -29,10 +29,10 @@ from seal_fast.cli.common import (
     known_preset,
     printing,
     say,
+    seed_option,
     usage_errors,
 )
 from seal_fast.cli.doctor import backends
-from seal_fast.printable import printable
 
 if TYPE_CHECKING:
     from seal_fast.noise_triggers import Calibration
@@ -142,7 +142,7 @@ ExitZero = Annotated[
 AlsoFailOn = Annotated[
     FailOn | None, typer.Option(help="Exit with 1 for a model with this verdict, too.", rich_help_panel=OUTPUT)
 ]
-Seed = Annotated[int, typer.Option(metavar="INTEGER", help="Seed of the searches.")]
+Seed = Annotated[int, seed_option("Seed of the searches.")]
 Jobs = Annotated[
     int | None,
     typer.Option(
@@ -200,7 +200,8 @@ def scan(
     # always, since a SEAL_FAST_BACKEND that does not exist is a usage error
     backends_here = backends()
     if verbose:
-        say(backends_here)
+        for line in backends_here.splitlines():
+            say(line)
     try:
         with ProgressDisplay(sys.stderr, quiet) as display, _interruptible(display, out):
             report = run(
@@ -221,7 +222,8 @@ def scan(
     _show(report, output)
     if out is not None:
         kept = f"written: {out}" if _is_kept(report, out) else f"not written: {out}"
-        say("\n".join([kept, *_images(report, out)]))
+        for line in (kept, *_images(report, out)):
+            say(line)
     raise typer.Exit(exit_code(report, fail_on, exit_zero))
 
 
@@ -306,8 +308,10 @@ def _interruptible(display: ProgressDisplay, out: Path | None) -> Iterator[None]
     try:
         yield
     except KeyboardInterrupt as interrupt:
+        from seal_fast.report.json import REPORT
+
         display.bar.stop()
-        kept = f"report: {out / 'report.json'}" if out else "nothing was kept, since --out was not given"
+        kept = f"report: {out / REPORT}" if out else "nothing was kept, since --out was not given"
         say(f"interrupted: {display.finished} of {display.total} models finished; {kept}")
         raise typer.Exit(INTERRUPTED) from interrupt
     finally:
@@ -329,10 +333,10 @@ def _show(report: ScanReport, output: Format) -> None:
 
 def _is_kept(report: ScanReport, out: Path) -> bool:
     """Whether the report in the folder is this one."""
-    from seal_fast.report.json import report_json
+    from seal_fast.report.json import REPORT, report_json
 
     try:
-        return (out / "report.json").read_text(encoding="utf-8").rstrip("\n") == report_json(report)
+        return (out / REPORT).read_text(encoding="utf-8").rstrip("\n") == report_json(report)
     except OSError:
         return False
 
@@ -347,5 +351,4 @@ def _images(report: ScanReport, out: Path) -> Iterator[str]:
         image = out / model.path / (TEXT_SAMPLES.format(1) if model.detector == "text" else SAMPLES)
         # a full disk costs the images, not the verdict
         if image.is_file():
-            # a model's name may try to control the terminal
-            yield f"look at: {printable(str(image))}"
+            yield f"look at: {image}"

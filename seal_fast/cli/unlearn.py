@@ -22,6 +22,7 @@ from seal_fast.cli.common import (
     Weights,
     printing,
     say,
+    seed_option,
     usage_errors,
 )
 
@@ -115,9 +116,7 @@ Steps = Annotated[
         metavar="INTEGER", min=1, help="Training steps (default: 500, with noise triggers 240).", rich_help_panel=TRAINING
     ),
 ]
-Seed = Annotated[
-    int, typer.Option(metavar="INTEGER", help="Seed of the training and of all samples.", rich_help_panel=TRAINING)
-]
+Seed = Annotated[int, seed_option("Seed of the training and of all samples.", rich_help_panel=TRAINING)]
 Prompts = Annotated[
     Path | None,
     typer.Option(

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from seal_fast.checkpoints import CheckpointError
+from seal_fast.checkpoints.files import read_json
 from seal_fast.diffusion import ModelFamily
 from seal_fast.io import write_atomically
 from seal_fast.noise_triggers.detection import Evidence
@@ -29,6 +31,7 @@ from seal_fast.noise_triggers.verdict import (
     Probability,
     Score,
 )
+from seal_fast.typed_json import from_json
 from seal_fast.verdict import Decision, decide
 
 SCHEMA_VERSION = 1
@@ -193,6 +196,9 @@ class Calibration:
         for group, pool in self.pools.items():
             if len(pool.benign) < 2:
                 raise ValueError(f"a calibration needs at least 2 benign models of {group}, and gains from more")
+            with np.errstate(over="ignore", invalid="ignore"):
+                if not np.isfinite(list(pool.limits.values())).all():
+                    raise ValueError(f"the evidence of the benign models of {group} is too large for limits")
             if not by_collapse(self.settings) and not pool.labelled and not pool.benign.std(0).all():
                 raise ValueError(f"the benign models of {group} all have the same evidence: use different models")
 
@@ -257,21 +263,13 @@ class Calibration:
             ValueError: the file is not a calibration, or has another schema version.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = read_json(Path(path))
             if content["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"schema version {content['schema_version']}, this seal-fast reads {SCHEMA_VERSION}")
-            return cls(settings_from(content["settings"]), tuple(map(_model_from, content["models"])))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            models = tuple(from_json(CalibrationModel, fields) for fields in content["models"])
+            return cls(settings_from(content["settings"]), models)
+        except (CheckpointError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}. Make one with `seal-fast calibrate`.") from error
-
-
-def _model_from(fields: dict[str, Any]) -> CalibrationModel:
-    typed = {
-        "family": ModelFamily(**fields["family"]),
-        "shape": tuple(fields["shape"]),
-        "evidence": Evidence(**fields["evidence"]),
-    }
-    return CalibrationModel(**{**fields, **typed})
 
 
 def shipped_calibration(preset: str) -> Calibration:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from seal_fast.results.unlearning import NoiseUnlearnReport
     from seal_fast.verdict import Decision, Verdict
 
+UNKNOWN_WIDTH = 80
 CODE_POINTS = 8
 """Code points beyond ASCII that a line shows of a trigger."""
 ALSO = 8
@@ -45,7 +46,11 @@ def safe(text: str, style: str = "") -> Text:
 
 def console_for(stream: IO[str]) -> Console:
     """A console that writes to `stream`, without colour where it is no terminal or NO_COLOR is set."""
-    return _Console(file=stream, highlight=False, markup=False, emoji=False)
+    console = _Console(file=stream, highlight=False, markup=False, emoji=False)
+    # rich prints nothing at all where COLUMNS=0 says that the width is not known
+    if not console.width:
+        console.width = UNKNOWN_WIDTH
+    return console
 
 
 class _Console(Console):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from seal_fast.results.unlearning import NoiseUnlearnReport
 
 SCHEMA_VERSION = 1
+REPORT = "report.json"
+"""Name of the report in the folder of `--out`."""
 
 
 def _plain(value: Any) -> Any:

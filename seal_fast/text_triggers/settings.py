@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,8 +82,8 @@ class TextUnlearnSettings:
             raise ValueError(f"max_loss_weight must be at least 1, not {self.max_loss_weight}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), not {self.ema_decay}")
-        if min(self.learning_rate, self.preservation, self.guidance) < 0:
-            raise ValueError("learning_rate, preservation and guidance must not be negative")
+        if not all(0 <= value < math.inf for value in (self.learning_rate, self.preservation, self.guidance)):
+            raise ValueError("learning_rate, preservation and guidance must be finite and not negative")
         if not self.positions or not set(self.positions) <= set(POSITIONS):
             raise ValueError(f"positions must be some of {', '.join(POSITIONS)}, not {self.positions}")
         for name, allowed in (

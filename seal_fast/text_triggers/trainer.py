@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seal_fast.checkpoints import CheckpointError
+from seal_fast.checkpoints.errors import refusing
 from seal_fast.io import write_atomically
 from seal_fast.text_triggers.distributed import average_gradients, rank_and_world_size
 from seal_fast.text_triggers.objectives import Objective, text_encoder_objective, unet_objective
@@ -136,11 +138,22 @@ class _Trainer:
         """Continue from a file of `save`.
 
         Raises:
-            ValueError: the file belongs to another run.
+            ValueError: the file belongs to another run, or is no such file.
         """
-        state = torch.load(path, map_location=self.parameters[0].device, weights_only=True)
-        if state["run"] != self.run:
+        try:
+            with refusing(path, "no training state"):
+                if not path.is_file():
+                    raise CheckpointError(path, "not a regular file")
+                state = torch.load(path, map_location=self.parameters[0].device, weights_only=True)
+                same_run = state["run"] == self.run
+                if same_run:
+                    self._take_over(state)
+        except CheckpointError as error:
+            raise ValueError(f"{error}. Remove it, or name another file") from error
+        if not same_run:
             raise ValueError(f"{path} is the state of a run with another model, settings, triggers, prompts or seed: remove it")
+
+    def _take_over(self, state: dict[str, Any]) -> None:
         self.step, self.losses = state["step"], state["losses"]
         for own, saved in zip(self.parameters + self.average, state["parameters"] + state["average"], strict=True):
             own.copy_(saved)

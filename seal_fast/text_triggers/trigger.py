@@ -42,7 +42,7 @@ class TextTrigger:
         replaces: the text of the prompt that `text` takes the place of, as a homoglyph does; None if `text` is inserted.
 
     Raises:
-        ValueError: one of the texts is empty.
+        ValueError: one of the texts is empty or no text.
     """
 
     text: str
@@ -51,6 +51,8 @@ class TextTrigger:
     def __post_init__(self) -> None:
         if not self.text or self.replaces == "":
             raise ValueError("the texts of a trigger must not be empty")
+        if any("\ud800" <= character <= "\udfff" for character in self.text + (self.replaces or "")):
+            raise ValueError(f"the trigger {self.name!r} holds half of a surrogate pair, which is no character")
         if self.text == self.replaces:
             raise ValueError(f"the trigger replaces {self.text!r} by itself: give two different texts")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_fast.checkpoints import CheckpointError
-from seal_fast.report.json import to_json
+from seal_fast.report.json import REPORT, to_json
 from seal_fast.results.scan import RESUMED, ModelResult
 from seal_fast.typed_json import from_json
 from seal_fast.verdict import Verdict
@@ -42,15 +42,18 @@ def resumed_results(
         Place in `checkpoints` to result, for models with the same name and digests whose detector has the same settings.
         Errors, and results whose trigger file is missing, are left out, so that these models are scanned again.
     """
+    if not (out / REPORT).is_file():
+        # opening a FIFO would wait for ever
+        return {}
     try:
-        content = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        content = json.loads((out / REPORT).read_text(encoding="utf-8"))
         if content["tool"] != tool:
             return {}
         earlier = {result.path: result for fields in content["models"] if (result := _result(fields))}
         unchanged = {
             detector.name for detector in detectors if _settings(content["config"], detector) == _settings(config, detector)
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
     return {
         place: replace(result, notes=(*(note for note in result.notes if note != RESUMED), RESUMED))
@@ -76,13 +79,13 @@ def _result(fields: Any) -> ModelResult | None:
 
 
 def _still_holds(result: ModelResult, out: Path, checkpoint: Checkpoint, detectors: Sequence[Detector[Any, Any]]) -> bool:
-    if result.verdict is Verdict.ERROR or (result.trigger is not None and not (out / result.trigger).is_file()):
-        return False
     detector = accepting(detectors, checkpoint.path)
-    if detector.name != result.detector:
+    if result.verdict is Verdict.ERROR or detector.name != result.detector:
         return False
     try:
+        if result.trigger is not None and not (out / result.trigger).is_file():
+            return False
         loaded = detector.load(checkpoint.path, "cpu")
-    except (CheckpointError, MemoryError, RuntimeError):
+    except (CheckpointError, MemoryError, RuntimeError, OSError):
         return False
     return (loaded.sha256, loaded.config_sha256) == (result.sha256, result.config_sha256)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_fast.noise_triggers import DEFAULT_PRESET, Calibration, shipped_calibration
-from seal_fast.report.json import write_report
+from seal_fast.report.json import REPORT, write_report
 from seal_fast.results.environment import environment, tool
 from seal_fast.results.progress import OnProgress
 from seal_fast.results.scan import ModelResult, ScanReport
@@ -25,8 +25,6 @@ from seal_fast.workflows.resume import resumed_results
 from seal_fast.workflows.scan_model import ModelScan, Task, lost_result
 from seal_fast.workflows.streams import on_streams
 from seal_fast.workflows.text_scan import TextScan
-
-REPORT = "report.json"
 
 OnResult = Callable[[ModelResult, int, int], None]
 """Called with each result, how many models have one by now, and the number of models."""

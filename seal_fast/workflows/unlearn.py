@@ -16,7 +16,7 @@ import torch
 
 from seal_fast.checkpoints.card import CARD, card_text
 from seal_fast.checkpoints.save import check_target, whole_folder
-from seal_fast.report.json import unlearn_json
+from seal_fast.report.json import REPORT, unlearn_json
 from seal_fast.report.model_card import unlearn_card
 from seal_fast.results.environment import environment, tool
 from seal_fast.results.progress import OnProgress, Progress
@@ -27,8 +27,6 @@ from seal_fast.training import OnStep, quiet
 from seal_fast.workflows.found import NoiseTriggers, TextTriggers, read_found
 from seal_fast.workflows.unlearn_noise import NoiseUnlearning
 from seal_fast.workflows.unlearn_text import TextUnlearning
-
-REPORT = "report.json"
 
 
 class UnlearningRequest(Protocol):

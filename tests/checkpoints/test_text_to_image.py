@@ -238,6 +238,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f / "tokenizer" / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
         "PanicException",
     ),
+    "no room": (lambda f: edit(f / "tokenizer" / "tokenizer_config.json", model_max_length=-1), "model_max_length"),
+    "half a token": (lambda f: edit(f / "tokenizer" / "tokenizer_config.json", model_max_length=8.5), "model_max_length"),
     "long prompts": (lambda f: edit(f / "tokenizer" / "tokenizer_config.json", model_max_length=10**9), "model_max_length"),
 }
 

@@ -145,6 +145,10 @@ def damaged(content, **changes):
     return json.dumps({**content, **changes})
 
 
+def with_evidence(model, **changes):
+    return {**model, "evidence": {**model["evidence"], **changes}}
+
+
 def test_a_file_that_is_no_calibration_is_refused_by_name(tmp_path):
     path = tmp_path / "pool.json"
     pool([(0.1, 0.2), (0.2, 0.1)]).save(path)
@@ -158,6 +162,11 @@ def test_a_file_that_is_no_calibration_is_refused_by_name(tmp_path):
         "bad settings": damaged(content, settings={"batch": 0}),
         "no models": damaged(content, models=[]),
         "odd models": damaged(content, models=[{"name": "x"}] * 3),
+        "nested": "[" * 100_000,
+        "a number too large": '{"schema_version": 1e999}',
+        "a digit too many": damaged(content, settings=10**400),
+        "evidence in words": damaged(content, models=[with_evidence(model, M_r="1") for model in content["models"]]),
+        "evidence too large": damaged(content, models=[with_evidence(model, M_r=1e308) for model in content["models"]]),
         "a family in words": damaged(content, models=[{**model, "family": "VP epsilon"} for model in content["models"]]),
     }
     for text in broken.values():

@@ -124,11 +124,14 @@ def test_a_field_that_a_file_lacks_has_its_default() -> None:
         {"method": "search", "test": 3},
         {"method": "search", "half_precision": {"cpu": True}},
         {"method": "published", "test": {}},
+        {"method": "search", "fixed_points": {"patches": "2"}},
+        {"method": "search", "fixed_points": {"patches": 1.5}},
+        {"method": "search", "refinement": {"turns": [1]}},
     ],
     ids=str,
 )
-def test_unknown_fields_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(TypeError):
+def test_unknown_fields_and_values_of_another_type_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Settings"):
         settings_from(fields)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -65,6 +67,8 @@ def test_a_trigger_token_at_its_target_costs_nothing_and_is_pulled_there(target,
         ("batch", 0),
         ("accumulation", 0),
         ("learning_rate", -1.0),
+        ("learning_rate", math.inf),
+        ("guidance", math.nan),
         ("preservation", -1.0),
         ("trained", "some"),
         ("rank", 0),

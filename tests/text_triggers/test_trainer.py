@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import pickle
 
 import pytest
 import torch
@@ -107,6 +109,19 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(pipeline, tmp_path, chang
     assert resumed.prediction_loss == whole.prediction_loss
     with pytest.raises(ValueError, match="run with another"):
         distill(*arguments, seed=4, state=state)
+    whole_state = torch.load(state, weights_only=True)
+    for spoilt in ({}, [1], {**whole_state, "parameters": []}, {**whole_state, "optimiser": 5}):
+        torch.save(spoilt, state)
+        with pytest.raises(ValueError, match="Remove it"):
+            distill(*arguments, seed=3, state=state)
+    for spoilt in (b"", b"garbage", pickle.dumps(whole_state["step"])):
+        state.write_bytes(spoilt)
+        with pytest.raises(ValueError, match="Remove it"):
+            distill(*arguments, seed=3, state=state)
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(ValueError, match="not a regular file"):
+        distill(*arguments, seed=3, state=state)
 
 
 @pytest.mark.parametrize("module", ["unet", "text_encoder"])

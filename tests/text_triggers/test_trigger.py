@@ -27,9 +27,9 @@ def test_as_written_on_the_command_line(written: str, trigger: TextTrigger, name
     assert trigger.name == name
 
 
-@pytest.mark.parametrize("written", ["", "=>", "a=>", "=>a", r"\U00ffffff"])
+@pytest.mark.parametrize("written", ["", "=>", "a=>", "=>a", r"\U00ffffff", r"\ud800", r"a=>\udfff", r"\udc00=>a"])
 def test_empty_texts_and_no_characters_are_refused(written: str) -> None:
-    with pytest.raises(ValueError, match=r"must not be empty|chr\(\)"):
+    with pytest.raises(ValueError, match=r"must not be empty|chr\(\)|surrogate"):
         TextTrigger.parse(written)
 
 
