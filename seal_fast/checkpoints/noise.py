@@ -56,8 +56,8 @@ def _vp(config: Mapping[str, Any]) -> VP:
         raise ValueError(f"trained_betas must be {steps} numbers in (0, 1)")
     if config.get("beta_schedule", "linear") not in SCHEDULES:
         raise ValueError(f"beta_schedule must be one of {SCHEDULES}")
-    for key in ("use_flow_sigmas", "rescale_betas_zero_terminal_snr"):
-        if config.get(key) not in (None, True, False):
+    for key in ("use_flow_sigmas", "rescale_betas_zero_snr"):
+        if type(config.get(key, False)) not in (bool, type(None)):
             raise ValueError(f"{key} must be true or false")
     if config.get("use_flow_sigmas"):
         raise ValueError("flow matching is not supported")
