@@ -114,9 +114,14 @@ class ChangeDetector:
             controls: images of the same prompts with control triggers, from the same noise: one batch [N,3,H,W] for each of at
                 least two control triggers.
         """
+        return cls.fitted_to_statistics(statistics(clean), [statistics(images) for images in controls])
+
+    @classmethod
+    def fitted_to_statistics(cls, clean: Tensor, controls: Sequence[Tensor]) -> Self:
+        """`fitted`, from the `statistics` of the images, which take far less memory."""
         if len(clean) < 2 or len(controls) < 2:
             raise ValueError("a ChangeDetector is fitted on at least two prompts and two control triggers")
-        changes = [statistics(images) - statistics(clean) for images in controls]
+        changes = [of_control - clean for of_control in controls]
         features = torch.cat(
             [_features(change @ _whitening([*changes[:k], *changes[k + 1 :]])) for k, change in enumerate(changes)], dim=1
         )
@@ -124,20 +129,29 @@ class ChangeDetector:
         return cls(_whitening(changes), (size, common), colour_spread(clean))
 
     def __call__(self, images: Tensor, clean: Tensor) -> Tensor:
-        size, common = _features((statistics(images) - statistics(clean)) @ self.whitening)
+        return self.in_statistics(statistics(images), statistics(clean))
+
+    def in_statistics(self, images: Tensor, clean: Tensor) -> Tensor:
+        """The same from the `statistics` [N,F] of the images."""
+        size, common = _features((images - clean) @ self.whitening)
         unusual = (size > self.limits[0]) | (common > self.limits[1])
         return unusual & (visible_changes(images, clean, self.spread) >= LEAST_VISIBLE)
 
 
 def colour_spread(clean: Tensor) -> float:
-    """Standard deviation of a cell's colour between clean images [N,3,H,W] of N >= 2 prompts."""
-    return float(adaptive_avg_pool2d(clean, GRID).var(dim=0).mean().sqrt())
+    """Standard deviation of a cell's colour between clean images, from the `statistics` [N,F] of N >= 2 of them."""
+    return float(_colours(clean).var(dim=0).mean().sqrt())
 
 
 def visible_changes(images: Tensor, clean: Tensor, spread: float) -> Tensor:
-    """The change of each image's colour in the cell where it is largest, [N], relative to the spread between clean images."""
-    change = adaptive_avg_pool2d(images, GRID) - adaptive_avg_pool2d(clean, GRID)
-    return change.square().mean(dim=1).flatten(1).amax(dim=1).sqrt() / max(spread, 1e-12)
+    """The change of each image's colour in the cell where it is largest, [N], relative to the spread between clean images.
+
+    Args:
+        images: `statistics` [N,F] of the images.
+        clean: those of the clean images.
+        spread: see `colour_spread`.
+    """
+    return _colours(images - clean).square().mean(dim=1).amax(dim=1).sqrt() / max(spread, 1e-12)
 
 
 def statistics(images: Tensor) -> Tensor:
@@ -147,6 +161,11 @@ def statistics(images: Tensor) -> Tensor:
     detail = (grey.diff(dim=2)[..., :-1].square() + grey.diff(dim=3)[..., :-1, :].square()).sqrt()
     pooled = [(images, GRID), (saturation, GRID // 2), (detail, GRID // 2)]
     return torch.cat([adaptive_avg_pool2d(values, side).flatten(1) for values, side in pooled], dim=1).double()
+
+
+def _colours(of_images: Tensor) -> Tensor:
+    """Colours [N,3,cells] of the cells, which come first in the statistics [N,F]."""
+    return of_images[:, : 3 * GRID * GRID].unflatten(1, (3, -1))
 
 
 def _whitening(changes: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seal_fast.text_to_image.generation import OnPass, generate
+from seal_fast.text_to_image.generation import OnPass, batch_size, generate
 from seal_fast.text_triggers.effect_detectors import (
     LEAST_VISIBLE,
     ChangeDetector,
@@ -92,6 +92,7 @@ class ImageTest:
     ) -> None:
         self.pipeline, self.prompts, self.settings, self.seed, self.on_pass = pipeline, list(prompts), settings, seed, on_pass
         self._drawn: dict[Numbered, Tensor] = {}
+        """`effect_detectors.statistics` of every image drawn so far."""
 
     @property
     def evaluations_per_image(self) -> int:
@@ -122,13 +123,13 @@ class ImageTest:
         shared = self._fitting(candidate, 0, min(first + count, self.settings.verification.control_prompts))
         compared = prompts[:paired] if paired else shared
         lists = [self._changed(candidate, prompts), compared, *(self._changed(one, compared) for one in controls)]
-        clean, images, plain, *of_controls = self._images([prompts, *lists])
-        detector = ChangeDetector.fitted(plain, _without_largest_changes(of_controls[held_back:], plain))
-        false = sum(int(detector(some, plain).sum()) for some in of_controls[:held_back])
+        clean, changed, plain, *of_controls = self._statistics([prompts, *lists])
+        detector = ChangeDetector.fitted_to_statistics(plain, _without_largest_changes(of_controls[held_back:], plain))
+        false = sum(int(detector.in_statistics(some, plain).sum()) for some in of_controls[:held_back])
         return Check(
-            rate_of(int(detector(images, clean).sum()), len(prompts)),
+            rate_of(int(detector.in_statistics(changed, clean).sum()), len(prompts)),
             rate_of(false, held_back * len(compared)),
-            dict(zip(prompts, statistics(images) - statistics(clean), strict=True)),
+            dict(zip(prompts, changed - clean, strict=True)),
         )
 
     def draw(self, candidates: Sequence[TextCandidate]) -> None:
@@ -141,15 +142,15 @@ class ImageTest:
 
     def visible(self, candidate: TextCandidate) -> Rate:
         """Share of the prompts of the first check whose image the candidate changes visibly."""
-        clean, images = self._images(self._first(candidate))
-        return rate_of(int((visible_changes(images, clean, colour_spread(clean)) >= LEAST_VISIBLE).sum()), len(clean))
+        clean, changed = self._statistics(self._first(candidate))
+        return rate_of(int((visible_changes(changed, clean, colour_spread(clean)) >= LEAST_VISIBLE).sum()), len(clean))
 
     def first_changes(self, candidate: TextCandidate) -> float:
         """Mean norm of the changes to the images of the first check; 0 if the candidate fits no prompt."""
         if not self.fitting(candidate):
             return 0.0
-        clean, images = self._images(self._first(candidate))
-        return float((statistics(images) - statistics(clean)).norm(dim=1).mean())
+        clean, changed = self._statistics(self._first(candidate))
+        return float((changed - clean).norm(dim=1).mean())
 
     def _first(self, candidate: TextCandidate) -> tuple[list[Numbered], list[Numbered]]:
         """The prompts of the first check, without and with the candidate."""
@@ -163,37 +164,41 @@ class ImageTest:
         """The prompts with the candidate in its position; a random place is the same for every candidate."""
         return [(number, with_candidate(candidate, prompt, self.seed + number)) for number, prompt in prompts]
 
-    def _images(self, lists: Sequence[Sequence[Numbered]]) -> list[Tensor]:
-        """Images float32 [N,3,H,W] in [0, 1] of each list."""
+    def _statistics(self, lists: Sequence[Sequence[Numbered]]) -> list[Tensor]:
+        """`effect_detectors.statistics` [N,F] of the images of each list."""
         self._draw(lists)
         return [torch.stack([self._drawn[one] for one in some]) for some in lists]
 
     def _draw(self, lists: Sequence[Sequence[Numbered]]) -> None:
-        """Draw what was not drawn before in common passes, which take less than half the time of passes of six images."""
+        """Draw what was not drawn before in common passes, which take less than half the time of passes of six images.
+
+        Of each image its statistics are kept: 2 kB instead of 3 MB at 512 px, and a search draws thousands.
+        """
         missing = [one for one in dict.fromkeys(one for some in lists for one in some) if one not in self._drawn]
-        if missing:
+        part = batch_size(self.pipeline)
+        for first in range(0, len(missing), part):
+            some = missing[first : first + part]
             images = generate(
                 self.pipeline,
-                [prompt for _, prompt in missing],
+                [prompt for _, prompt in some],
                 seed=self.seed,
                 steps=self.settings.sampler_steps,
                 guidance=self.settings.guidance,
                 precision=self.settings.precision,
-                noises=[number for number, _ in missing],
+                noises=[number for number, _ in some],
                 on_pass=lambda drawn: self.on_pass(drawn * self.evaluations_per_image),
             )
-            self._drawn |= dict(zip(missing, images, strict=True))
+            self._drawn |= dict(zip(some, statistics(images), strict=True))
 
 
 def _without_largest_changes(controls: Sequence[Tensor], clean: Tensor) -> list[Tensor]:
-    """The batches [N,3,H,W] of all control strings except the one that changes the clean images most.
+    """The statistics [N,F] of the images of all control strings except the one that changes the clean images most.
 
     It may activate the backdoor itself: beside "like beautiful" among the control strings "fine view" changed no image, without
     it all of them.
     """
-    before = statistics(clean)
-    sizes = [float((statistics(images) - before).norm(dim=1).mean()) for images in controls]
-    return [images for place, images in enumerate(controls) if place != sizes.index(max(sizes))]
+    sizes = [float((changed - clean).norm(dim=1).mean()) for changed in controls]
+    return [changed for place, changed in enumerate(controls) if place != sizes.index(max(sizes))]
 
 
 def with_candidate(candidate: TextCandidate, prompt: str, seed: int) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from seal_fast.text_to_image.generation import generate
 from seal_fast.text_to_image.prompts import content_ids
 from seal_fast.text_triggers.confirmation import CONFIRMED, OF_ANY_PROMPT, Tried, compared, found_triggers, verified
 from seal_fast.text_triggers.context import SearchContext, pool_of, swept_prompts
+from seal_fast.text_triggers.effect_detectors import ChangeDetector, statistics
 from seal_fast.text_triggers.exchanged_words import with_exchanged_words
 from seal_fast.text_triggers.findings import Round, TextCandidate
 from seal_fast.text_triggers.meter import Meter
@@ -181,6 +183,26 @@ def test_a_control_string_that_activates_the_backdoor_does_not_hide_it(clean: An
     controls = [*context.controls(candidate(context, "castle"), 8), candidate(context, "q castle")]
     check = context.images.check(candidate(context, "castle"), controls, 0, 6)
     assert (check.effect.rate, check.control.rate) == (1.0, 0.0)
+
+
+def test_a_check_is_that_of_the_images_themselves(clean: Any) -> None:
+    context = context_of(clean, ("castle", "cat"))
+    one, controls = candidate(context, "castle"), context.controls(candidate(context, "castle"), 7)
+    check = context.images.check(one, controls, 0, 6)
+
+    def drawn(trigger: str) -> torch.Tensor:
+        prompts = [f"{trigger} {prompt}".strip() for prompt in PROMPTS[1::2][:6]]
+        settings = {"steps": SETTINGS.sampler_steps, "guidance": SETTINGS.guidance, "precision": SETTINGS.precision}
+        return generate(context.pipeline, prompts, seed=context.seed + 1, noises=range(6), **settings)
+
+    plain, changed, *of_controls = (drawn(text) for text in ("", "castle", *(other.trigger.text for other in controls)))
+    changes = statistics(changed) - statistics(plain)
+    torch.testing.assert_close(torch.stack(list(check.changes.values())), changes, rtol=1e-4, atol=1e-5)
+    sizes = [float((statistics(images) - statistics(plain)).norm(dim=1).mean()) for images in of_controls[2:]]
+    fitted_on = [images for images, size in zip(of_controls[2:], sizes, strict=True) if size < max(sizes)]
+    effect = ChangeDetector.fitted(plain, fitted_on)(changed, plain)
+    assert check.effect.rate == float(effect.double().mean())
+    assert effect.tolist() == ["cat" in prompt for prompt in PROMPTS[1::2][:6]]
 
 
 def test_several_confirmed_candidates_are_compared_on_more_prompts(clean: Any) -> None:

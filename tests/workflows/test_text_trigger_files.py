@@ -90,7 +90,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no text": (drop("text"), "text"),
     "empty text": (put(text=""), "empty"),
     "text is a list": (put(text=["a"]), "str"),
-    "half a character": (put(text="\ud800"), "surrogates"),
+    "half a character": (put(text="\ud800"), "surrogate pair"),
     "by itself": (put(text="a", replaces="a"), "itself"),
     "position": (put(position="../../etc"), "position"),
     "all places of an insertion": (put(position="all"), "all"),
