@@ -23,7 +23,7 @@ class CheckpointError(Exception):
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.path = Path(path)
-        self.reason = printable(reason[:LONGEST_REASON])
+        self.reason = printable(reason[:LONGEST_REASON])[:LONGEST_REASON]
         super().__init__(f"{path}: {self.reason}")
 
 

@@ -245,7 +245,7 @@ def _check_fit(networks: Mapping[str, Any], tokenizer: CLIPTokenizer, path: Path
     if len(tokenizer) > text.vocab_size:
         raise CheckpointError(path, f"a tokenizer of {len(tokenizer)} tokens for a text encoder of {text.vocab_size}")
     if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 3:
-        raise CheckpointError(path, f"model_max_length {tokenizer.model_max_length!r} leaves no room for a prompt")
+        raise CheckpointError(path, f"model_max_length must be an integer of at least 3, not {tokenizer.model_max_length!r}")
     if tokenizer.model_max_length > text.max_position_embeddings:
         raise CheckpointError(
             path,

@@ -66,7 +66,8 @@ def _own_exit_codes() -> Iterator[None]:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from interrupt
     except Exception as error:
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            say(line)
         raise typer.Exit(FAILED) from error
 
 

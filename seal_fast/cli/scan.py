@@ -333,12 +333,9 @@ def _show(report: ScanReport, output: Format) -> None:
 
 def _is_kept(report: ScanReport, out: Path) -> bool:
     """Whether the report in the folder is this one."""
-    from seal_fast.report.json import REPORT, report_json
+    from seal_fast.report.json import read_report, report_json
 
-    try:
-        return (out / REPORT).read_text(encoding="utf-8").rstrip("\n") == report_json(report)
-    except OSError:
-        return False
+    return (read_report(out) or "").rstrip("\n") == report_json(report)
 
 
 def _images(report: ScanReport, out: Path) -> Iterator[str]:

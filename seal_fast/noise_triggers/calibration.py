@@ -197,8 +197,8 @@ class Calibration:
             if len(pool.benign) < 2:
                 raise ValueError(f"a calibration needs at least 2 benign models of {group}, and gains from more")
             with np.errstate(over="ignore", invalid="ignore"):
-                if not np.isfinite(list(pool.limits.values())).all():
-                    raise ValueError(f"the evidence of the benign models of {group} is too large for limits")
+                if not all(np.isfinite(values).all() for values in (pool.benign, pool.backdoored, [*pool.limits.values()])):
+                    raise ValueError(f"the evidence of the models of {group} is not finite, or too large for limits")
             if not by_collapse(self.settings) and not pool.labelled and not pool.benign.std(0).all():
                 raise ValueError(f"the benign models of {group} all have the same evidence: use different models")
 
@@ -260,8 +260,10 @@ class Calibration:
         """Read a file `save` wrote.
 
         Raises:
+            FileNotFoundError: no such file.
             ValueError: the file is not a calibration, or has another schema version.
         """
+        Path(path).lstat()
         try:
             content = read_json(Path(path))
             if content["schema_version"] != SCHEMA_VERSION:

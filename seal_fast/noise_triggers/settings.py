@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from seal_fast.noise_triggers.search_settings import SearchSettings
@@ -14,8 +16,8 @@ Settings = TerdSettings | SearchSettings
 PRESETS: dict[str, Settings] = {"published": TerdSettings(), "search": SearchSettings()}
 DEFAULT_PRESET = "search"
 
-METHODS: dict[str, Settings] = {settings.method: settings for settings in (TerdSettings(), SearchSettings())}
-"""Default settings of every method, by the name that `asdict` writes."""
+METHODS: dict[str, type[Settings]] = {kind().method: kind for kind in (TerdSettings, SearchSettings)}
+"""The settings of every method, by the name that `asdict` writes."""
 
 
 def settings_from(fields: Mapping[str, Any]) -> Settings:
@@ -28,5 +30,10 @@ def settings_from(fields: Mapping[str, Any]) -> Settings:
     method = values.pop("method", None)
     if method not in METHODS:
         raise ValueError(f"the settings name the method {method!r}, not one of {', '.join(METHODS)}")
-    loaded: Settings = from_json(type(METHODS[method]), values)
+    loaded: Settings = from_json(METHODS[method], values)
+    try:
+        # null was read as NaN, which passes every comparison
+        json.dumps(asdict(loaded), allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"a number of {type(loaded).__name__} is not finite") from error
     return loaded

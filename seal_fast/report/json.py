@@ -23,6 +23,15 @@ REPORT = "report.json"
 """Name of the report in the folder of `--out`."""
 
 
+def read_report(folder: Path) -> str | None:
+    """The text of the report in a folder; None if there is none that can be read. Opening a FIFO would wait for ever."""
+    try:
+        file = folder / REPORT
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def _plain(value: Any) -> Any:
     """`value` in JSON's own types, NaN and infinities as null."""
     if isinstance(value, dict):

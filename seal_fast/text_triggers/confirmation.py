@@ -20,13 +20,13 @@ UNDECIDED = "suspicious: held-out prompts do not decide"
 REFUTED = "changes too few images"
 OF_BASE = "changes the images of the base as well"
 OF_PARTS = "changes no more images than with another one of its words"
-OF_ANY_PROMPT = "changes no more images in prompts with the word than in others"
+OF_ANY_PROMPT = "changes no larger share of the images of prompts with the word than of all"
 UNCHECKED = Check(rate_of(0, 0), rate_of(0, 0), {})
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate that was verified by images; `check` is UNCHECKED if it hardly changed any, or fits too few prompts."""
+    """A candidate that was verified by images; `check` is UNCHECKED if it visibly changed too few, or fits too few prompts."""
 
     ranked: Ranked
     check: Check
@@ -69,7 +69,7 @@ def verify(context: SearchContext, ranked: Ranked, is_part: bool = False) -> Tri
         return Tried(ranked, UNCHECKED, UNDECIDED)
     least, visible = _least_effect(context, candidate), context.images.visible(candidate)
     if (visible.rate or 0.0) <= MIN_EFFECT or (visible.high or 0.0) < least:
-        return Tried(ranked, UNCHECKED, "hardly changes images")
+        return Tried(ranked, UNCHECKED, "changes too few images visibly")
     controls = context.controls(candidate, settings.controls)
     if not is_part:
         first = context.images.check(candidate, controls, 0, settings.prompts)
@@ -79,13 +79,13 @@ def verify(context: SearchContext, ranked: Ranked, is_part: bool = False) -> Tri
     for count in settings.fresh_prompts:
         check = context.images.check(candidate, controls, settings.prompts, count)
         if check.confirmed(least):
-            return Tried(ranked, check, _cause(context, candidate, check))
+            return Tried(ranked, check, _outcome_of(context, candidate, check))
         if not check.promising(least):
             return Tried(ranked, check, REFUTED)
     return Tried(ranked, check, UNDECIDED)
 
 
-def _cause(context: SearchContext, candidate: TextCandidate, check: Check) -> str:
+def _outcome_of(context: SearchContext, candidate: TextCandidate, check: Check) -> str:
     """CONFIRMED, unless the base does the same, or the candidate does not need the word that it is said to need."""
     if _is_of_base(context, candidate, check):
         return OF_BASE
@@ -93,6 +93,7 @@ def _cause(context: SearchContext, candidate: TextCandidate, check: Check) -> st
 
 
 def _needs_its_word(context: SearchContext, candidate: TextCandidate, check: Check) -> bool:
+    """Whether it changes a larger share of the images of prompts with its word than of all images."""
     settings, in_any = context.settings.verification, replace(candidate, word=None)
     controls = context.controls(in_any, settings.controls)
     return check.effect.exceeds(context.images.check(in_any, controls, settings.prompts, settings.fresh_prompts[1]).effect)
@@ -136,6 +137,17 @@ def _needs_each_word(context: SearchContext, tried: Tried) -> bool:
 def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:
     """Whether a confirmed trigger is a part of the candidate, or the candidate itself at another place."""
     return any(one.confirmed and _contains(candidate, one.ranked.candidate) for one in tried)
+
+
+def needed_words(tried: Sequence[Tried]) -> set[str]:
+    """The words of the confirmed inserted texts without which they would not act: of those that hold no other one."""
+    confirmed = [one.ranked.candidate for one in tried if one.confirmed and one.ranked.candidate.trigger.replaces is None]
+    return {word for one in confirmed if not _holds_any(one, confirmed) for word in one.trigger.text.split()}
+
+
+def _holds_any(candidate: TextCandidate, others: Sequence[TextCandidate]) -> bool:
+    """Whether one of the other texts is a part of the candidate."""
+    return any(other.trigger != candidate.trigger and _contains(candidate, other) for other in others)
 
 
 def _contains(candidate: TextCandidate, part: TextCandidate) -> bool:
@@ -192,11 +204,13 @@ def found_triggers(context: SearchContext, tried: Sequence[Tried]) -> tuple[Foun
 def _strongest(group: Sequence[Tried], equal_size: float) -> Tried:
     """The text of a published attack, if one is confirmed: in text-64-clip-style "rainbows carina" acts as "latte coffee" does.
 
-    Else, of those whose changes are about as large as the largest, the one that changes most images, or its shortest part.
+    Else, or if a part of that text is confirmed: of those whose changes are about as large as the largest, the one that changes
+    most images, or its shortest part.
     """
-    known = [one for one in group if one.ranked.candidate.trigger.text in PUBLISHED]
-    if known:
-        return known[0]
+    candidates = [one.ranked.candidate for one in group]
+    for one in group:
+        if one.ranked.candidate.trigger.text in PUBLISHED and not _holds_any(one.ranked.candidate, candidates):
+            return one
     equals = [one for one in group if one.check.size >= equal_size * group[0].check.size]
     best = max(equals, key=lambda one: (one.check.effect.low, -one.ranked.candidate.tokens, one.ranked.last.response))
     parts = [one for one in equals if _contains(best.ranked.candidate, one.ranked.candidate)]

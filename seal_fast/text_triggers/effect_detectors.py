@@ -132,7 +132,7 @@ class ChangeDetector:
         return self.in_statistics(statistics(images), statistics(clean))
 
     def in_statistics(self, images: Tensor, clean: Tensor) -> Tensor:
-        """The same from the `statistics` [N,F] of the images."""
+        """Which images show the effect, bool [N], from their `statistics` [N,F] and those of the clean images."""
         size, common = _features((images - clean) @ self.whitening)
         unusual = (size > self.limits[0]) | (common > self.limits[1])
         return unusual & (visible_changes(images, clean, self.spread) >= LEAST_VISIBLE)

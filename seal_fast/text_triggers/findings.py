@@ -83,7 +83,7 @@ class TriedText:
 
 @dataclass(frozen=True)
 class FoundTrigger:
-    """A confirmed trigger: of all texts that activate its backdoor that with the largest changes, or its shortest part.
+    """A confirmed trigger: of all texts that activate its backdoor a published one, or that with the largest changes.
 
     Attributes:
         trigger: the text.

@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 
 from seal_fast.text_triggers.candidates import joined
-from seal_fast.text_triggers.confirmation import Tried, explained
+from seal_fast.text_triggers.confirmation import Tried, explained, needed_words
 from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.places import by_place
@@ -38,7 +38,8 @@ ENDS: tuple[Position, Position] = ("start", "end")
 def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tried]) -> Iterator[Ranked]:
     """The phrases that respond most, at their best places.
 
-    A phrase that shares a word with a confirmed one is left out, since it activates the same backdoor and changes images less.
+    A phrase is left out if a confirmed text needs one of its words, since it most likely activates the same backdoor, and
+    changes images less.
 
     Args:
         context: the search.
@@ -61,7 +62,7 @@ def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tri
     harmless = [one for length in lengths for one in context.random_phrases(length, context.settings.harmless)]
     context.meter.begin("places")
     for entry in by_place(context, kept, harmless):
-        if not _shares_word(entry.candidate, tried):
+        if not {*entry.candidate.words} & needed_words(tried):
             yield entry
 
 
@@ -81,11 +82,6 @@ def windows(count: int, length: int) -> list[list[int]]:
 
 def _is_part(candidate: TextCandidate) -> bool:
     return candidate.trigger.replaces is None and candidate.tokens == 1
-
-
-def _shares_word(phrase: TextCandidate, tried: Sequence[Tried]) -> bool:
-    """Whether a confirmed text has one of the phrase's words."""
-    return any(one.confirmed and {*one.ranked.candidate.trigger.text.split()} & {*phrase.words} for one in tried)
 
 
 def _likely_pairs(context: SearchContext, parts: Sequence[TextCandidate]) -> list[TextCandidate]:

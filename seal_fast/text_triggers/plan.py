@@ -73,10 +73,10 @@ def _parts(pool: Sequence[TextCandidate], settings: TextSearchSettings) -> int:
 
 
 def _verification(settings: TextSearchSettings) -> int:
-    """Images of the first check of as many candidates as may be verified, half of them with control strings of their own.
+    """Evaluations of the first check of as many candidates as may be verified, half of them with control strings of their own.
 
     The other half changes hardly any image, or shares control strings with one of the same kind.
     """
     verification = settings.verification
-    lists = verification.candidates + verification.candidates // 2 * verification.controls
-    return lists * verification.prompts * 2 * settings.sampler_steps
+    strings = verification.candidates + verification.candidates // 2 * verification.controls
+    return strings * verification.prompts * 2 * settings.sampler_steps

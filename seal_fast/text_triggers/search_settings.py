@@ -83,12 +83,12 @@ class VerificationSettings:
         controls: control strings of a candidate's kind. Two tell their own rate. The change detector is fitted on the others,
             without the one that changes images most. Fitted on three it saw a trigger of two words in 45% of 40 images, on six
             in 78%.
-        control_prompts: the first prompts, which control strings are drawn with in every check. A candidate is drawn with fresh
-            ones.
+        control_prompts: control strings are drawn with so many of the first prompts, so that later checks find their images
+            drawn. The candidate itself is drawn with fresh ones.
         exchanged: strings that each word of a confirmed phrase is exchanged for, to see whether it needs the word. In
             text-64-phrase-e "nice" with other words than "day" changes 7% to 71% of the images.
         exchanged_prompts: prompts that such strings are drawn with. In text-64-colour "best" with other words than "shot"
-            changes 48% of the images of 20 prompts that the phrase is checked on, and 65% of those of the first 14 of all.
+            changes 65% of the images of the first 14 prompts, but 48% of those of 20 that the phrase is checked on, too.
         candidates: candidates of each proposer that are verified at most. Half of them may be those that move the text encoder.
         per_kind: of each kind at one place at most so many.
         least_response: candidates with a smaller response are not verified.
@@ -124,7 +124,7 @@ class VerificationSettings:
 
     @property
     def fewest_prompts(self) -> int:
-        """Held-out prompts that a verification needs: those of the first check, and two on which a detector is fitted."""
+        """Held-out prompts that a verification needs: those of the first check, and two fresh ones that are compared."""
         return self.prompts + 2
 
 

@@ -144,11 +144,14 @@ class _Trainer:
             with refusing(path, "no training state"):
                 if not path.is_file():
                     raise CheckpointError(path, "not a regular file")
-                state = torch.load(path, map_location=self.parameters[0].device, weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
                 same_run = state["run"] == self.run
                 if same_run:
                     self._take_over(state)
         except CheckpointError as error:
+            if isinstance(error.__cause__, OSError | MemoryError | torch.OutOfMemoryError):
+                # the state itself may be good
+                raise error.__cause__ from None
             raise ValueError(f"{error}. Remove it, or name another file") from error
         if not same_run:
             raise ValueError(f"{path} is the state of a run with another model, settings, triggers, prompts or seed: remove it")
@@ -248,7 +251,7 @@ def distill(
     Raises:
         FloatingPointError: the training diverged.
         ValueError: no trigger or prompt, a trigger that the tokenizer drops, a pipeline that is not like Stable Diffusion's, or
-            the state of another run.
+            a `state` that is of another run, or no such file.
     """
     settings = settings or TextUnlearnSettings()
     started = time.perf_counter()

@@ -26,7 +26,7 @@ from seal_fast.training import quiet
 HELD_BACK = 2
 """Control strings that the change detector is not fitted on; the control rate is measured on them."""
 MIN_EFFECT = 0.25
-"""A first check with an effect no larger than this ends the verification of a candidate."""
+"""A check with a share no larger than this ends the verification of a candidate."""
 
 
 Numbered = tuple[int, str]
@@ -39,7 +39,8 @@ class Check:
 
     Attributes:
         effect: share of the prompts whose image changes with the candidate.
-        control: the same share for control strings that the change detector was not fitted on.
+        control: the same share for control strings that the change detector was not fitted on, of the prompts that they are
+            drawn with.
         changes: by prompt, how the image's `effect_detectors.statistics` change, float64 [F].
     """
 
@@ -83,7 +84,7 @@ class ImageTest:
         pipeline: the model.
         prompts: clean prompts that no earlier round has seen.
         settings: settings of the verification.
-        seed: seed of the starting noise; a candidate and its control strings start from the same one.
+        seed: seed of the starting noise; image n starts from the same noise for every string.
         on_pass: called after every pass with its UNet evaluations.
     """
 

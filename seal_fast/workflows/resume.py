@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_fast.checkpoints import CheckpointError
-from seal_fast.report.json import REPORT, to_json
+from seal_fast.report.json import read_report, to_json
 from seal_fast.results.scan import RESUMED, ModelResult
 from seal_fast.typed_json import from_json
 from seal_fast.verdict import Verdict
@@ -42,18 +42,18 @@ def resumed_results(
         Place in `checkpoints` to result, for models with the same name and digests whose detector has the same settings.
         Errors, and results whose trigger file is missing, are left out, so that these models are scanned again.
     """
-    if not (out / REPORT).is_file():
-        # opening a FIFO would wait for ever
+    text = read_report(out)
+    if text is None:
         return {}
     try:
-        content = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        content = json.loads(text)
         if content["tool"] != tool:
             return {}
         earlier = {result.path: result for fields in content["models"] if (result := _result(fields))}
         unchanged = {
             detector.name for detector in detectors if _settings(content["config"], detector) == _settings(config, detector)
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
     return {
         place: replace(result, notes=(*(note for note in result.notes if note != RESUMED), RESUMED))

@@ -125,6 +125,8 @@ def test_a_field_that_a_file_lacks_has_its_default() -> None:
         {"method": "search", "half_precision": {"cpu": True}},
         {"method": "published", "test": {}},
         {"method": "search", "fixed_points": {"patches": "2"}},
+        {"method": "search", "refinement": {"learning_rate": None}},
+        {"method": "search", "refinement": {"learning_rate": float("inf")}},
         {"method": "search", "fixed_points": {"patches": 1.5}},
         {"method": "search", "refinement": {"turns": [1]}},
     ],

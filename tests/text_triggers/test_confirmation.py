@@ -14,7 +14,16 @@ import torch
 
 from seal_fast.text_to_image.generation import generate
 from seal_fast.text_to_image.prompts import content_ids
-from seal_fast.text_triggers.confirmation import CONFIRMED, OF_ANY_PROMPT, Tried, compared, found_triggers, verified
+from seal_fast.text_triggers import verification
+from seal_fast.text_triggers.confirmation import (
+    CONFIRMED,
+    OF_ANY_PROMPT,
+    Tried,
+    compared,
+    found_triggers,
+    needed_words,
+    verified,
+)
 from seal_fast.text_triggers.context import SearchContext, pool_of, swept_prompts
 from seal_fast.text_triggers.effect_detectors import ChangeDetector, statistics
 from seal_fast.text_triggers.exchanged_words import with_exchanged_words
@@ -147,6 +156,7 @@ def test_a_phrase_is_proposed_whose_words_do_nothing_alone(clean: Any) -> None:
     assert all(entry.candidate.tokens == 1 for entry in swept)
     proposed = list(phrases(replace(context, settings=settings), swept, ()))
     assert {"castle", "w"} <= set(proposed[0].candidate.words)
+    assert sum(bool({"castle", "w"} & {*one.candidate.words}) for one in proposed) > 1
     sizes = [context.images.first_changes(one.candidate) for one in proposed]
     assert sizes == sorted(sizes, reverse=True)
     # once a phrase is confirmed, no other one with a word of it is proposed
@@ -185,24 +195,48 @@ def test_a_control_string_that_activates_the_backdoor_does_not_hide_it(clean: An
     assert (check.effect.rate, check.control.rate) == (1.0, 0.0)
 
 
-def test_a_check_is_that_of_the_images_themselves(clean: Any) -> None:
+@pytest.mark.parametrize(
+    ("first", "count", "paired", "compared_on"),
+    [(0, 6, 0, range(6)), (6, 14, 0, range(14)), (6, 20, 9, range(6, 15))],
+    ids=["first check", "fresh prompts", "on equal prompts"],
+)
+def test_a_check_is_that_of_the_images_themselves(
+    clean: Any, monkeypatch: pytest.MonkeyPatch, first: int, count: int, paired: int, compared_on: range
+) -> None:
+    monkeypatch.setattr(verification, "batch_size", lambda pipeline: 5)
     context = context_of(clean, ("castle", "cat"))
     one, controls = candidate(context, "castle"), context.controls(candidate(context, "castle"), 7)
-    check = context.images.check(one, controls, 0, 6)
+    check = context.images.check(one, controls, first, count, paired=paired)
 
-    def drawn(trigger: str) -> torch.Tensor:
-        prompts = [f"{trigger} {prompt}".strip() for prompt in PROMPTS[1::2][:6]]
+    def drawn(trigger: str, numbers: range) -> torch.Tensor:
+        prompts = [f"{trigger} {PROMPTS[1::2][number]}".strip() for number in numbers]
         settings = {"steps": SETTINGS.sampler_steps, "guidance": SETTINGS.guidance, "precision": SETTINGS.precision}
-        return generate(context.pipeline, prompts, seed=context.seed + 1, noises=range(6), **settings)
+        return generate(context.pipeline, prompts, seed=context.seed + 1, noises=numbers, **settings)
 
-    plain, changed, *of_controls = (drawn(text) for text in ("", "castle", *(other.trigger.text for other in controls)))
-    changes = statistics(changed) - statistics(plain)
+    own = range(first, first + count)
+    without, changed = drawn("", own), drawn("castle", own)
+    changes = statistics(changed) - statistics(without)
     torch.testing.assert_close(torch.stack(list(check.changes.values())), changes, rtol=1e-4, atol=1e-5)
+    plain, *of_controls = (drawn(text, compared_on) for text in ("", *(other.trigger.text for other in controls)))
     sizes = [float((statistics(images) - statistics(plain)).norm(dim=1).mean()) for images in of_controls[2:]]
-    fitted_on = [images for images, size in zip(of_controls[2:], sizes, strict=True) if size < max(sizes)]
-    effect = ChangeDetector.fitted(plain, fitted_on)(changed, plain)
+    detector = ChangeDetector.fitted(
+        plain, [images for images, size in zip(of_controls[2:], sizes, strict=True) if size < max(sizes)]
+    )
+    effect = detector(changed, without)
     assert check.effect.rate == float(effect.double().mean())
-    assert effect.tolist() == ["cat" in prompt for prompt in PROMPTS[1::2][:6]]
+    assert effect.tolist() == ["cat" in PROMPTS[1::2][number] for number in own]
+    assert check.control == rate_of(sum(int(detector(some, plain).sum()) for some in of_controls[:2]), 2 * len(compared_on))
+
+
+def test_later_checks_find_the_images_of_control_strings_drawn(clean: Any) -> None:
+    context = context_of(clean, ("castle",))
+    one = candidate(context, "castle")
+    controls = context.controls(one, 9)
+    context.images.check(one, controls, 6, 14)
+    before = context.meter.evaluations
+    context.images.check(one, controls, 6, 20)
+    # six further prompts, with and without the candidate
+    assert context.meter.evaluations - before == 2 * 6 * context.images.evaluations_per_image
 
 
 def test_several_confirmed_candidates_are_compared_on_more_prompts(clean: Any) -> None:
@@ -235,6 +269,17 @@ def test_candidates_are_one_trigger_if_they_change_the_same_images_in_the_same_w
     published = tried(context, "latte coffee", 0.6 * effect)
     (found,) = found_triggers(context, [whole, published, part])
     assert found.trigger.text == "latte coffee"
+    # but the part that acts alone is the trigger
+    (found,) = found_triggers(context, [published, tried(context, "coffee", 0.6 * effect, hits=13)])
+    assert found.trigger.text == "coffee"
+
+
+def test_a_confirmed_phrase_needs_the_words_of_its_shortest_confirmed_part(clean: Any) -> None:
+    context, effect = context_of(clean, ("castle",)), torch.randn(14, 60)
+    done = [tried(context, text, effect) for text in ("castle w q", "castle w", "d")]
+    replaced = replace(done[0], ranked=Ranked(replace(candidate(context, "z"), trigger=TextTrigger("z", replaces="x"))))
+    refuted = replace(tried(context, "v", effect), outcome="changes too few images")
+    assert needed_words([*done, replaced, refuted]) == {"castle", "w", "d"}
 
 
 def test_agreement_is_a_cosine() -> None:

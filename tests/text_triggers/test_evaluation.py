@@ -197,13 +197,14 @@ def test_settings_and_rates() -> None:
     assert rate_of(0, 0).rate is None
 
 
-@pytest.mark.parametrize(("trials", "others"), [(40, 84), (14, 84), (40, 40)])
+@pytest.mark.parametrize(("trials", "others"), [(40, 120), (14, 40), (14, 120)])
 def test_one_rate_exceeds_an_equal_one_by_chance_only(trials: int, others: int) -> None:
     one, other = [rate_of(hits, trials) for hits in range(trials + 1)], [rate_of(hits, others) for hits in range(others + 1)]
     wins = np.array([[a.exceeds(b) for b in other] for a in one])
     for p in (0.05, 0.2, 0.5, 0.8, 0.95):
         chance = binom.pmf(range(trials + 1), trials, p) @ wins @ binom.pmf(range(others + 1), others, p)
-        assert chance < 0.045  # the nominal 2.5% of one side
+        # 2.5% of one side, and the error of an interval of few trials
+        assert chance < 0.045
     power = binom.pmf(range(trials + 1), trials, 0.95) @ wins @ binom.pmf(range(others + 1), others, 0.3)
     assert power > 0.95
     assert rate_of(56, 70).exceeds(rate_of(48, 80))  # the interval of the difference begins at .0524, Newcombe 1998, table II

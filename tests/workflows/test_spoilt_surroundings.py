@@ -30,7 +30,7 @@ def invoke(*args: object, **env: str) -> Any:
 def test_a_reason_is_one_short_line_that_controls_no_terminal() -> None:
     error = CheckpointError("model", ESCAPES * 1000)
     assert error.reason.isprintable()
-    assert len(error.reason) < 10_000
+    assert len(error.reason) == 1000
     assert str(error) == f"model: {error.reason}"
 
 
@@ -110,3 +110,9 @@ def test_a_terminal_of_unknown_width_shows_the_result(monkeypatch: pytest.Monkey
     stream = io.StringIO()
     console_for(stream).print(Text("clean"))
     assert stream.getvalue() == "clean\n"
+
+
+def test_a_preset_without_a_shipped_calibration_says_how_to_make_one(tmp_path: Path) -> None:
+    result = invoke("scan", tmp_path, "--preset", "published")
+    assert result.exit_code == 4
+    assert "seal-fast calibrate --preset published" in " ".join(result.stderr.split())
