@@ -35,7 +35,7 @@ LEAST_PROMPTS = 24
 """Half of the prompts are held out. A candidate is checked on six of them, and again on the others. Six others can confirm an
 inserted text that changes all images: for six of six the 95% interval begins at 0.61, above `least_effect`. A replacement needs
 twelve, and stays suspicious with fewer."""
-MISSES = rate_of(2, 9)
+MISSES = rate_of(1, 9)
 """Share of the triggers within the scope that were not named in models held out of the development, from
 benchmarks/results/text_scan.json."""
 PROPOSERS = (single_strings, with_needed_word, phrases, with_exchanged_words)
