@@ -125,9 +125,8 @@ def _needs_each_word(context: SearchContext, tried: Tried) -> bool:
     fitted_on = context.controls(candidate, settings.controls)[HELD_BACK:]
     for place in range(len(candidate.words)):
         others = context.exchanged(candidate, place, settings.exchanged)
-        strings, most = [*others, *fitted_on], settings.fresh_prompts[1]
         check = context.images.check(
-            candidate, strings, settings.prompts, most, held_back=settings.exchanged, paired=settings.exchanged_prompts
+            candidate, [*others, *fitted_on], settings.prompts, settings.fresh_prompts[1], held_back=settings.exchanged
         )
         if not check.effect.exceeds(check.control):
             return False

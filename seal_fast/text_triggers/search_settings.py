@@ -83,12 +83,10 @@ class VerificationSettings:
         controls: control strings of a candidate's kind. Two tell their own rate. The change detector is fitted on the others,
             without the one that changes images most. Fitted on three it saw a trigger of two words in 45% of 40 images, on six
             in 78%.
-        control_prompts: control strings are drawn with so many of the first prompts, so that later checks find their images
-            drawn. The candidate itself is drawn with fresh ones.
+        control_prompts: prompts of a check that control strings are drawn with at most, the candidate with all of them. With
+            other prompts than the candidate's, U+200B changed no image of text-64-pixel, and with its own all of them.
         exchanged: strings that each word of a confirmed phrase is exchanged for, to see whether it needs the word. In
             text-64-phrase-e "nice" with other words than "day" changes 7% to 71% of the images.
-        exchanged_prompts: prompts that such strings are drawn with. In text-64-colour "best" with other words than "shot"
-            changes 65% of the images of the first 14 prompts, but 48% of those of 20 that the phrase is checked on, too.
         candidates: candidates of each proposer that are verified at most. Half of them may be those that move the text encoder.
         per_kind: of each kind at one place at most so many.
         least_response: candidates with a smaller response are not verified.
@@ -109,9 +107,8 @@ class VerificationSettings:
     prompts: int = 6
     fresh_prompts: tuple[int, int] = (14, 40)
     controls: int = 9
-    control_prompts: int = 14
+    control_prompts: int = 20
     exchanged: int = 6
-    exchanged_prompts: int = 20
     candidates: int = 16
     per_kind: int = 3
     least_response: float = 0.4

@@ -107,7 +107,6 @@ class ImageTest:
         first: int,
         count: int,
         held_back: int = HELD_BACK,
-        paired: int = 0,
     ) -> Check:
         """Compare a candidate with control strings on `count` of the prompts that it fits, from number `first` on.
 
@@ -117,12 +116,9 @@ class ImageTest:
             first: number of prompts to pass over, which an earlier check has used.
             count: number of prompts; fewer if there are no more.
             held_back: the first controls, which the change detector is not fitted on.
-            paired: how many of the candidate's own prompts controls are drawn with; 0 for the first prompts of all, whose
-                images of control strings serve every check.
         """
         prompts = self._fitting(candidate, first, count)
-        shared = self._fitting(candidate, 0, min(first + count, self.settings.verification.control_prompts))
-        compared = prompts[:paired] if paired else shared
+        compared = prompts[: self.settings.verification.control_prompts]
         lists = [self._changed(candidate, prompts), compared, *(self._changed(one, compared) for one in controls)]
         clean, changed, plain, *of_controls = self._statistics([prompts, *lists])
         detector = ChangeDetector.fitted_to_statistics(plain, _without_largest_changes(of_controls[held_back:], plain))

@@ -196,17 +196,17 @@ def test_a_control_string_that_activates_the_backdoor_does_not_hide_it(clean: An
 
 
 @pytest.mark.parametrize(
-    ("first", "count", "paired", "compared_on"),
-    [(0, 6, 0, range(6)), (6, 14, 0, range(14)), (6, 20, 9, range(6, 15))],
-    ids=["first check", "fresh prompts", "on equal prompts"],
+    ("first", "count", "compared_on"),
+    [(0, 6, range(6)), (6, 14, range(6, 20)), (6, 30, range(6, 26))],
+    ids=["first check", "fresh prompts", "most prompts"],
 )
 def test_a_check_is_that_of_the_images_themselves(
-    clean: Any, monkeypatch: pytest.MonkeyPatch, first: int, count: int, paired: int, compared_on: range
+    clean: Any, monkeypatch: pytest.MonkeyPatch, first: int, count: int, compared_on: range
 ) -> None:
     monkeypatch.setattr(verification, "batch_size", lambda pipeline: 5)
     context = context_of(clean, ("castle", "cat"))
     one, controls = candidate(context, "castle"), context.controls(candidate(context, "castle"), 7)
-    check = context.images.check(one, controls, first, count, paired=paired)
+    check = context.images.check(one, controls, first, count)
 
     def drawn(trigger: str, numbers: range) -> torch.Tensor:
         prompts = [f"{trigger} {PROMPTS[1::2][number]}".strip() for number in numbers]
@@ -226,17 +226,6 @@ def test_a_check_is_that_of_the_images_themselves(
     assert check.effect.rate == float(effect.double().mean())
     assert effect.tolist() == ["cat" in PROMPTS[1::2][number] for number in own]
     assert check.control == rate_of(sum(int(detector(some, plain).sum()) for some in of_controls[:2]), 2 * len(compared_on))
-
-
-def test_later_checks_find_the_images_of_control_strings_drawn(clean: Any) -> None:
-    context = context_of(clean, ("castle",))
-    one = candidate(context, "castle")
-    controls = context.controls(one, 9)
-    context.images.check(one, controls, 6, 14)
-    before = context.meter.evaluations
-    context.images.check(one, controls, 6, 20)
-    # six further prompts, with and without the candidate
-    assert context.meter.evaluations - before == 2 * 6 * context.images.evaluations_per_image
 
 
 def test_several_confirmed_candidates_are_compared_on_more_prompts(clean: Any) -> None:
