@@ -83,8 +83,9 @@ class VerificationSettings:
         controls: control strings of a candidate's kind. Two tell their own rate. The change detector is fitted on the others,
             without the one that changes images most. Fitted on three it saw a trigger of two words in 45% of 40 images, on six
             in 78%.
-        control_prompts: prompts of a check that control strings are drawn with at most, the candidate with all of them. With
-            other prompts than the candidate's, U+200B changed no image of text-64-pixel, and with its own all of them.
+        control_prompts: prompts of a check that control strings are drawn with at most, the candidate with all of them. Fitted
+            on other prompts than the candidate's, a detector saw U+200B change 0 of 14 images of text-64-pixel; on its own 6 of
+            14, and 20 of 20.
         exchanged: strings that each word of a confirmed phrase is exchanged for, to see whether it needs the word. In
             text-64-phrase-e "nice" with other words than "day" changes 7% to 71% of the images.
         candidates: candidates of each proposer that are verified at most. Half of them may be those that move the text encoder.
@@ -121,7 +122,7 @@ class VerificationSettings:
 
     @property
     def fewest_prompts(self) -> int:
-        """Held-out prompts that a verification needs: those of the first check, and two fresh ones that are compared."""
+        """Held-out prompts that a verification needs: those of the first check, and two on which a detector is fitted."""
         return self.prompts + 2
 
 
