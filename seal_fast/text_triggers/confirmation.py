@@ -138,8 +138,8 @@ def explained(candidate: TextCandidate, tried: Sequence[Tried]) -> bool:
     return any(one.confirmed and _contains(candidate, one.ranked.candidate) for one in tried)
 
 
-def needed_words(tried: Sequence[Tried]) -> set[str]:
-    """The words of the confirmed inserted texts without which they would not act: of those that hold no other one."""
+def trigger_words(tried: Sequence[Tried]) -> set[str]:
+    """The words of the shortest confirmed inserted texts: of those that hold no other confirmed one."""
     confirmed = [one.ranked.candidate for one in tried if one.confirmed and one.ranked.candidate.trigger.replaces is None]
     return {word for one in confirmed if not _holds_any(one, confirmed) for word in one.trigger.text.split()}
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 
 from seal_fast.text_triggers.candidates import joined
-from seal_fast.text_triggers.confirmation import Tried, explained, needed_words
+from seal_fast.text_triggers.confirmation import Tried, explained, trigger_words
 from seal_fast.text_triggers.context import SearchContext
 from seal_fast.text_triggers.findings import TextCandidate
 from seal_fast.text_triggers.places import by_place
@@ -38,8 +38,8 @@ ENDS: tuple[Position, Position] = ("start", "end")
 def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tried]) -> Iterator[Ranked]:
     """The phrases that respond most, at their best places.
 
-    A phrase is left out if a confirmed text needs one of its words, since it most likely activates the same backdoor, and
-    changes images less.
+    A phrase is left out if it shares a word with one of the shortest confirmed texts, since it most likely activates the same
+    backdoor, and changes images less.
 
     Args:
         context: the search.
@@ -62,7 +62,7 @@ def phrases(context: SearchContext, swept: Sequence[Ranked], tried: Sequence[Tri
     harmless = [one for length in lengths for one in context.random_phrases(length, context.settings.harmless)]
     context.meter.begin("places")
     for entry in by_place(context, kept, harmless):
-        if not {*entry.candidate.words} & needed_words(tried):
+        if not {*entry.candidate.words} & trigger_words(tried):
             yield entry
 
 
